@@ -1,0 +1,135 @@
+"""ReSTR's tokenizer: a word-level vocabulary behind transformers' own fast tokenizer.
+
+The result is a plain [`~transformers.PreTrainedTokenizerFast`], so `AutoTokenizer` reloads a saved folder without
+any code of this package.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase, Normalizer, Replace
+from tokenizers.normalizers import Sequence as NormalizerSequence
+from tokenizers.pre_tokenizers import PreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
+from transformers import PreTrainedTokenizerFast
+
+PAD_TOKEN, GO_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<go>", "<eos>", "<unk>"
+SPECIAL_TOKENS = {PAD_TOKEN: 0, GO_TOKEN: 1, EOS_TOKEN: 2, UNK_TOKEN: 3}
+
+# Python's `\w` and white space, spelled out: the regex engine of tokenizers counts marks as word characters and does
+# not count the four separators as white space.
+_WORD = r"[\p{L}\p{N}_]"
+_SPACES = r"[\s\x1c-\x1f]+"
+# Python lower-cases a capital sigma by its place in the word, `Lowercase` looks at single characters.
+_FINAL_SIGMA = r"(?<=\p{Cased}\p{Case_Ignorable}*)\u03a3(?!\p{Case_Ignorable}*\p{Cased})"
+
+
+def split_expression(text: str) -> list[str]:
+    r"""Splits a referring expression into the pieces that are looked up, as the original does.
+
+    The text is stripped, lower-cased and split by `(\W+)` with the separators kept. Pieces of white space alone are
+    dropped, other pieces keep their spaces (`"man, left"` has the piece `", "`), and so is one last piece `"."`.
+    This is the reference that the tokenizer of [`build_tokenizer`] reproduces.
+    """
+    pieces = [piece for piece in re.split(r"(\W+)", text.strip().lower()) if piece.strip()]
+    return pieces[:-1] if pieces and pieces[-1] == "." else pieces
+
+
+def read_vocabulary(path: str | Path) -> dict[str, int]:
+    """Reads a vocabulary file: one word a line (UTF-8), the line number, from 0, is the id.
+
+    A word that stands on several lines gets the id of its last line, as in the original, where each line overwrites
+    the one before. The ids then have gaps: the original's RefCOCO file has 12,112 lines and 12,107 distinct words,
+    and an embedding needs the largest id + 1 rows.
+
+    Raises:
+        ValueError: if `<pad>`, `<go>`, `<eos>` and `<unk>` are not the words of ids 0 to 3.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    vocabulary = {line.strip(): index for index, line in enumerate(lines) if line.strip()}
+    _check_special_tokens(vocabulary, source=f"vocabulary file {path}")
+    return vocabulary
+
+
+def vocabulary_from_expressions(sentences: Iterable[str], min_count: int = 1) -> dict[str, int]:
+    """Builds a vocabulary from sentences: special tokens first, then words by falling count, ties alphabetically.
+
+    Words seen fewer than `min_count` times are left out. So are separators that carry white space, such as `", "`:
+    a vocabulary file cannot hold them, and in the original they are `<unk>`.
+    """
+    if isinstance(sentences, str):
+        raise ValueError(f"Expected an iterable of sentences, got one string: {sentences!r}. Pass a list.")
+    counts = Counter(piece for sentence in sentences for piece in split_expression(sentence))
+    words = [word for word, count in counts.items() if count >= min_count and not re.search(r"\s", word)]
+    words.sort(key=lambda word: (-counts[word], word))
+    return SPECIAL_TOKENS | {word: len(SPECIAL_TOKENS) + index for index, word in enumerate(words)}
+
+
+def build_tokenizer(vocabulary: Mapping[str, int], max_length: int = 20) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer that splits as [`split_expression`] does and looks the pieces up in `vocabulary`.
+
+    Unknown pieces become `<unk>`. With `padding="max_length", truncation=True` (the processor's defaults) the ids are
+    padded on the left to exactly `max_length`, and the first `max_length` words are kept. No token is added to a
+    sentence, and the text `"<pad>"` in a sentence is text, not padding.
+
+    Args:
+        vocabulary: word -> id, with `<pad>` 0, `<go>` 1, `<eos>` 2 and `<unk>` 3. The ids may have gaps, which
+            survive saving and reloading.
+        max_length: number of word slots of the model, 20 in the original.
+
+    Raises:
+        ValueError: if a special token is missing or has another id, an id is negative or stands for two words, or
+            `max_length` is not positive.
+    """
+    _check_special_tokens(vocabulary, source="vocabulary")
+    if min(vocabulary.values()) < 0 or len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("Expected ids >= 0, each of one word only, got a vocabulary with negative or shared ids.")
+    if max_length < 1:
+        raise ValueError(f"Expected max_length >= 1, got {max_length}.")
+
+    backend = Tokenizer(WordLevel(dict(vocabulary), unk_token=UNK_TOKEN))
+    backend.normalizer = _build_normalizer()
+    backend.pre_tokenizer = _build_pre_tokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        unk_token=UNK_TOKEN,
+        additional_special_tokens=[GO_TOKEN],
+        padding_side="left",
+        truncation_side="right",
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        split_special_tokens=True,
+    )
+
+
+def _build_normalizer() -> Normalizer:
+    return NormalizerSequence(
+        [
+            Replace(Regex(rf"\A{_SPACES}|{_SPACES}\z"), ""),
+            Replace(Regex(_FINAL_SIGMA), "\u03c2"),
+            Lowercase(),
+            # A last piece that is "." alone: nothing or a word stands before it.
+            Replace(Regex(rf"(?:\A|(?<={_WORD}))\.\z"), ""),
+        ]
+    )
+
+
+def _build_pre_tokenizer() -> PreTokenizer:
+    return PreTokenizerSequence(
+        [
+            Split(Regex(rf"[^{_WORD[1:]}+"), behavior="isolated"),
+            Split(Regex(rf"\A{_SPACES}\z"), behavior="removed"),
+        ]
+    )
+
+
+def _check_special_tokens(vocabulary: Mapping[str, int], source: str) -> None:
+    found = {token: vocabulary.get(token) for token in SPECIAL_TOKENS}
+    if found != SPECIAL_TOKENS:
+        raise ValueError(f"Expected the special tokens {SPECIAL_TOKENS} in the {source}, got {found}.")

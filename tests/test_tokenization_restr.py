@@ -1,0 +1,159 @@
+import random
+import re
+import unicodedata
+
+import pytest
+from transformers import AutoTokenizer
+
+from modeling_restr.tokenization_restr import (
+    SPECIAL_TOKENS,
+    build_tokenizer,
+    read_vocabulary,
+    split_expression,
+    vocabulary_from_expressions,
+)
+
+PADDED = {"padding": "max_length", "truncation": True}
+# Sentence -> pieces, worked out by hand from the rule.
+PIECES = {
+    "Man": ["man"],
+    "  the   dog  ": ["the", "dog"],
+    "man, left.": ["man", ", ", "left"],
+    "man,left": ["man", ",", "left"],
+    "it's": ["it", "'", "s"],
+    "a.b.": ["a", ".", "b"],
+    "left. ": ["left"],
+    "left .": ["left", " ."],
+    "left..": ["left", ".."],
+    "left. .": ["left", ". ."],
+    ". left": [". ", "left"],
+    "...": ["..."],
+    ".": [],
+    " . ": [],
+    "": [],
+    " \t\n": [],
+    "first\nsecond.\n": ["first", "second"],
+    "snake_case 2nd 1.5": ["snake_case", "2nd", "1", ".", "5"],
+    "Café É": ["café", "é"],
+    "cafe\u0301": ["cafe", "\u0301"],  # a combining accent is not a word character
+    "ΟΔΟΣ ΣΑΣ": ["οδος", "σας"],  # a sigma at the end of a word has its own small letter
+    "½ ² Ⅷ": ["½", "²", "ⅷ"],
+    "Ⓐ dog": ["ⓐ ", "dog"],
+    "a\u00a0b\x1cc": ["a", "b", "c"],
+    "<pad> dog": ["<", "pad", "> ", "dog"],
+}
+
+
+def plain_pieces(text: str) -> list[str]:
+    """The rule, written with Python's `re` and nothing of the package."""
+    pieces = []
+    for piece in re.compile(r"(\W+)").split(text.strip().lower()):
+        if not piece.isspace() and piece != "":
+            pieces.append(piece)
+    if pieces[-1:] == ["."]:
+        pieces.pop()
+    return pieces
+
+
+def vocabulary_of(pieces: set[str]) -> dict[str, int]:
+    """Ids with a gap after every word."""
+    return SPECIAL_TOKENS | {piece: 7 + 2 * index for index, piece in enumerate(sorted(pieces))}
+
+
+@pytest.mark.parametrize("text", PIECES)
+def test_split_expression_of_known_sentences(text):
+    assert split_expression(text) == PIECES[text] == plain_pieces(text)
+
+
+@pytest.mark.parametrize("text", PIECES)
+def test_tokenizer_of_known_sentences(text):
+    pieces = PIECES[text]
+    vocabulary = vocabulary_of(set(pieces))
+    assert build_tokenizer(vocabulary)(text)["input_ids"] == [vocabulary[piece] for piece in pieces]
+
+
+def test_tokenizer_agrees_with_the_plain_rule_on_random_text():
+    letters = "aAbZ  ..,'-\n\t_17éÉΣσΑ\u0301İßǅ½²日Ⓐ\x1c\x1f\x85\u00a0\u200b😀"
+    generator = random.Random(0)
+    texts = ["".join(generator.choices(letters, k=generator.randint(0, 12))) for _ in range(5000)]
+    vocabulary = vocabulary_of({piece for text in texts for piece in plain_pieces(text)})
+    encoded = build_tokenizer(vocabulary)(texts, truncation=False)["input_ids"]
+    expected = [[vocabulary[piece] for piece in plain_pieces(text)] for text in texts]
+    assert encoded == expected
+    assert [split_expression(text) for text in texts] == [plain_pieces(text) for text in texts]
+
+
+def test_every_character_is_split_as_python_splits_it():
+    # Characters that Python's Unicode tables do not know yet may be known to tokenizers.
+    points = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    texts = ["".join(f"a{char}b " for char in points[start : start + 64]) for start in range(0, len(points), 64)]
+    vocabulary = vocabulary_of({piece for text in texts for piece in plain_pieces(text)})
+    encoded = build_tokenizer(vocabulary, max_length=10**6)(texts)["input_ids"]
+    assert encoded == [[vocabulary[piece] for piece in plain_pieces(text)] for text in texts]
+
+
+def test_pads_on_the_left_and_keeps_the_first_words():
+    words = [f"w{index}" for index in range(30)]
+    vocabulary = SPECIAL_TOKENS | {word: 4 + index for index, word in enumerate(words)}
+    tokenizer = build_tokenizer(vocabulary)
+    short = tokenizer("w0 unheard w2.", **PADDED)
+    assert short["input_ids"] == [0] * 17 + [4, 3, 6]
+    assert short["attention_mask"] == [0] * 17 + [1] * 3
+    assert tokenizer(" ".join(words), **PADDED)["input_ids"] == list(range(4, 24))
+    assert build_tokenizer(vocabulary, max_length=5)("w0", **PADDED)["input_ids"] == [0, 0, 0, 0, 4]
+
+
+def test_ids_survive_saving_and_reloading_with_gaps(tmp_path):
+    vocabulary = SPECIAL_TOKENS | {"dog": 12111, "the": 40, "left": 7, "pad": 9}
+    sentences = ["The dog, left.", "<pad> the <unk>", "dog " * 25, "it's"]
+    tokenizer = build_tokenizer(vocabulary)
+    expected = tokenizer(sentences, **PADDED)
+    for generation in range(2):
+        folder = tmp_path / str(generation)
+        tokenizer.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.get_vocab() == vocabulary
+        assert dict(tokenizer(sentences, **PADDED)) == dict(expected)
+    assert expected["input_ids"][0][-4:] == [40, 12111, 3, 7]
+    assert expected["input_ids"][1][-7:] == [3, 9, 3, 40, 3, 3, 3]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 2, 3)
+    assert (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side) == (20, "left", "right")
+
+
+def test_read_vocabulary_gives_a_repeated_word_its_last_line(tmp_path):
+    path = tmp_path / "vocabulary.txt"
+    path.write_text("<pad>\n<go>\n<eos>\n<unk>\nthe\nétoile\n\nthe\n", encoding="utf-8")
+    assert read_vocabulary(path) == SPECIAL_TOKENS | {"étoile": 5, "the": 7}
+    tokenizer = build_tokenizer(read_vocabulary(path))
+    assert tokenizer("The étoile")["input_ids"] == [7, 5]
+
+
+def test_read_vocabulary_refuses_a_file_without_the_special_tokens(tmp_path):
+    path = tmp_path / "vocabulary.txt"
+    path.write_text("<pad>\n<eos>\n<go>\n<unk>\nthe\n")
+    with pytest.raises(ValueError, match=r"vocabulary\.txt, got .*'<go>': 2"):
+        read_vocabulary(path)
+
+
+def test_vocabulary_from_expressions_orders_by_count():
+    sentences = ["The dog, left", "the cat's", "dog.", "the"]
+    words = ["the", "dog", "'", "cat", "left", "s"]
+    assert vocabulary_from_expressions(sentences) == SPECIAL_TOKENS | {word: 4 + i for i, word in enumerate(words)}
+    assert vocabulary_from_expressions(iter(sentences), min_count=2) == SPECIAL_TOKENS | {"the": 4, "dog": 5}
+    with pytest.raises(ValueError, match="one string"):
+        vocabulary_from_expressions("the dog")
+
+
+@pytest.mark.parametrize(
+    "vocabulary, max_length, message",
+    [
+        ({"<pad>": 0, "dog": 1}, 20, "special tokens"),
+        (SPECIAL_TOKENS | {"<unk>": 4}, 20, "'<unk>': 4"),
+        (SPECIAL_TOKENS | {"dog": 4, "cat": 4}, 20, "shared ids"),
+        (SPECIAL_TOKENS | {"dog": -1}, 20, "negative"),
+        (SPECIAL_TOKENS, 0, "max_length >= 1, got 0"),
+    ],
+)
+def test_build_tokenizer_refuses_bad_vocabularies(vocabulary, max_length, message):
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer(vocabulary, max_length=max_length)
