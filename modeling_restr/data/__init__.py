@@ -1,0 +1,1 @@
+"""Data for training and evaluation; never imported by the model files."""
