@@ -1,0 +1,1149 @@
+"""PyTorch ReSTR model: convolution-free referring image segmentation with transformers (arXiv 2203.16768)."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
+
+
+@dataclass
+class ReSTRFusionOutput(ModelOutput):
+    """
+    What the fusion encoders make of P patch tokens of each of B images and T words of each of N expressions.
+
+    patch_logits (`torch.Tensor` of shape `(N, P)`): <patch, classifier> of each patch.
+    patch_embeds (`torch.Tensor` of shape `(N, P, hidden_size)`): The patches that the classifier is applied to.
+    visual_embeds (`torch.Tensor` of shape `(B, P, hidden_size)`): The projected visual tokens, once an image.
+    hidden_states (`tuple[torch.Tensor]`, *optional*): The first block's input, then the output of every block.
+    attentions (`tuple[torch.Tensor]`, *optional*): Attention weights of every block.
+    """
+
+    patch_logits: torch.Tensor | None = None
+    patch_embeds: torch.Tensor | None = None
+    visual_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of [`ReSTRModel`] for N expressions about B images of h x w patches.")
+class ReSTRModelOutput(ModelOutput):
+    r"""
+    patch_logits (`torch.Tensor` of shape `(N, h, w)`):
+        One logit a patch: whether the patch belongs to what the expression refers to.
+    patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`):
+        The patches after the fusion, as the adaptive classifier sees them.
+    visual_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`):
+        The projected visual tokens that enter the fusion, once an image.
+    vision_embeds (`torch.Tensor` of shape `(B, h * w, vision_hidden_size)`):
+        The image features; pass them as `vision_embeds` to ask again without encoding the image.
+    text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
+        The word features.
+    hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `output_hidden_states=True` is passed):
+        Of the fusion encoders: the first block's input, then the output of every block.
+    attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
+        Attention weights of every block of the fusion encoders, in order. The seed encoder's have the shape
+        `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
+    """
+
+    patch_logits: torch.Tensor | None = None
+    patch_embeds: torch.Tensor | None = None
+    visual_embeds: torch.Tensor | None = None
+    vision_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+@auto_docstring(custom_intro="Output of [`ReSTRForImageSegmentation`] for N expressions about B images.")
+class ReSTRImageSegmentationOutput(ModelOutput):
+    r"""
+    loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
+        `loss_pixel + config.patch_loss_weight * loss_patch`.
+    loss_pixel (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
+        Mean binary cross entropy of `logits`.
+    loss_patch (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
+        Mean binary cross entropy of `patch_logits`; a patch is positive when any of its pixels is.
+    logits (`torch.Tensor` of shape `(N, H, W)`):
+        One logit a pixel of the model's input. Without the pixel decoder these are the patch logits.
+    patch_logits (`torch.Tensor` of shape `(N, h, w)`):
+        One logit a patch.
+    vision_embeds (`torch.Tensor` of shape `(B, h * w, vision_hidden_size)`):
+        The image features; pass them as `vision_embeds` to ask again without encoding the image.
+    text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
+        The word features.
+    hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `output_hidden_states=True` is passed):
+        Of the fusion encoders: the first block's input, then the output of every block.
+    attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
+        Attention weights of every block of the fusion encoders, in order. The seed encoder's have the shape
+        `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_pixel: torch.Tensor | None = None
+    loss_patch: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    patch_logits: torch.Tensor | None = None
+    vision_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, keys)
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()  # (batch, queries, heads, head_dim)
+    return attn_output, attn_weights
+
+
+class ReSTRAttention(nn.Module):
+    def __init__(self, config: ReSTRVisionConfig | ReSTRTextConfig | ReSTRConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (batch, heads, length, head_dim)
+        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (batch, length, hidden)
+        return self.out_proj(attn_output), attn_weights
+
+
+class ReSTRMLP(nn.Module):
+    def __init__(self, config: ReSTRVisionConfig | ReSTRTextConfig | ReSTRConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class ReSTRDropPath(nn.Module):
+    """Stochastic depth: in training, a sample's residual branch is dropped with probability `rate`, else rescaled."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return hidden_states
+        keep = 1.0 - self.rate
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class ReSTREncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block of the vision and fusion encoders."""
+
+    def __init__(self, config: ReSTRVisionConfig | ReSTRConfig, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = ReSTRAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ReSTRMLP(config)
+        self.drop_path = ReSTRDropPath(drop_path_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.drop_path(attn_output)
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm2(hidden_states)))
+
+
+class ReSTRTextLayer(GradientCheckpointingLayer):
+    """Post-norm block of the language encoder."""
+
+    def __init__(self, config: ReSTRTextConfig):
+        super().__init__()
+        self.self_attn = ReSTRAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ReSTRMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(hidden_states, attention_mask, **kwargs)
+        hidden_states = self.layer_norm1(hidden_states + attn_output)
+        return self.layer_norm2(hidden_states + self.mlp(hidden_states))
+
+
+def _pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of a config's `image_size` or `patch_size`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def resize_position_embeddings(
+    position_embeddings: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Resize the grid part of `(1, prefix + h * w, hidden_size)` position embeddings bilinearly (align_corners=False, as
+    the original does); the rows of the prefix tokens, which come first, are kept.
+    """
+    if old_grid == new_grid:
+        return position_embeddings
+    num_prefix_tokens = position_embeddings.shape[1] - old_grid[0] * old_grid[1]
+    prefix, grid = position_embeddings[:, :num_prefix_tokens], position_embeddings[:, num_prefix_tokens:]
+    grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, hidden, h, w)
+    grid = F.interpolate(grid, size=new_grid, mode="bilinear", align_corners=False)
+    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, prefix + new h * w, hidden)
+
+
+class ReSTRVisionEmbeddings(nn.Module):
+    """Patch embedding behind one class token, plus learned positions."""
+
+    def __init__(self, config: ReSTRVisionConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.grid_size = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values)  # (B, hidden, h, w)
+        positions = resize_position_embeddings(
+            self.position_embeddings, (self.grid_size, self.grid_size), (patches.shape[2], patches.shape[3])
+        )
+        class_token = self.class_embedding.expand(patches.shape[0], -1, -1)
+        return torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1) + positions  # (B, 1 + P, hidden)
+
+
+def _sinusoidal_positions(num_positions: int, dim: int) -> torch.Tensor:
+    """`(num_positions, dim)` table: sine on even, cosine on odd channels, base 10000 (Vaswani et al., 2017)."""
+    frequencies = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
+    angles = torch.arange(num_positions)[:, None] * frequencies  # (positions, ceil(dim / 2))
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
+
+
+class ReSTRTextEmbeddings(nn.Module):
+    """Word vectors plus fixed sinusoidal positions. Expressions are padded on the left: the last word has the last."""
+
+    def __init__(self, config: ReSTRTextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.register_buffer("position_embeddings", self.create_position_embeddings(), persistent=False)
+
+    def create_position_embeddings(self) -> torch.Tensor:
+        return _sinusoidal_positions(self.config.max_position_embeddings, self.config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        word_embeds = self.embed_tokens(input_ids)  # (N, T, hidden)
+        return word_embeds + self.position_embeddings[-input_ids.shape[1] :].to(word_embeds.dtype)
+
+
+@auto_docstring
+class ReSTRPreTrainedModel(PreTrainedModel):
+    config: ReSTRConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    # Both losses are means over pixels, so Trainer has to average them over accumulation steps.
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReSTREncoderLayer", "ReSTRTextLayer", "ReSTRVisionEmbeddings", "ReSTRTextEmbeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ReSTREncoderLayer, "attentions": ReSTRAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, ReSTRVisionEmbeddings):
+            init.trunc_normal_(module.class_embedding, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, ReSTRTextEmbeddings):
+            init.copy_(module.position_embeddings, module.create_position_embeddings())
+        elif isinstance(module, ReSTRFusionEncoder):
+            init.trunc_normal_(module.seed_embedding, std=std)
+            # The two matrices meet in a scalar product without scaling: this keeps its variance that of their inputs.
+            for projection in (module.patch_projection, module.classifier_projection):
+                init.normal_(projection.weight, std=self.config.hidden_size**-0.5)
+
+    @classmethod
+    def from_vision_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        config: ReSTRConfig | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> "ReSTRPreTrainedModel":
+        r"""
+        Start from the weights of a ViT; everything else is random. The paper starts from
+        `google/vit-base-patch16-384`.
+
+        A plain ViT (`model_type` `"vit"`) becomes ReSTR's own vision encoder, which computes the same and has drop
+        path. Any other encoder (DeiT, DINOv2, ...) keeps its class from transformers.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Folder or Hub id of the vision model.
+            config (`ReSTRConfig`, *optional*): All the rest of the model; its `vision_config` is replaced.
+            image_size (`int`, *optional*):
+                Side of the square input in pixels, when it is to differ from the checkpoint's: its position
+                embeddings are resized bilinearly, once.
+            kwargs: Passed to `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            `ValueError`: The vision model's sizes do not fit `config` or `image_size`.
+        """
+        vision_model = AutoModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        vision_config, state_dict = _convert_vision_model(vision_model)
+        state_dict = _resize_state_dict_positions(state_dict, vision_config, image_size)
+        values = {} if config is None else config.to_dict()
+        values["vision_config"] = vision_config
+        if config is None:
+            values["num_attention_heads"] = vision_config.num_attention_heads
+        config = ReSTRConfig(**{key: value for key, value in values.items() if key != "model_type"})
+        model = cls(config)
+        target = model.base_model.vision_model
+        missing, unexpected = target.load_state_dict(state_dict, strict=False)
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks weights that the vision encoder needs: {missing}."
+            )
+        return model
+
+
+def _convert_vision_model(vision_model: PreTrainedModel) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The config and weights under which a pretrained ViT becomes ReSTR's vision encoder; others stay as they are."""
+    config, state_dict = vision_model.config, vision_model.state_dict()
+    if config.model_type != "vit":
+        return config, state_dict
+    names = (  # the newer and the older names of transformers' ViT -> ours
+        (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
+        (r"^(?:encoder\.)?layers?\.(\d+)\.", r"layers.\1."),
+        (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.", r".self_attn.\1_proj."),
+        (r"\.attention\.(?:o_proj|output\.dense)\.", ".self_attn.out_proj."),
+        (r"\.layernorm_before\.", ".layer_norm1."),
+        (r"\.layernorm_after\.", ".layer_norm2."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
+        (r"^layernorm\.", "layer_norm."),
+    )
+    converted = {}
+    for name, tensor in state_dict.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = tensor
+    height, _ = _pair(config.image_size)
+    patch_size, _ = _pair(config.patch_size)
+    copied = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    values = {name: getattr(config, name) for name in (*copied, "layer_norm_eps", "num_channels")}
+    return ReSTRVisionConfig(image_size=height, patch_size=patch_size, **values), converted
+
+
+def _resize_state_dict_positions(
+    state_dict: dict[str, torch.Tensor], config: Any, image_size: int | None
+) -> dict[str, torch.Tensor]:
+    """Set `config.image_size` and resize the position embeddings in `state_dict` to its grid."""
+    old_size, patch_size = _pair(config.image_size), _pair(config.patch_size)
+    if image_size is None or old_size == (image_size, image_size):
+        return state_dict
+    if image_size % patch_size[0] or image_size % patch_size[1]:
+        raise ValueError(f"`image_size` must be a multiple of the patch size {patch_size}, got {image_size}.")
+    names = [name for name in state_dict if name.endswith("position_embeddings")]
+    if len(names) != 1:
+        raise ValueError(
+            f"Cannot resize the positions of a {config.model_type!r} encoder to `image_size={image_size}`: expected "
+            f"one tensor named 'position_embeddings', found {names}. Leave `image_size` at {old_size}."
+        )
+    old_grid = (old_size[0] // patch_size[0], old_size[1] // patch_size[1])
+    new_grid = (image_size // patch_size[0], image_size // patch_size[1])
+    config.image_size = image_size
+    return {**state_dict, names[0]: resize_position_embeddings(state_dict[names[0]], old_grid, new_grid)}
+
+
+@auto_docstring(custom_intro="The vision encoder of ReSTR: a plain pre-norm ViT with one class token.")
+class ReSTRVisionModel(ReSTRPreTrainedModel):
+    config: ReSTRVisionConfig
+    base_model_prefix = "vision_model"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: ReSTRVisionConfig):
+        super().__init__(config)
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.embeddings = ReSTRVisionEmbeddings(config)
+        self.layers = nn.ModuleList([ReSTREncoderLayer(config, rate) for rate in rates])
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Returns:
+            `last_hidden_state` of shape `(B, 1 + P, hidden_size)` with the class token first, and the class token
+            as `pooler_output`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRVisionConfig, ReSTRVisionModel
+
+        >>> model = ReSTRVisionModel(ReSTRVisionConfig(num_hidden_layers=2, image_size=64))
+        >>> model(torch.zeros(1, 3, 64, 64)).last_hidden_state.shape
+        torch.Size([1, 17, 768])
+        ```"""
+        _check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values.to(self.embeddings.patch_embedding.weight.dtype))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layer_norm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+
+@auto_docstring(custom_intro="The language encoder of ReSTR: word vectors, post-norm blocks, a projection.")
+class ReSTRTextModel(ReSTRPreTrainedModel):
+    config: ReSTRTextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": ReSTRTextLayer, "attentions": ReSTRAttention}
+
+    def __init__(self, config: ReSTRTextConfig):
+        super().__init__(config)
+        self.embeddings = ReSTRTextEmbeddings(config)
+        self.layers = nn.ModuleList([ReSTRTextLayer(config) for _ in range(config.num_hidden_layers)])
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim)
+        self.layer_norm = nn.LayerNorm(config.projection_dim, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        input_ids (`torch.Tensor` of shape `(N, T)`):
+            Word ids, padded on the left; T is at most `config.max_position_embeddings`.
+        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
+            0 for slots to keep out of the attention. The original attends to every slot, which is the default.
+
+        Returns:
+            `last_hidden_state` of shape `(N, T, projection_dim)`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRTextConfig, ReSTRTextModel
+
+        >>> model = ReSTRTextModel(ReSTRTextConfig(vocab_size=100))
+        >>> model(torch.ones(1, 20, dtype=torch.long)).last_hidden_state.shape
+        torch.Size([1, 20, 768])
+        ```"""
+        _check_input_ids(input_ids, self.config)
+        hidden_states = self.embeddings(input_ids)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(self.projection(hidden_states)))
+
+
+def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos_encoding: bool) -> None:
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` must have the shape (batch, {config.num_channels}, height, width), got "
+            f"{tuple(pixel_values.shape)}."
+        )
+    size, expected = (pixel_values.shape[2], pixel_values.shape[3]), _pair(config.image_size)
+    if size != expected and not interpolate_pos_encoding:
+        raise ValueError(
+            f"`pixel_values` have {size[0]}x{size[1]} pixels, but the model expects {expected[0]}x{expected[1]}. "
+            f"Resize them with the processor, or pass `interpolate_pos_encoding=True`."
+        )
+    patch_size = _pair(config.patch_size)
+    if size[0] % patch_size[0] or size[1] % patch_size[1]:
+        raise ValueError(
+            f"`pixel_values` have {size[0]}x{size[1]} pixels, which patches of {patch_size[0]}x{patch_size[1]} do not "
+            f"divide: use multiples of the patch size."
+        )
+
+
+def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
+    if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= config.max_position_embeddings:
+        raise ValueError(
+            f"`input_ids` must have the shape (expressions, words) with at most {config.max_position_embeddings} "
+            f"words, got {tuple(input_ids.shape)}."
+        )
+
+
+class ReSTRFusionEncoder(ReSTRPreTrainedModel):
+    """
+    Fuses P visual tokens with T word features and a learned class seed into patches and an adaptive classifier
+    (section 3.2 of the paper; the variants are those of its ablation).
+
+    - `"coupled"`: visual-linguistic encoder over [patches ; words], then seed encoder over [its words ; seed].
+    - `"independent"`: the same two, but the seed encoder sees the words that entered the first one.
+    - `"vanilla"`: one encoder over [patches ; words ; seed].
+    """
+
+    def __init__(self, config: ReSTRConfig):
+        super().__init__(config)
+        dim = config.hidden_size
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, dim)
+        self.text_projection = nn.Linear(config.text_config.projection_dim, dim)
+        self.seed_embedding = nn.Parameter(torch.zeros(1, 1, dim))
+        self.layers = self._create_layers(config)
+        self.seed_layers = self._create_layers(config) if config.fusion_type != "vanilla" else None
+        self.layer_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.patch_projection = nn.Linear(dim, dim, bias=False)
+        self.classifier_projection = nn.Linear(dim, dim, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def _create_layers(config: ReSTRConfig) -> nn.ModuleList:
+        return nn.ModuleList(
+            [ReSTREncoderLayer(config) for _ in range(1 if config.share_fusion_layers else config.num_fusion_layers)]
+        )
+
+    def _encode(
+        self,
+        layers: nn.ModuleList,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Apply one encoder; the 2D `attention_mask` is 0 for keys that nobody attends to."""
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        repeats = self.config.num_fusion_layers // len(layers)
+        for layer in list(layers) * repeats:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+    def project(
+        self, vision_embeds: torch.Tensor, text_embeds: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """L2-normalise and project both modalities, (B, P, hidden) and (N, T, hidden); padding slots become 0."""
+        visual_embeds = self.visual_projection(F.normalize(vision_embeds, dim=-1))
+        word_embeds = self.text_projection(F.normalize(text_embeds, dim=-1))
+        return visual_embeds, word_embeds * attention_mask[..., None].to(word_embeds.dtype)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        vision_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_indices: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ReSTRFusionOutput:
+        r"""
+        Args:
+            vision_embeds (`torch.Tensor` of shape `(B, P, vision_hidden_size)`): Image features.
+            text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`): Word features.
+            attention_mask (`torch.Tensor` of shape `(N, T)`): 0 for padding slots.
+            image_indices (`torch.Tensor` of shape `(N,)`): Which image each expression is about.
+        """
+        num_patches, num_words = vision_embeds.shape[1], text_embeds.shape[1]
+        visual_embeds, words = self.project(vision_embeds, text_embeds, attention_mask)
+        patches = visual_embeds.index_select(0, image_indices)  # (N, P, hidden)
+        seed = self.seed_embedding.expand(words.shape[0], -1, -1)  # (N, 1, hidden)
+        patch_mask = seed_mask = None
+        if not self.config.attend_to_padding:
+            word_mask = attention_mask.to(torch.bool)
+            patch_mask = F.pad(word_mask, (num_patches, 0), value=True)  # (N, P + T)
+            seed_mask = F.pad(word_mask, (0, 1), value=True)  # (N, T + 1)
+
+        if self.config.fusion_type == "vanilla":
+            mask = None if patch_mask is None else F.pad(patch_mask, (0, 1), value=True)  # (N, P + T + 1)
+            tokens = self._encode(self.layers, torch.cat([patches, words, seed], dim=1), mask, **kwargs)
+            tokens = self.layer_norm(tokens)
+            patches, seed = tokens[:, :num_patches], tokens[:, -1:]
+        else:
+            tokens = self._encode(self.layers, torch.cat([patches, words], dim=1), patch_mask, **kwargs)
+            if self.config.fusion_type == "independent":
+                patches = self.layer_norm(tokens[:, :num_patches])
+            else:
+                patches, words = tokens.split([num_patches, num_words], dim=1)
+            tokens = self._encode(self.seed_layers, torch.cat([words, seed], dim=1), seed_mask, **kwargs)
+            seed = self.layer_norm(tokens[:, -1:])
+
+        patches = self.patch_projection(patches)  # (N, P, hidden)
+        classifier = self.classifier_projection(seed)  # (N, 1, hidden)
+        patch_logits = (patches @ classifier.transpose(1, 2)).squeeze(2)  # (N, P)
+        return ReSTRFusionOutput(patch_logits=patch_logits, patch_embeds=patches, visual_embeds=visual_embeds)
+
+
+class ReSTRPixelDecoder(nn.Module):
+    """
+    Upsamples [projected visual tokens ; patches weighted with their logits] to pixels: each block is a bilinear x2
+    upsampling, a linear map of the channels without bias and a LeakyReLU; a last linear map leaves one channel.
+
+    The channel map acts on channels alone and the upsampling on space alone, so the map comes first: the same numbers
+    with a quarter of the work. The first map is a sum of a part that depends on the image alone, computed once an
+    image, and a part that depends on the expression.
+
+    There are `ceil(log2(patch_size))` blocks; the last one upsamples to exactly the input's size, so that patch sizes
+    that are no power of two (DINOv2 has 14) work as well.
+    """
+
+    def __init__(self, config: ReSTRConfig):
+        super().__init__()
+        dim = config.hidden_size
+        self.patch_size = _pair(config.vision_config.patch_size)
+        num_blocks = max(1, math.ceil(math.log2(max(self.patch_size))))
+        widths = [max(1, dim // 2**index) for index in range(num_blocks)]
+        self.layers = nn.ModuleList(
+            [nn.Linear(in_dim, out_dim, bias=False) for in_dim, out_dim in zip([2 * dim, *widths], widths)]
+        )
+        self.head = nn.Linear(widths[-1], 1, bias=False)
+        self.activation_fn = nn.LeakyReLU(0.01)
+
+    def _upsample(self, hidden_states: torch.Tensor, block: int, grid: tuple[int, int]) -> torch.Tensor:
+        if block == len(self.layers) - 1:
+            size = (grid[0] * self.patch_size[0], grid[1] * self.patch_size[1])
+        else:
+            size = (hidden_states.shape[2] * 2, hidden_states.shape[3] * 2)
+        return F.interpolate(hidden_states, size=size, mode="bilinear", align_corners=True)
+
+    def forward(
+        self,
+        visual_embeds: torch.Tensor,
+        patch_embeds: torch.Tensor,
+        patch_logits: torch.Tensor,
+        image_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            visual_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`): Projected visual tokens.
+            patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`): Fused patches.
+            patch_logits (`torch.Tensor` of shape `(N, h, w)`): Their logits.
+            image_indices (`torch.Tensor` of shape `(N,)`): Which image each expression is about.
+
+        Returns:
+            `torch.Tensor` of shape `(N, H, W)`: Pixel logits.
+        """
+        grid = (patch_logits.shape[1], patch_logits.shape[2])
+        visual_weight, masked_weight = self.layers[0].weight.chunk(2, dim=1)  # (hidden, hidden) each
+        visual_part = F.linear(visual_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
+        # The patch logit is a scalar a patch, so it may scale the patch after the linear map.
+        hidden_states = F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
+        hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)  # (N, hidden, h, w)
+        hidden_states = self.activation_fn(self._upsample(hidden_states, 0, grid))
+        for block, layer in enumerate(self.layers[1:], start=1):
+            hidden_states = F.conv2d(hidden_states, layer.weight[..., None, None])  # (N, hidden / 2 ** block, ...)
+            hidden_states = self.activation_fn(self._upsample(hidden_states, block, grid))
+        return F.conv2d(hidden_states, self.head.weight[..., None, None]).squeeze(1)  # (N, H, W)
+
+
+def _check_image_indices(image_indices: torch.Tensor, num_images: int, num_expressions: int) -> None:
+    if image_indices.shape != (num_expressions,):
+        raise ValueError(
+            f"`image_indices` must have one entry an expression, shape ({num_expressions},), got "
+            f"{tuple(image_indices.shape)}."
+        )
+    if torch.compiler.is_compiling():  # a look at the values would break the graph
+        return
+    if num_expressions and not 0 <= int(image_indices.min()) <= int(image_indices.max()) < num_images:
+        raise ValueError(
+            f"`image_indices` must be in [0, {num_images}) for {num_images} images, got {image_indices.tolist()}."
+        )
+
+
+@auto_docstring(
+    custom_intro="ReSTR up to its patch logits: image and language encoders and their fusion, no pixel decoder."
+)
+class ReSTRModel(ReSTRPreTrainedModel):
+    _keys_to_ignore_on_load_unexpected = [r"^pixel_decoder\."]
+
+    def __init__(self, config: ReSTRConfig):
+        super().__init__(config)
+        if config.vision_config.model_type == ReSTRVisionConfig.model_type:
+            self.vision_model = ReSTRVisionModel(config.vision_config)
+        else:
+            self.vision_model = AutoModel.from_config(config.vision_config)
+            # The pooler would be weights without gradients.
+            if getattr(self.vision_model, "pooler", None) is not None:
+                self.vision_model.pooler = None
+        self.text_model = ReSTRTextModel(config.text_config)
+        self.fusion = ReSTRFusionEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Returns:
+            The vision encoder's output with the patch tokens, without any prefix token, as `pooler_output` of shape
+            `(B, P, vision_hidden_size)`: what `vision_embeds` takes.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRConfig, ReSTRModel
+
+        >>> model = ReSTRModel(ReSTRConfig()).eval()
+        >>> model.get_image_features(torch.zeros(1, 3, 480, 480)).pooler_output.shape
+        torch.Size([1, 900, 768])
+        ```"""
+        config = self.config.vision_config
+        _check_pixel_values(pixel_values, config, interpolate_pos_encoding)
+        # Some encoders (DINOv2) interpolate their positions unasked and do not take the argument.
+        if "interpolate_pos_encoding" in inspect.signature(self.vision_model.forward).parameters:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        outputs = self.vision_model(pixel_values, **kwargs)
+        patch_size = _pair(config.patch_size)
+        num_patches = (pixel_values.shape[2] // patch_size[0]) * (pixel_values.shape[3] // patch_size[1])
+        if outputs.last_hidden_state.shape[1] < num_patches:
+            raise ValueError(
+                f"A {config.model_type!r} encoder returned {outputs.last_hidden_state.shape[1]} tokens for "
+                f"{num_patches} patches: only plain ViTs can be the vision encoder."
+            )
+        outputs.pooler_output = outputs.last_hidden_state[:, -num_patches:]  # prefix tokens come first
+        return outputs
+
+    @can_return_tuple
+    @auto_docstring
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Returns:
+            The language encoder's output with the word features as `pooler_output` of shape
+            `(N, T, projection_dim)`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRConfig, ReSTRModel
+
+        >>> model = ReSTRModel(ReSTRConfig()).eval()
+        >>> model.get_text_features(torch.ones(1, 20, dtype=torch.long)).pooler_output.shape
+        torch.Size([1, 20, 768])
+        ```"""
+        self._check_text(input_ids, attention_mask)
+        if self.config.attend_to_padding:
+            attention_mask = None
+        elif attention_mask is None:
+            attention_mask = self._default_attention_mask(input_ids)
+        outputs = self.text_model(input_ids, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _default_attention_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return (input_ids != self.config.text_config.pad_token_id).long()
+
+    def _check_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        _check_input_ids(input_ids, self.config.text_config)
+        num_slots = self.config.text_config.max_position_embeddings
+        if self.config.attend_to_padding and input_ids.shape[1] != num_slots:
+            raise ValueError(
+                f"`input_ids` have {input_ids.shape[1]} word slots. With `config.attend_to_padding=True` padding is "
+                f"part of the computation, so every expression must be padded to {num_slots} slots, as the processor "
+                f"does."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+
+    def _patch_grid(
+        self, num_patches: int, pixel_values: torch.Tensor | None, image_size: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        """(h, w) of the patches: of the pixels where they are given, else of `image_size`, else a square."""
+        patch_size = _pair(self.config.vision_config.patch_size)
+        if pixel_values is not None:
+            image_size = (pixel_values.shape[2], pixel_values.shape[3])
+        elif image_size is None:
+            side = math.isqrt(num_patches)
+            image_size = (side * patch_size[0], side * patch_size[1])
+        grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
+        if grid[0] * grid[1] != num_patches:
+            raise ValueError(
+                f"`vision_embeds` have {num_patches} patches, expected {grid[0]} x {grid[1]} for an input of "
+                f"{image_size[0]}x{image_size[1]} pixels. Where the input was not square, pass its (height, width) as "
+                f"`image_size`."
+            )
+        return grid
+
+    def _prepare_vision_embeds(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_embeds: torch.Tensor | ModelOutput | None,
+        interpolate_pos_encoding: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Image features of shape (B, P, vision_hidden_size), computed or checked."""
+        if (pixel_values is None) == (vision_embeds is None):
+            given = "neither" if pixel_values is None else "both"
+            raise ValueError(f"Expected exactly one of `pixel_values` and `vision_embeds`, got {given}.")
+        if pixel_values is not None:
+            return self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs).pooler_output
+        if isinstance(vision_embeds, ModelOutput):
+            vision_embeds = vision_embeds.pooler_output
+        hidden_size = self.config.vision_config.hidden_size
+        if vision_embeds.ndim != 3 or vision_embeds.shape[2] != hidden_size:
+            raise ValueError(
+                f"`vision_embeds` must have the shape (images, patches, {hidden_size}), as "
+                f"`get_image_features(...).pooler_output` has, got {tuple(vision_embeds.shape)}."
+            )
+        return vision_embeds.to(self.fusion.visual_projection.weight.dtype)
+
+    def _prepare_image_indices(
+        self, image_indices: torch.Tensor | None, num_images: int, input_ids: torch.Tensor
+    ) -> torch.Tensor:
+        num_expressions = input_ids.shape[0]
+        if image_indices is not None:
+            _check_image_indices(image_indices, num_images, num_expressions)
+            return image_indices.to(device=input_ids.device, dtype=torch.long)
+        if num_images == 1:
+            return torch.zeros(num_expressions, dtype=torch.long, device=input_ids.device)
+        if num_images == num_expressions:
+            return torch.arange(num_images, device=input_ids.device)
+        raise ValueError(
+            f"Got {num_images} images and {num_expressions} expressions: pass `image_indices`, the index of the image "
+            f"that each expression is about (the processor returns them)."
+        )
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | ModelOutput | None = None,
+        interpolate_pos_encoding: bool = False,
+        image_size: tuple[int, int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ReSTRModelOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*):
+            Images; each is encoded once, however many expressions are about it.
+        input_ids (`torch.Tensor` of shape `(N, T)`):
+            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
+        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
+            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
+        image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
+            Which image each expression is about. By default all 0 for one image, and one expression an image for
+            as many expressions as images.
+        vision_embeds (`torch.Tensor` of shape `(B, P, vision_hidden_size)`, *optional*):
+            Image features from [`~ReSTRModel.get_image_features`], instead of `pixel_values`.
+        image_size (`tuple[int, int]`, *optional*):
+            (height, width) of the pixels that `vision_embeds` are from; needed only when they were not square.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRConfig, ReSTRModel
+
+        >>> model = ReSTRModel(ReSTRConfig()).eval()
+        >>> outputs = model(pixel_values=torch.zeros(1, 3, 480, 480), input_ids=torch.ones(2, 20, dtype=torch.long))
+        >>> outputs.patch_logits.shape  # two expressions about one image
+        torch.Size([2, 30, 30])
+        ```"""
+        if input_ids is None:
+            raise ValueError("Expected `input_ids`, the words of at least one expression, got none.")
+        self._check_text(input_ids, attention_mask)
+        vision_embeds = self._prepare_vision_embeds(pixel_values, vision_embeds, interpolate_pos_encoding, **kwargs)
+        grid = self._patch_grid(vision_embeds.shape[1], pixel_values, image_size)
+        image_indices = self._prepare_image_indices(image_indices, vision_embeds.shape[0], input_ids)
+        if attention_mask is None:
+            attention_mask = self._default_attention_mask(input_ids)
+        text_embeds = self.get_text_features(input_ids, attention_mask, **kwargs).pooler_output
+        outputs = self.fusion(vision_embeds, text_embeds, attention_mask, image_indices, **kwargs)
+        return ReSTRModelOutput(
+            patch_logits=outputs.patch_logits.unflatten(1, grid),
+            patch_embeds=outputs.patch_embeds,
+            visual_embeds=outputs.visual_embeds,
+            vision_embeds=vision_embeds,
+            text_embeds=text_embeds,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
+    if labels.ndim != 3 or labels.shape[0] != num_expressions:
+        raise ValueError(
+            f"`labels` must have the shape (expressions, height, width) with {num_expressions} expressions, got "
+            f"{tuple(labels.shape)}."
+        )
+    if torch.compiler.is_compiling():  # a look at the values would break the graph
+        return
+    low, high = labels.aminmax()
+    if low < 0 or high > 1:
+        raise ValueError(f"`labels` must be 0 or 1, got values from {low.item()} to {high.item()}.")
+
+
+@auto_docstring(custom_intro="ReSTR for referring image segmentation: one mask for each expression about an image.")
+class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
+    def __init__(self, config: ReSTRConfig):
+        super().__init__(config)
+        self.model = ReSTRModel(config)
+        self.pixel_decoder = ReSTRPixelDecoder(config) if config.use_pixel_decoder else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        See [`ReSTRModel.get_image_features`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation
+
+        >>> model = ReSTRForImageSegmentation(ReSTRConfig()).eval()
+        >>> vision_embeds = model.get_image_features(torch.zeros(1, 3, 480, 480)).pooler_output
+        >>> model(vision_embeds=vision_embeds, input_ids=torch.ones(1, 20, dtype=torch.long)).logits.shape
+        torch.Size([1, 480, 480])
+        ```"""
+        return self.model.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+
+    @auto_docstring
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        See [`ReSTRModel.get_text_features`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation
+
+        >>> model = ReSTRForImageSegmentation(ReSTRConfig()).eval()
+        >>> model.get_text_features(torch.ones(1, 20, dtype=torch.long)).pooler_output.shape
+        torch.Size([1, 20, 768])
+        ```"""
+        return self.model.get_text_features(input_ids, attention_mask, **kwargs)
+
+    def loss_function(
+        self, logits: torch.Tensor, patch_logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Total, pixel and patch loss (scalars) of (N, H, W) and (N, h, w) logits for (N, any, any) labels."""
+        labels = labels[:, None].to(logits.dtype)  # (N, 1, height, width)
+        logits = logits[:, None]
+        if logits.shape != labels.shape:
+            logits = F.interpolate(logits, size=labels.shape[2:], mode="bilinear", align_corners=True)
+        loss_pixel = F.binary_cross_entropy_with_logits(logits, labels)
+        patch_labels = F.adaptive_max_pool2d(labels, patch_logits.shape[1:])
+        loss_patch = F.binary_cross_entropy_with_logits(patch_logits[:, None], patch_labels)
+        return loss_pixel + self.config.patch_loss_weight * loss_patch, loss_pixel, loss_patch
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | ModelOutput | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        image_size: tuple[int, int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ReSTRImageSegmentationOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*):
+            Images; each is encoded once, however many expressions are about it.
+        input_ids (`torch.Tensor` of shape `(N, T)`):
+            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
+        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
+            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
+        image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
+            Which image each expression is about. By default all 0 for one image, and one expression an image for
+            as many expressions as images.
+        vision_embeds (`torch.Tensor` of shape `(B, P, vision_hidden_size)`, *optional*):
+            Image features from [`~ReSTRForImageSegmentation.get_image_features`], instead of `pixel_values`.
+        labels (`torch.Tensor` of shape `(N, height, width)`, *optional*):
+            Masks of 0 and 1. Where their size differs from that of the logits, the logits are resized.
+        image_size (`tuple[int, int]`, *optional*):
+            (height, width) of the pixels that `vision_embeds` are from; needed only when they were not square.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation
+
+        >>> model = ReSTRForImageSegmentation(ReSTRConfig()).eval()
+        >>> outputs = model(pixel_values=torch.zeros(1, 3, 480, 480), input_ids=torch.ones(2, 20, dtype=torch.long))
+        >>> outputs.logits.shape  # two expressions about one image
+        torch.Size([2, 480, 480])
+        ```"""
+        if labels is not None and input_ids is not None:
+            _check_labels(labels, input_ids.shape[0])
+        outputs = self.model(
+            pixel_values=pixel_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_indices=image_indices,
+            vision_embeds=vision_embeds,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            image_size=image_size,
+            **kwargs,
+        )
+        logits = outputs.patch_logits
+        if self.pixel_decoder is not None:
+            indices = self.model._prepare_image_indices(image_indices, outputs.vision_embeds.shape[0], input_ids)
+            logits = self.pixel_decoder(outputs.visual_embeds, outputs.patch_embeds, outputs.patch_logits, indices)
+        loss = loss_pixel = loss_patch = None
+        if labels is not None:
+            loss, loss_pixel, loss_patch = self.loss_function(logits, outputs.patch_logits, labels)
+        return ReSTRImageSegmentationOutput(
+            loss=loss,
+            loss_pixel=loss_pixel,
+            loss_patch=loss_patch,
+            logits=logits,
+            patch_logits=outputs.patch_logits,
+            vision_embeds=outputs.vision_embeds,
+            text_embeds=outputs.text_embeds,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "ReSTRForImageSegmentation",
+    "ReSTRFusionEncoder",
+    "ReSTRImageSegmentationOutput",
+    "ReSTRModel",
+    "ReSTRModelOutput",
+    "ReSTRPixelDecoder",
+    "ReSTRPreTrainedModel",
+    "ReSTRTextModel",
+    "ReSTRVisionModel",
+]
