@@ -10,10 +10,10 @@ geometry with a margin before it is put into words, so that no reader would disp
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ RELATION_PHRASES = {
         "{0} on the right of {1}",
         "{0} on the right side of {1}",
     ),
-    "above": ("{0} above {1}", "{0} over {1}", "{0} that is above {1}", "{0} higher than {1}"),
+    "above": ("{0} above {1}", "{0} over {1}", "{0} that is above {1}"),
     "below": ("{0} below {1}", "{0} under {1}", "{0} that is below {1}", "{0} beneath {1}", "{0} underneath {1}"),
     "nearest": ("{0} closest to {1}", "{0} nearest to {1}", "{0} nearest {1}"),
     "next": ("{0} next to {1}", "{0} close to {1}", "{0} near {1}", "{0} by {1}"),
@@ -129,7 +130,7 @@ RELATION_PHRASES = {
 
 # How often each kind is asked for in a scene that offers it. Not every scene offers an order, so its weight is above
 # the share that it ends with (about 35 % attribute, 25 % place, 15 % order, 25 % relation).
-EXPRESSION_WEIGHTS = {"attribute": 0.34, "place": 0.22, "order": 0.26, "relation": 0.25}
+EXPRESSION_WEIGHTS = {"attribute": 0.35, "place": 0.235, "order": 0.195, "relation": 0.255}
 
 CLEAR_GAP = 0.12  # of the image's side, between shapes that a place, an order or a side tells apart
 
@@ -216,14 +217,17 @@ def draw_scene(
     if background is not None:
         _check_background(background)
     canvas = _paint_background(rng, size) if background is None else _crop_photograph(rng, size, background)
-    for attempt in itertools.count():
-        # A background on which little stands out must not be tried for ever: ask for a little less each time.
-        shapes = _place_shapes(rng, canvas, MIN_CONTRAST * 0.93**attempt)
+    min_contrast = MIN_CONTRAST
+    while True:
+        shapes = _place_shapes(rng, canvas, min_contrast)
+        min_contrast *= 0.93  # a background on which little stands out must not be tried for ever
         if len(shapes) < MIN_SHAPES:
             continue
-        image, masks, visible_shares = paint_shapes(canvas, shapes)
-        expressions = _express(rng, shapes, size, expressions_per_scene)
-        if expressions and visible_shares.min() >= MIN_VISIBLE_SHARE:
+        image, masks, areas = paint_shapes(canvas, shapes)
+        if (masks.sum(axis=(1, 2)) < MIN_VISIBLE_SHARE * areas).any():
+            continue
+        expressions = _express(rng, _Geometry(shapes, areas, size), expressions_per_scene)
+        if expressions:
             return Scene(image, masks, tuple(shapes), expressions)
 
 
@@ -309,9 +313,11 @@ def load_backgrounds(folder_or_paths: str | Path | Sequence[str | Path], image_s
 def _load_background(path: Path, image_size: int) -> np.ndarray:
     with Image.open(path) as image:
         scale = min(1.0, image_size / min(image.size))
-        image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-        small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        return np.asarray(image.convert("RGB").resize(small, Image.Resampling.BOX))
+        image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # a fast coarse JPEG
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    scale = min(1.0, image_size / min(upright.size))
+    small = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
+    return np.asarray(upright.resize(small, Image.Resampling.BOX))
 
 
 def _check_positive(name: str, number: int) -> None:
@@ -340,12 +346,8 @@ def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 
 def _pick_weighted(rng: np.random.Generator, weights: dict[T, float]) -> T:
-    threshold = rng.random() * sum(weights.values())
-    for item, weight in weights.items():
-        threshold -= weight
-        if threshold < 0:
-            break
-    return item
+    thresholds = list(itertools.accumulate(weights.values()))
+    return list(weights)[bisect.bisect(thresholds, rng.random() * thresholds[-1])]
 
 
 def _sample(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
@@ -385,8 +387,8 @@ def _ramp(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 def _paint_background(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """A plain colour, a gradient or a noise texture, (height, width, 3) float32 in [0, 255]."""
     style = _pick_weighted(rng, {"plain": 0.3, "gradient": 0.3, "noise": 0.4})
-    middle = rng.uniform(20, 240, 3)
-    middle += (middle.mean() - middle) * rng.random()  # from a saturated colour to grey
+    brightness, hue = rng.uniform(15, 240), rng.uniform(-1, 1, 3)
+    middle = np.clip(brightness + (hue - hue.mean()) * rng.uniform(0, 90), 15, 240)
     if style == "plain":
         field = np.zeros(size, dtype=np.float32)
     else:
@@ -410,7 +412,7 @@ def _crop_photograph(rng: np.random.Generator, size: tuple[int, int], photograph
     pixels = gray + (pixels - gray) * np.float32(rng.uniform(0.3, 0.9))
     mean = pixels.mean()
     pixels = mean + (pixels - mean) * np.float32(rng.uniform(0.5, 0.95))
-    return np.clip(pixels * np.float32(rng.uniform(0.6, 1.1)), 0, 255)
+    return np.clip(pixels * np.float32(rng.uniform(0.5, 1.2)), 0, 255)
 
 
 # --- Shapes -----------------------------------------------------------------------------------------------------------
@@ -427,16 +429,24 @@ def _heart() -> np.ndarray:
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     x = 16 * np.sin(angles) ** 3
     y = -(13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles))
-    return np.stack([x, y - 1.0], axis=1) / 15.5
+    return np.stack([x, y + 0.85], axis=1) / 15.5  # 0.85 centres the area
+
+
+def _crescent(outer: float = 1.1, inner: float = 0.9, shift: float = 0.5) -> np.ndarray:
+    """A disc of radius `outer` without the disc of radius `inner` whose centre is `shift` to the right of its own."""
+    tip = (outer**2 - inner**2 + shift**2) / (2 * shift)  # x where the circles meet
+    outer_angle, inner_angle = math.acos(tip / outer), math.acos((tip - shift) / inner)
+    outward = np.linspace(outer_angle, 2 * math.pi - outer_angle, 32)
+    inward = np.linspace(2 * math.pi - inner_angle, inner_angle, 24)
+    x = np.concatenate([outer * np.cos(outward), inner * np.cos(inward) + shift])
+    y = np.concatenate([outer * np.sin(outward), inner * np.sin(inward)])
+    return np.stack([x + 0.46, y], axis=1)  # 0.46 centres the area
 
 
 def _plus(arm: float = 0.34, reach: float = 1.05) -> np.ndarray:
     quarter = np.array([(arm, -arm), (arm, -reach), (-arm, -reach)])
-    turns = [np.array([(0, -1), (1, 0)]), np.eye(2)]
-    points = [quarter]
-    for _ in range(3):
-        points.append(points[-1] @ turns[0])
-    return np.concatenate(points)
+    quarter_turn = np.array([(0, -1), (1, 0)])
+    return np.concatenate([quarter @ np.linalg.matrix_power(quarter_turn, turns) for turns in range(4)])
 
 
 # What is filled and then what is cut out, in units of the radius and around the centre of the filled area.
@@ -450,12 +460,12 @@ OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "cross": (_plus(),),
     "heart": (_heart(),),
     "diamond": (np.array([(0, -1.28), (0.8, 0), (0, 1.28), (-0.8, 0)]),),
-    "crescent": (_polygon(48, radii=(1.1,)) + (0.42, 0), _polygon(48, radii=(0.9,)) + (0.92, 0)),
+    "crescent": (_crescent(),),
 }
 # The reach of each outline from the centre, in units of the radius.
 REACHES = {kind: float(np.hypot(*outlines[0].T).max()) for kind, outlines in OUTLINES.items()}
 # The largest rotation in degrees that leaves the name alone: a square on its tip would be a diamond.
-MAX_ROTATIONS = defaultdict(lambda: 180.0, square=12.0, cross=14.0, diamond=10.0, heart=25.0)
+MAX_ROTATIONS = {"square": 12.0, "cross": 14.0, "diamond": 10.0, "heart": 25.0}
 SUPERSAMPLING = 3
 
 
@@ -497,7 +507,7 @@ def _texture(shape: Shape, left: int, top: int, side: int) -> np.ndarray:
 
 def _stripes(along: np.ndarray, radius: float) -> np.ndarray:
     period = max(4.5, 0.5 * radius)
-    return np.clip(0.5 + 1.5 * np.sin(along * (2 * math.pi / period)), 0, 1)
+    return np.clip(0.35 + 1.5 * np.sin(along * (2 * math.pi / period)), 0, 1)
 
 
 def _dots(along: np.ndarray, across: np.ndarray, radius: float) -> np.ndarray:
@@ -514,7 +524,7 @@ def paint_shapes(canvas: np.ndarray, shapes: Sequence[Shape]) -> tuple[np.ndarra
 
     Returns:
         The image (height, width, 3) uint8, the visible part of each shape (num_shapes, height, width) bool, and the
-        visible share of each shape (num_shapes,).
+        number of pixels of each whole shape, visible or not, (num_shapes,).
     """
     pixels = canvas.astype(np.float32)
     masks = np.zeros((len(shapes), *canvas.shape[:2]), dtype=bool)
@@ -533,7 +543,7 @@ def paint_shapes(canvas: np.ndarray, shapes: Sequence[Shape]) -> tuple[np.ndarra
         share = coverage[..., None] * np.float32(1 / 255)
         pixels[window] += (_texture(shape, left, top, side)[:height, :width] - pixels[window]) * share
     image = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
-    return image, masks, masks.sum(axis=(1, 2)) / np.maximum(areas, 1)
+    return image, masks, areas
 
 
 # --- Layout -----------------------------------------------------------------------------------------------------------
@@ -553,7 +563,7 @@ def _plan_shapes(rng: np.random.Generator, colors: Sequence[str]) -> list[_Plan]
 
     Some scenes hold a group of look-alikes, scattered or in an order; all draw the rest from a few kinds and colours.
     """
-    count = _pick_weighted(rng, {3: 0.06, 4: 0.18, 5: 0.3, 6: 0.28, 7: 0.18})
+    count = _pick_weighted(rng, {3: 0.06, 4: 0.16, 5: 0.3, 6: 0.3, 7: 0.18})
     kinds = _sample(rng, list(NOUNS), int(rng.integers(2, 5)))
     colors = _sample(rng, colors, int(rng.integers(2, 6)))
     layout = _pick_weighted(rng, {"mixed": 0.3, "twins": 0.3, "line": 0.4})
@@ -593,13 +603,14 @@ def _plan_group(
 def _place_shapes(rng: np.random.Generator, canvas: np.ndarray, min_contrast: float) -> list[Shape]:
     """Give each planned shape a place inside the frame, clear of the others and of backgrounds of its own colour."""
     backdrop = _Backdrop(canvas)
-    colors = [name for name, ends in COLOR_RANGES.items() if backdrop.share_apart(ends, min_contrast) > 0.6]
+    colors = backdrop.colors_apart(min_contrast)
     if len(colors) < 2:
         return []
     looseness = rng.uniform(0.94, 1.15)  # under 1 a shape may overlap its neighbour a little
+    sizes = ("large", "medium", "small")
     shapes: list[Shape] = []
     for plan in _plan_shapes(rng, colors):
-        for size in dict.fromkeys((plan.size, "small")):  # where the planned size has no room a small shape may have
+        for size in sizes[sizes.index(plan.size) :]:  # where the planned size has no room, a smaller shape may have
             shape = _dress(rng, plan._replace(size=size), min(canvas.shape[:2]))
             center = _find_place(rng, plan, shape, shapes, backdrop, looseness, min_contrast)
             if center is not None:
@@ -612,7 +623,7 @@ def _place_shapes(rng: np.random.Generator, canvas: np.ndarray, min_contrast: fl
 def _dress(rng: np.random.Generator, plan: _Plan, short_side: int) -> Shape:
     """The planned shape with its exact size, colour and texture, not yet at a place."""
     dark, bright = np.array(COLOR_RANGES[plan.color], dtype=np.float64)
-    rgb = np.clip(dark + (bright - dark) * rng.random() + rng.uniform(-6, 6, 3), 0, 255)
+    red, green, blue = np.clip(dark + (bright - dark) * rng.random() + rng.uniform(-6, 6, 3), 0, 255).tolist()
     textures = {"plain": 0.6, "noisy": 0.14}
     if plan.size != "small":  # on a small shape stripes and dots cannot be made out
         textures |= {"striped": 0.13, "dotted": 0.13}
@@ -623,10 +634,10 @@ def _dress(rng: np.random.Generator, plan: _Plan, short_side: int) -> Shape:
         texture=_pick_weighted(rng, textures),
         center=(0.0, 0.0),
         radius=float(rng.uniform(*SIZE_RANGES[plan.size])) * short_side,
-        rotation=math.radians(rng.uniform(-1, 1) * MAX_ROTATIONS[plan.kind]),
-        rgb=tuple(float(value) for value in rgb),
+        rotation=math.radians(rng.uniform(-1, 1) * MAX_ROTATIONS.get(plan.kind, 180.0)),
+        rgb=(red, green, blue),
         texture_angle=float(rng.uniform(0, 2 * math.pi)),
-        shading=float(rng.uniform(0, 0.2)),
+        shading=float(rng.uniform(0, 0.15)),
     )
 
 
@@ -640,10 +651,12 @@ class _Backdrop:
         blocks = canvas[: rows * self.cell, : columns * self.cell]
         self.cells = blocks.reshape(rows, self.cell, columns, self.cell, 3).mean(axis=(1, 3))
 
-    def share_apart(self, colors: tuple[tuple[int, int, int], ...], min_contrast: float) -> float:
-        """The share of the cells that are apart from the middle of a range of colours."""
-        middle = np.mean(colors, axis=0)
-        return float((((self.cells - middle) ** 2).sum(axis=-1) > min_contrast**2).mean())
+    def colors_apart(self, min_contrast: float) -> list[str]:
+        """The names of the colours that differ from most of the cells."""
+        middles = np.mean(list(COLOR_RANGES.values()), axis=1)  # (num_colors, 3)
+        distances = ((self.cells.reshape(-1, 1, 3) - middles) ** 2).sum(axis=-1)  # (num_cells, num_colors)
+        shares = (distances > min_contrast**2).mean(axis=0)
+        return [name for name, share in zip(COLOR_RANGES, shares) if share > 0.6]
 
     def is_apart(self, centers: np.ndarray, shape: Shape, min_contrast: float) -> np.ndarray:
         """For each of (n, 2) centres whether the cells behind the shape differ from its colour: (n,) bool."""
@@ -694,6 +707,19 @@ class _Description(NamedTuple):
     kind: str | None = None
 
 
+class _Geometry:
+    """Centres as shares of the image (`places`) and in units of its short side (`points`); radii in the latter."""
+
+    def __init__(self, shapes: Sequence[Shape], areas: np.ndarray, size: tuple[int, int]):
+        height, width = size
+        short = min(size)
+        self.shapes = shapes
+        self.places = [(shape.center[0] / width, shape.center[1] / height) for shape in shapes]
+        self.points = [(shape.center[0] / short, shape.center[1] / short) for shape in shapes]
+        self.radii = [shape.radius / short for shape in shapes]
+        self.areas = areas.tolist()
+
+
 class _Fact(NamedTuple):
     """A statement that tells `target` from the other `members`: a phrase, and the anchors that it speaks of."""
 
@@ -733,13 +759,12 @@ def _describe(shapes: Sequence[Shape]) -> dict[tuple[int, ...], list[_Descriptio
     return groups
 
 
-def _express(
-    rng: np.random.Generator, shapes: Sequence[Shape], size: tuple[int, int], count: int
-) -> tuple[Expression, ...]:
+def _express(rng: np.random.Generator, geometry: _Geometry, count: int) -> tuple[Expression, ...]:
     """`count` expressions, spread over kinds and shapes; none when the scene offers no statement at all."""
+    shapes = geometry.shapes
     groups = _describe(shapes)
     facts: dict[str, dict[int, list[_Fact]]] = {}
-    for fact in _facts(shapes, size, groups):
+    for fact in _facts(geometry, groups):
         facts.setdefault(fact.kind, {}).setdefault(fact.target, []).append(fact)
     if not facts:
         return ()
@@ -765,10 +790,7 @@ def _pick_specific(rng: np.random.Generator, facts: Sequence[_Fact], num_shapes:
     return _pick(rng, facts) if len(fact.members) == num_shapes and rng.random() < 0.8 else fact
 
 
-def _facts(
-    shapes: Sequence[Shape], size: tuple[int, int], groups: dict[tuple[int, ...], list[_Description]]
-) -> Iterator[_Fact]:
-    geometry = _Geometry(shapes, size)
+def _facts(geometry: _Geometry, groups: dict[tuple[int, ...], list[_Description]]) -> Iterator[_Fact]:
     for members in groups:
         if len(members) == 1:
             yield _Fact("attribute", members[0], members, ())
@@ -776,23 +798,12 @@ def _facts(
         yield from _side_facts(geometry, members)
         yield from _corner_facts(geometry, members)
         yield from _middle_facts(geometry, members)
-        yield from _size_facts(shapes, members)
+        yield from _size_facts(geometry, members)
         yield from _order_facts(geometry, members)
         for anchor in (group for group in groups if len(group) == 1):
             yield from _direction_facts(geometry, members, anchor)
             yield from _nearness_facts(geometry, members, anchor)
         yield from _between_facts(geometry, members, groups)
-
-
-class _Geometry:
-    """Centres as shares of the image (`places`) and in units of its short side (`points`); radii in the latter."""
-
-    def __init__(self, shapes: Sequence[Shape], size: tuple[int, int]):
-        height, width = size
-        short = min(size)
-        self.places = [(shape.center[0] / width, shape.center[1] / height) for shape in shapes]
-        self.points = [(shape.center[0] / short, shape.center[1] / short) for shape in shapes]
-        self.radii = [shape.radius / short for shape in shapes]
 
 
 SIDES = (("left", "right"), ("top", "bottom"))
@@ -843,16 +854,15 @@ def _middle_facts(geometry: _Geometry, members: tuple[int, ...]) -> Iterator[_Fa
             yield _Fact("place", target, members, PLACE_PHRASES["middle"])
 
 
-def _size_facts(shapes: Sequence[Shape], members: tuple[int, ...]) -> Iterator[_Fact]:
-    """The biggest and the smallest of a group: another size than all others, not just a little more."""
-    ranked = sorted(members, key=lambda m: shapes[m].radius)
-    for target, neighbour, superlative, comparative in (
-        (ranked[-1], ranked[-2], "biggest", "bigger"),
-        (ranked[0], ranked[1], "smallest", "smaller"),
-    ):
-        if shapes[target].size != shapes[neighbour].size:
-            phrases = PLACE_PHRASES[superlative]
-            yield _Fact("place", target, members, phrases + PLACE_PHRASES[comparative] * (len(members) == 2))
+def _size_facts(geometry: _Geometry, members: tuple[int, ...]) -> Iterator[_Fact]:
+    """The biggest and the smallest of a group: of another size than all others and of clearly another area."""
+    for sign, superlative, comparative in ((-1, "biggest", "bigger"), (1, "smallest", "smaller")):
+        target, *others = sorted(members, key=lambda m: sign * geometry.radii[m])
+        # A large crescent may have less area than a medium square: then neither is the bigger one.
+        ratios = [(geometry.areas[other] / geometry.areas[target]) ** sign for other in others]
+        if geometry.shapes[target].size != geometry.shapes[others[0]].size and min(ratios) > 1.3:
+            phrases = PLACE_PHRASES[superlative] + PLACE_PHRASES[comparative] * (len(members) == 2)
+            yield _Fact("place", target, members, phrases)
 
 
 def _order_facts(geometry: _Geometry, members: tuple[int, ...]) -> Iterator[_Fact]:
@@ -881,7 +891,7 @@ def _direction_facts(geometry: _Geometry, members: tuple[int, ...], anchor: tupl
             across = abs(geometry.points[member][1 - axis] - anchor_point[1 - axis])
             if share >= CLEAR_GAP and along > 1.2 * across:
                 holding.append(member)
-            elif share > 0.02 and across < 2 * along:
+            elif share > 0.03 and across < 3 * along:
                 doubtful += 1
         if len(holding) == 1 and not doubtful:
             yield _Fact("relation", holding[0], members, RELATION_PHRASES[direction], (anchor,))
