@@ -71,14 +71,7 @@ SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "large": ("la
 TEXTURE_WORDS = {"striped": ("striped",), "dotted": ("dotted", "spotted")}
 TEXTURE_ENDINGS = {"striped": ("with stripes",), "dotted": ("with dots", "with spots")}
 COLOR_ENDINGS = ("that is {}", "in {}")
-ORDINALS = (
-    ("first", "1st"),
-    ("second", "2nd"),
-    ("third", "3rd"),
-    ("fourth", "4th"),
-    ("fifth", "5th"),
-    ("sixth", "6th"),
-)
+ORDINALS = (("first", "1st"), ("second", "2nd"), ("third", "3rd"), ("fourth", "4th"), ("fifth", "5th"))
 
 # {0} is the group that the target is one of, {1} and {2} are the anchors.
 PLACE_PHRASES = {
