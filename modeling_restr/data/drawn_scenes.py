@@ -490,12 +490,19 @@ def _texture(shape: Shape, left: int, top: int, side: int) -> np.ndarray:
     rgb = np.array(shape.rgb, dtype=np.float32)
     light = 1.0 - shape.shading * (0.5 + 0.5 * across / shape.radius)
     if shape.texture == "noisy":
-        light = light + 0.1 * np.sin(along * 1.7 + np.sin(across * 2.1) * 2.0) * np.sin(across * 1.3 + along)
+        light += 0.3 * _speckles(shape.texture_angle, side)
     colors = rgb * light[..., None]
     if shape.texture in TEXTURE_WORDS:
         share = _stripes(along, shape.radius) if shape.texture == "striped" else _dots(along, across, shape.radius)
         colors += (_second_color(shape.color, rgb) - rgb) * share[..., None]
     return colors
+
+
+def _speckles(angle: float, side: int) -> np.ndarray:
+    """A window of the noise field, (side, side) in [-1, 1]; the angle decides where it is cut."""
+    field = np.asarray(_noise_field())
+    indices = (np.arange(side) + int(1000 * angle)) % len(field)
+    return field[indices[:, None], indices]
 
 
 def _stripes(along: np.ndarray, radius: float) -> np.ndarray:
@@ -618,8 +625,8 @@ def _dress(rng: np.random.Generator, plan: _Plan, short_side: int) -> Shape:
     dark, bright = np.array(COLOR_RANGES[plan.color], dtype=np.float64)
     red, green, blue = np.clip(dark + (bright - dark) * rng.random() + rng.uniform(-6, 6, 3), 0, 255).tolist()
     textures = {"plain": 0.6, "noisy": 0.14}
-    if plan.size != "small":  # on a small shape stripes and dots cannot be made out
-        textures |= {"striped": 0.13, "dotted": 0.13}
+    if plan.size != "small":  # on a small shape stripes cannot be made out, nor dots on a thin one
+        textures |= {"striped": 0.13, "dotted": 0.0 if plan.kind == "crescent" else 0.13}
     return Shape(
         kind=plan.kind,
         color=plan.color,
@@ -969,7 +976,7 @@ class _Speaker:
         """Mostly the shortest way to name these shapes: people say no more than is needed."""
         descriptions = self.groups[members]
         if self.rng.random() < 0.6:
-            return min(descriptions, key=lambda description: sum(word is not None for word in description))
+            return min(descriptions, key=lambda words: sum(map(bool, words)) + self.rng.random())
         return _pick(self.rng, descriptions)
 
     def _anchor(self, members: tuple[int, ...]) -> str:
