@@ -11,11 +11,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase, Normalizer, Replace
-from tokenizers.normalizers import Sequence as NormalizerSequence
-from tokenizers.pre_tokenizers import PreTokenizer, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
+from tokenizers.normalizers import Lowercase, Normalizer, Replace, Sequence as NormalizerSequence
+from tokenizers.pre_tokenizers import PreTokenizer, Sequence as PreTokenizerSequence, Split
 from transformers import PreTrainedTokenizerFast
+
 
 PAD_TOKEN, GO_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<go>", "<eos>", "<unk>"
 SPECIAL_TOKENS = {PAD_TOKEN: 0, GO_TOKEN: 1, EOS_TOKEN: 2, UNK_TOKEN: 3}
@@ -62,7 +61,7 @@ def vocabulary_from_expressions(sentences: Iterable[str], min_count: int = 1) ->
     a vocabulary file cannot hold them, and in the original they are `<unk>`.
     """
     if isinstance(sentences, str):
-        raise ValueError(f"Expected an iterable of sentences, got one string: {sentences!r}. Pass a list.")
+        raise ValueError(f"Expected several sentences, got one string: {sentences!r}. Pass a list.")  # noqa: TRY004
     counts = Counter(piece for sentence in sentences for piece in split_expression(sentence))
     words = [word for word, count in counts.items() if count >= min_count and not re.search(r"\s", word)]
     words.sort(key=lambda word: (-counts[word], word))

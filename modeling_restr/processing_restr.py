@@ -1,0 +1,129 @@
+"""ReSTR's processor: images and referring expressions in, the model's inputs out; its logits in, masks out."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+
+from .image_processing_restr import ReSTRImageProcessorKwargs
+
+
+class ReSTRProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: ReSTRImageProcessorKwargs  # type: ignore[misc]
+    # The model's answer depends on the number of word slots: every expression fills all of the tokenizer's.
+    _defaults = {"text_kwargs": {"padding": "max_length", "truncation": True}}  # type: ignore[misc]
+
+
+class ReSTRProcessor(ProcessorMixin):
+    r"""
+    Joins a [`ReSTRImageProcessor`] and a tokenizer of [`~tokenization_restr.build_tokenizer`].
+
+    Example:
+
+    ```python
+    >>> inputs = processor(images=photo, text=["the dog on the left", "the red ball"], return_tensors="pt")
+    >>> outputs = model(**inputs)
+    >>> sizes = inputs["original_sizes"][inputs["image_indices"]]
+    >>> masks = processor.post_process_referring_segmentation(outputs, sizes)
+    ```
+    """
+
+    valid_processor_kwargs = ReSTRProcessorKwargs  # type: ignore[assignment]
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | list[list[str]] | None = None,
+        segmentation_maps: Any | None = None,
+        **kwargs: Unpack[ReSTRProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Args:
+            images: one image or a list of B, as [`ReSTRImageProcessor`] takes them; None for the sentences alone.
+            text: the referring expressions: one or a list about one image, a list of B sentences about B images, or a
+                list of B lists of sentences; None for the images alone.
+            segmentation_maps: a binary mask for each of the N sentences, in their order and of its image's size.
+
+        Returns:
+            For images `pixel_values` (B, 3, height, width) and `original_sizes` (B, 2) as (height, width); for text
+            `input_ids` and `attention_mask` (N, words); for both `image_indices` (N,), the image that each sentence
+            is about (for text alone only if it comes in lists, one an image); for segmentation maps `labels`
+            (N, height, width).
+
+        Raises:
+            ValueError: if images, sentences and segmentation maps do not match up, or a sentence has no words.
+        """
+        if images is None and text is None:
+            raise ValueError("Expected images, text or both, got neither.")
+        if segmentation_maps is not None and (images is None or text is None):
+            raise ValueError("Expected images and text together with segmentation_maps, which belong to both.")
+        merged_kwargs = self._merge_kwargs(
+            ReSTRProcessorKwargs,  # type: ignore[arg-type]
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
+        return_tensors = merged_kwargs["text_kwargs"].pop("return_tensors", None)
+        merged_kwargs["images_kwargs"].pop("return_tensors", None)
+
+        data: dict[str, Any] = {}
+        image_indices = None
+        if images is not None:
+            image_list: Any = make_flat_list_of_images(self.image_processor.fetch_images(images))
+        if text is not None:
+            sentences, image_indices = _match_sentences(text, None if images is None else len(image_list))
+            data.update(self._encode_sentences(sentences, merged_kwargs["text_kwargs"]))
+        if images is not None:
+            images_kwargs = merged_kwargs["images_kwargs"]
+            data.update(self.image_processor(image_list, segmentation_maps, image_indices, **images_kwargs))
+        if image_indices is not None:
+            data["image_indices"] = image_indices
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def post_process_referring_segmentation(
+        self, outputs: Any, target_sizes: Iterable[tuple[int, int]] | torch.Tensor, threshold: float = 0.5
+    ) -> list[dict[str, torch.Tensor | float]]:
+        """See [`ReSTRImageProcessor.post_process_referring_segmentation`]."""
+        return self.image_processor.post_process_referring_segmentation(outputs, target_sizes, threshold)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "image_indices"]
+
+    def _encode_sentences(self, sentences: list[str], text_kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
+        encoding = self.tokenizer(sentences, **text_kwargs)
+        for number, (sentence, ids) in enumerate(zip(sentences, encoding["input_ids"], strict=True)):
+            if all(token_id == self.tokenizer.pad_token_id for token_id in ids):
+                raise ValueError(f"Expected sentences with at least one word, got {sentence!r} as sentence {number}.")
+        return dict(encoding)
+
+
+def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list[int] | None]:
+    """Flattens the sentences and finds the image of each, None for sentences without images or an order by image."""
+    rows = [text] if isinstance(text, str) else text
+    if not isinstance(rows, (list, tuple)) or not rows:
+        raise ValueError(f"Expected text as a sentence, a list of sentences or a list of lists of them, got {text!r}.")
+    num_lists = sum(isinstance(row, (list, tuple)) for row in rows)
+    if num_lists not in (0, len(rows)) or not all(rows[:num_lists]):
+        raise ValueError(f"Expected sentences only, or lists of sentences only with none of them empty, got {text!r}.")
+    if num_images is not None and num_images != len(rows) and (num_lists or num_images != 1):
+        raise ValueError(
+            "Expected one image with any number of sentences, as many sentences as images, or one list of sentences"
+            f" an image; got {num_images} images and {len(rows)} {'lists of sentences' if num_lists else 'sentences'}."
+        )
+    image_indices = [0] * len(rows) if num_images == 1 else list(range(len(rows)))
+    if num_lists:
+        image_indices = [index for index, row in enumerate(rows) for _ in row]
+        rows = [sentence for row in rows for sentence in row]
+    strangers = [row for row in rows if not isinstance(row, str)]
+    if strangers:
+        raise ValueError(f"Expected sentences as strings, got {strangers[0]!r} of type {type(strangers[0]).__name__}.")
+    return list(rows), image_indices if num_lists or num_images is not None else None
+
+
+__all__ = ["ReSTRProcessor", "ReSTRProcessorKwargs"]

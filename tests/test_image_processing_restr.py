@@ -1,0 +1,473 @@
+import http.server
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_restr.image_processing_restr import ReSTRImageProcessor, get_letterbox
+
+
+# (height, width): wide, tall, tiny, odd, a single row or column, and the canvas itself.
+SIZES = [(60, 240), (331, 77), (3, 5), (101, 99), (1, 90), (90, 1), (96, 96), (700, 500)]
+
+
+@pytest.fixture
+def processor():
+    return ReSTRImageProcessor(size=96)
+
+
+def outputs_of(logits):
+    return SimpleNamespace(logits=logits)
+
+
+def pixels_of(processor, image, **kwargs):
+    """The pixel values in 0..255, without normalization."""
+    return processor(image, rescale_factor=1.0, do_normalize=False, return_tensors="pt", **kwargs).pixel_values[0]
+
+
+def gradient(height=40, width=60, seed=0):
+    """A smooth colour picture: its corners differ, so a flip or a swap of the axes shows."""
+    rows, columns = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    return np.stack([255 * rows, 255 * columns, 255 * (1 - rows) * columns], axis=-1).round().astype(np.uint8)
+
+
+# Letterbox
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_letterbox_fits_and_is_centred(size):
+    top, left, height, width = get_letterbox(size, (96, 128))
+    assert height == 96 or width == 128
+    assert 0 <= 96 - height - 2 * top <= 1 and 0 <= 128 - width - 2 * left <= 1
+    exact = min(96 / size[0], 128 / size[1])
+    assert abs(height - max(size[0] * exact, 1)) <= 0.5 and abs(width - max(size[1] * exact, 1)) <= 0.5
+
+
+def test_letterbox_of_known_sizes():
+    assert get_letterbox((480, 640), (480, 480)) == (60, 0, 360, 480)
+    assert get_letterbox((640, 427), (480, 480)) == (0, 80, 480, 320)
+    assert get_letterbox((2, 1000), (480, 480)) == (239, 0, 1, 480)
+
+
+def test_pixels_are_those_of_pillow_on_a_black_canvas(processor):
+    image = Image.fromarray(gradient(40, 60))
+    pixels = pixels_of(processor, image)
+    expected = np.zeros((96, 96, 3), dtype=np.float32)
+    expected[16:80] = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR))
+    assert pixels.dtype == torch.float32
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+
+
+def test_normalization_and_both_paddings(processor):
+    image = Image.new("RGB", (60, 40), (255, 0, 51))
+    black = processor(image, return_tensors="pt").pixel_values[0]
+    grey = processor(image, pad_after_normalization=True, return_tensors="pt").pixel_values[0]
+    inside = torch.tensor([1.0, -1.0, -0.6])
+    for pixels, canvas in ((black, -1.0), (grey, 0.0)):
+        torch.testing.assert_close(pixels[:, 16:80], inside[:, None, None].expand(3, 64, 96))
+        assert (pixels[:, :16] == canvas).all() and (pixels[:, 80:] == canvas).all()
+
+
+def test_batch_equals_single_images(processor):
+    images = [Image.fromarray(gradient(*size)) for size in SIZES]
+    batch = processor(images, return_tensors="pt")
+    assert batch.pixel_values.shape == (len(SIZES), 3, 96, 96)
+    assert batch.original_sizes.tolist() == [list(size) for size in SIZES]
+    for image, pixels in zip(images, batch.pixel_values, strict=True):
+        assert torch.equal(processor(image, return_tensors="pt").pixel_values[0], pixels)
+
+
+def test_size_can_be_a_rectangle_and_be_passed_in_the_call(processor):
+    assert processor(Image.new("RGB", (9, 9)), size=(32, 64), return_tensors="pt").pixel_values.shape == (1, 3, 32, 64)
+
+
+def test_saves_and_reloads(processor, tmp_path):
+    processor.pad_after_normalization = True
+    processor.save_pretrained(tmp_path)
+    reloaded = ReSTRImageProcessor.from_pretrained(tmp_path)
+    assert reloaded.to_dict() == processor.to_dict()
+    image = Image.fromarray(gradient())
+    assert torch.equal(*(p(image, return_tensors="pt").pixel_values for p in (processor, reloaded)))
+
+
+# Kinds of images
+
+
+def test_exif_orientation_is_applied(processor, tmp_path):
+    upright = Image.fromarray(gradient(40, 60)[..., :1].repeat(3, -1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored rotated: a viewer turns it clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    expected = pixels_of(processor, upright)
+    for image in (Image.open(tmp_path / "turned.png"), str(tmp_path / "turned.png"), tmp_path / "turned.png"):
+        inputs = processor(image, return_tensors="pt")
+        assert inputs.original_sizes.tolist() == [[40, 60]]
+        assert torch.equal(pixels_of(processor, image), expected)
+
+
+def in_mode(mode: str) -> Image.Image:
+    """A picture of two colours (left dark, right light) in a mode of Pillow."""
+    image = Image.new("RGB", (96, 96), (40, 40, 40))
+    image.paste((200, 200, 200), (48, 0, 96, 96))
+    if mode.startswith("I;16") or mode in ("I", "F"):
+        wide = np.asarray(image)[..., 0].astype(np.uint16) * 257
+        if mode in ("I", "F"):
+            wide = wide.astype(np.int32) if mode == "I" else wide.astype(np.float32) / 65535
+        return Image.fromarray(wide.astype(">u2") if mode == "I;16B" else wide)
+    return image.quantize(4) if mode == "P" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "YCbCr", "HSV", "I", "I;16", "I;16B", "F"])
+def test_modes_become_rgb(processor, mode):
+    image = in_mode(mode)
+    assert image.mode == mode
+    pixels = pixels_of(processor, image)
+    for region, value in ((pixels[..., :48], 40), (pixels[..., 48:], 200)):
+        assert (region - value).abs().max() <= (2 if mode == "YCbCr" else 0)
+
+
+def test_bilevel_images_become_black_and_white(processor):
+    pixels = pixels_of(processor, Image.fromarray(np.eye(96, dtype=bool)))
+    assert torch.equal(pixels, 255 * torch.eye(96).expand(3, 96, 96))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_composited_onto_white(processor, mode):
+    grey = np.full((96, 96), 100, dtype=np.uint8)
+    alpha = np.repeat(np.array([0, 255], dtype=np.uint8), 48)[None].repeat(96, 0)
+    image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    if mode == "P":
+        image = Image.fromarray((alpha > 0).astype(np.uint8))
+        image.putpalette([10, 20, 30, 100, 100, 100])
+        image.info["transparency"] = 0
+    elif mode != "LA":
+        image = image.convert("RGBA").convert(mode)
+    assert image.mode == mode
+    pixels = pixels_of(processor, image)
+    assert (pixels[..., :48] == 255).all() and (pixels[..., 48:] == 100).all()
+
+
+def test_half_transparent_pixels_blend_with_white(processor):
+    array = np.full((96, 96, 4), (0, 100, 200, 51), dtype=np.uint8)  # a fifth of the colour
+    expected = torch.tensor([204, 224, 244.0])[:, None, None].expand(3, 96, 96)
+    for image in (Image.fromarray(array), array, torch.from_numpy(array).permute(2, 0, 1), array / 255):
+        assert torch.equal(pixels_of(processor, image), expected)
+
+
+def test_files_of_sixteen_bits_and_cmyk(processor, tmp_path):
+    Image.fromarray(np.full((96, 96), 200 * 257, dtype=np.uint16)).save(tmp_path / "wide.png")
+    Image.new("CMYK", (96, 96), (0, 255, 255, 0)).save(tmp_path / "ink.tif")
+    assert (pixels_of(processor, str(tmp_path / "wide.png")) == 200).all()
+    assert pixels_of(processor, str(tmp_path / "ink.tif"))[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def array_forms() -> dict:
+    array = gradient(40, 60)
+    floats = array.astype(np.float32) / 255
+    channels_first = array.transpose(2, 0, 1)
+    return {
+        "uint8 channels last": array,
+        "uint8 channels first": channels_first,
+        "float 0..1": floats,
+        "float16 0..1": floats.astype(np.float16),
+        "float 0..255": array.astype(np.float64),
+        "float with an overshoot": floats * (1 + 5e-4),
+        "uint16": array.astype(np.uint16) * 257,
+        "int64": array.astype(np.int64),
+        "int32 of 16 bits": array.astype(np.int32) * 257,
+        "tensor channels first": torch.from_numpy(channels_first.copy()),
+        "tensor channels last": torch.from_numpy(array),
+        "float tensor": torch.from_numpy(floats).permute(2, 0, 1).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize("form", array_forms())
+def test_arrays_and_tensors(processor, form):
+    expected = pixels_of(processor, Image.fromarray(gradient(40, 60)))
+    image = array_forms()[form]
+    assert processor(image, return_tensors="pt").original_sizes.tolist() == [[40, 60]]
+    assert (pixels_of(processor, image) - expected).abs().max() <= (1 if "overshoot" in form else 0)
+
+
+def test_bfloat16_tensors(processor):
+    image = torch.full((3, 96, 96), 0.5, dtype=torch.bfloat16)
+    assert (pixels_of(processor, image) == 128).all()
+
+
+def test_grey_arrays_and_bools(processor):
+    grey = gradient(40, 60)[..., 0]
+    expected = pixels_of(processor, Image.fromarray(grey))
+    for image in (grey, grey[..., None], grey[None], torch.from_numpy(grey), torch.from_numpy(grey)[None]):
+        inputs = processor(image, return_tensors="pt")
+        assert inputs.original_sizes.tolist() == [[40, 60]]
+        assert torch.equal(pixels_of(processor, image), expected)
+    assert torch.equal(
+        pixels_of(processor, grey > 99), pixels_of(processor, Image.fromarray((grey > 99).astype(np.uint8) * 255))
+    )
+
+
+def test_ambiguous_channels_follow_the_library_of_the_array(processor):
+    image = gradient(3, 5).transpose(0, 1, 2)[:, :3]  # 3 x 3 pixels of 3 channels
+    expected = pixels_of(processor, Image.fromarray(image))
+    assert torch.equal(pixels_of(processor, image), expected)
+    assert torch.equal(pixels_of(processor, torch.from_numpy(image).permute(2, 0, 1)), expected)
+    channels_first = image.transpose(2, 0, 1)
+    assert torch.equal(pixels_of(processor, channels_first, input_data_format="channels_first"), expected)
+
+
+def test_floats_keep_their_values_without_rescaling(processor):
+    image = np.full((96, 96, 3), 0.25, dtype=np.float32)
+    assert (processor(image, do_rescale=False, return_tensors="pt").pixel_values == -0.5).all()
+
+
+def test_urls_are_opened_like_files(processor, tmp_path, monkeypatch):
+    Image.fromarray(np.full((96, 96), 200 * 257, dtype=np.uint16)).save(tmp_path / "wide.png")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/wide.png"
+        assert (pixels_of(processor, url) == 200).all()
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (None, "got NoneType"),
+        ([3], "got int"),
+        ("no_such_file.png", "no_such_file.png"),
+        (np.zeros((40, 60, 5), np.uint8), r"1, 3 or 4 channels, got \(40, 60, 5\)"),
+        (np.zeros((0, 60, 3), np.uint8), "at least one pixel"),
+        (np.full((9, 9, 3), -1.0), "before any normalization; got float64 from -1.0 to -1.0"),
+        (np.full((9, 9, 3), 300.0), "from 300.0 to 300.0"),
+        (np.full((9, 9, 3), np.nan), "got float64 from nan"),
+        (np.full((9, 9, 3), 70000), "from 70000.0"),
+        ([], "at least one image"),
+    ],
+)
+def test_bad_images_are_explained(processor, image, message):
+    with pytest.raises(ValueError, match=message):
+        processor(image)
+
+
+@pytest.mark.parametrize("size", [0, -1, {"height": 96, "width": 0}, {"shortest_edge": 96}])
+def test_bad_sizes_are_explained(size):
+    with pytest.raises(ValueError, match="positive 'height' and 'width'"):
+        ReSTRImageProcessor(size=size)
+
+
+@pytest.mark.parametrize("option", [{"do_center_crop": True, "crop_size": 9}, {"do_pad": False}, {"pad_size": 9}])
+def test_options_without_effect_are_refused(processor, option):
+    with pytest.raises(ValueError, match="not supported"):
+        processor(Image.new("RGB", (9, 9)), **option)
+
+
+# Labels
+
+
+def area_reference(mask, height, width):
+    """Covered share of each target pixel, by repeating pixels to the common multiple of both sizes."""
+    fine = mask.repeat(height, 0).repeat(width, 1).astype(np.float64)
+    return fine.reshape(height, mask.shape[0], width, mask.shape[1]).mean((1, 3))
+
+
+@pytest.mark.parametrize("size", [(30, 48), (7, 5), (64, 63), (50, 33)])
+def test_labels_are_set_where_more_than_half_is_covered(size):
+    processor = ReSTRImageProcessor(size=24)
+    mask = np.random.default_rng(0).random(size) > 0.4
+    top, left, height, width = get_letterbox(size, (24, 24))
+    expected = np.zeros((24, 24), dtype=np.int64)
+    expected[top : top + height, left : left + width] = area_reference(mask, height, width) > 0.5 + 1e-9
+    labels = processor(Image.new("RGB", size[::-1]), segmentation_maps=[mask], return_tensors="pt").labels
+    assert labels.dtype == torch.int64
+    np.testing.assert_array_equal(labels[0].numpy(), expected)
+
+
+def test_labels_lie_on_the_letterboxed_object(processor):
+    array = np.zeros((40, 60, 3), dtype=np.uint8)
+    array[10:20, 30:50] = 255
+    inputs = processor(Image.fromarray(array), segmentation_maps=array[..., 0] > 0, return_tensors="pt")
+    bright = inputs.pixel_values[0, 0] > 0
+    assert inputs.labels.unique().tolist() == [0, 1]
+    assert torch.equal(inputs.labels[0].bool(), bright)
+    assert inputs.labels.sum() == 16 * 32
+
+
+def test_half_covered_pixels_are_not_set():
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[1:7, 1:7] = True  # at half the size, a ring of half-covered pixels
+    labels = ReSTRImageProcessor(size=4)(Image.new("RGB", (8, 8)), segmentation_maps=mask, return_tensors="np").labels
+    assert labels[0].tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+
+
+def test_forms_of_segmentation_maps(processor):
+    images = [Image.new("RGB", (30, 20)), Image.new("RGB", (10, 25))]
+    masks = [np.random.default_rng(i).random((h, w)) > 0.5 for i, (h, w) in enumerate([(20, 30), (25, 10)])]
+    expected = processor(images, segmentation_maps=masks, return_tensors="pt").labels
+    grey = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks]
+    forms = [
+        [Image.fromarray(mask) for mask in masks],
+        grey,
+        [[mask] for mask in masks],
+        [torch.from_numpy(mask) for mask in masks],
+        [mask.astype(np.float32) for mask in masks],
+    ]
+    for form in forms:
+        assert torch.equal(processor(images, segmentation_maps=form, return_tensors="pt").labels, expected)
+    stacked = processor(images[0], segmentation_maps=np.stack([masks[0]] * 3), return_tensors="pt").labels
+    assert torch.equal(stacked, expected[:1].expand(3, -1, -1))
+    chosen = processor(images, segmentation_maps=masks[::-1], image_indices=[1, 0], return_tensors="pt").labels
+    assert torch.equal(chosen, expected.flip(0))
+
+
+@pytest.mark.parametrize(
+    "maps, indices, message",
+    [
+        ([np.zeros((20, 30))] * 3, None, "3 segmentation maps, 2 images"),
+        ([np.zeros((20, 30))] * 2, [0, 2], r"image_indices \[0, 2\]"),
+        ([np.zeros((20, 30))] * 2, None, r"map 1 at its image's own size, \(height, width\) \(25, 10\), got \(20, 30"),
+        ([np.arange(600).reshape(20, 30), np.zeros((25, 10))], None, "map 0 to be binary .* from 0 to 599"),
+        ("mask.png", None, "got str"),
+    ],
+)
+def test_bad_segmentation_maps_are_explained(processor, maps, indices, message):
+    images = [Image.new("RGB", (30, 20)), Image.new("RGB", (10, 25))]
+    with pytest.raises(ValueError, match=message):
+        processor(images, segmentation_maps=maps, image_indices=indices)
+
+
+# Masks back at the images' sizes
+
+
+def rectangle_of(mask):
+    rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+    return np.array([rows[0], rows[-1] + 1, columns[0], columns[-1] + 1])
+
+
+def box_picture(size, box):
+    """A black image with a white box, given as (top, bottom, left, right)."""
+    picture = np.zeros((*size, 3), dtype=np.uint8)
+    picture[box[0] : box[1], box[2] : box[3]] = 255
+    return Image.fromarray(picture)
+
+
+@pytest.mark.parametrize(
+    "size", [(60, 240), (331, 77), (101, 99), (7, 11), (96, 96), (700, 500), (13, 200), (997, 1501)]
+)
+def test_known_rectangle_returns_to_within_one_pixel(processor, size):
+    """Pixel values stand in for logits: white is inside, black outside, and a grey edge keeps parts of pixels."""
+    box = np.array([size[0] // 4, size[0] - size[0] // 4, size[1] // 5, size[1] - size[1] // 3])
+    logits = processor(box_picture(size, box), return_tensors="pt").pixel_values[:, 0] * 10
+    (result,) = processor.post_process_referring_segmentation(outputs_of(logits), [size])
+    mask = result["mask"].numpy()
+    assert mask.shape == size and mask.dtype == bool
+    assert np.abs(rectangle_of(mask) - box).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(60, 240), (331, 97), (101, 99), (21, 33), (700, 500)])
+def test_known_rectangle_returns_from_logits_of_patches(processor, size):
+    box = np.array([size[0] // 5, size[0] - size[0] // 4, size[1] // 5, size[1] - size[1] // 4])
+    pixels = processor(box_picture(size, box), return_tensors="pt").pixel_values[:, :1]
+    logits = torch.nn.functional.avg_pool2d(pixels, 8)[:, 0] * 10  # a logit for each patch of 8 x 8
+    (result,) = processor.post_process_referring_segmentation(outputs_of(logits), [size])
+    quarter_of_a_patch = 2 * max(size) / 96
+    assert np.abs(rectangle_of(result["mask"].numpy()) - box).max() <= quarter_of_a_patch + 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_post_processing_inverts_the_letterbox_of_labels(processor, size):
+    mask = np.zeros(size, dtype=bool)
+    mask[size[0] // 3 :, : size[1] // 2 + 1] = True
+    labels = processor(Image.new("RGB", size[::-1]), segmentation_maps=mask, return_tensors="pt").labels
+    (result,) = processor.post_process_referring_segmentation(outputs_of(labels * 20.0 - 10), [size])
+    off = np.abs(rectangle_of(result["mask"].numpy()) - rectangle_of(mask))
+    assert off.max() <= max(1, np.ceil(0.5 * max(size) / 96))  # half a pixel of the canvas where that is coarser
+
+
+def test_nothing_of_the_canvas_reaches_the_mask(processor):
+    top, left, height, width = get_letterbox((30, 80), (96, 96))
+    logits = torch.full((1, 96, 96), 10.0)
+    logits[:, top : top + height, left : left + width] = -10
+    (result,) = processor.post_process_referring_segmentation(outputs_of(logits), [(30, 80)])
+    assert not result["mask"].any() and result["score"] == 0.0
+    torch.testing.assert_close(result["probabilities"], torch.full((30, 80), -10.0).sigmoid())
+
+
+def test_values_against_a_plain_bilinear_reference(processor):
+    logits = torch.randn(1, 96, 96, generator=torch.Generator().manual_seed(0))
+    (result,) = processor.post_process_referring_segmentation(outputs_of(logits), [(50, 120)])
+    crop = logits[0, 28:68].double().numpy()  # 50 x 120 fits at 40 x 96
+    rows = np.clip((np.arange(50) + 0.5) * 40 / 50 - 0.5, 0, 39)
+    columns = np.clip((np.arange(120) + 0.5) * 96 / 120 - 0.5, 0, 95)
+    by_rows = np.stack([np.interp(rows, np.arange(40), crop[:, j]) for j in range(96)], axis=1)
+    values = np.stack([np.interp(columns, np.arange(96), by_rows[i]) for i in range(50)])
+    probabilities = 1 / (1 + np.exp(-values))
+    np.testing.assert_allclose(result["probabilities"].numpy(), probabilities, atol=1e-5)
+    assert (result["mask"].numpy() == (values > 0)).mean() > 0.999
+    assert result["score"] == pytest.approx(probabilities[values > 0].mean(), abs=1e-5)
+
+
+def test_threshold_and_sizes_as_list_or_tensor(processor):
+    logits = torch.randn(3, 96, 96, generator=torch.Generator().manual_seed(0))
+    sizes = [(20, 30), (40, 9), (96, 96)]
+    results = processor.post_process_referring_segmentation(outputs_of(logits), torch.tensor(sizes), threshold=0.7)
+    same = processor.post_process_referring_segmentation(outputs_of(logits), sizes, threshold=0.7)
+    for result, other, size in zip(results, same, sizes, strict=True):
+        assert result["mask"].shape == size and torch.equal(result["mask"], other["mask"])
+        assert torch.equal(result["mask"], result["probabilities"] > 0.7)
+        assert 0.7 < result["score"] < 1
+    everything, nothing = (
+        processor.post_process_referring_segmentation(outputs_of(logits), sizes, threshold=t)[0]["mask"]
+        for t in (0, 1)
+    )
+    assert everything.all() and not nothing.any()
+
+
+def test_bfloat16_logits_are_resized_in_float32(processor):
+    logits = torch.randn(1, 96, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    low, high = (
+        processor.post_process_referring_segmentation(outputs_of(x), [(300, 200)])[0] for x in (logits, logits.float())
+    )
+    assert low["probabilities"].dtype == torch.float32
+    assert torch.equal(low["probabilities"], high["probabilities"])
+
+
+def test_coarse_logits_cover_the_same_canvas(processor):
+    coarse = torch.randn(1, 12, 12, generator=torch.Generator().manual_seed(0))
+    fine = torch.nn.functional.interpolate(coarse[None], (96, 96), mode="bilinear")[0]
+    results = [processor.post_process_referring_segmentation(outputs_of(x), [(33, 70)])[0] for x in (coarse, fine)]
+    assert torch.equal(results[0]["probabilities"], results[1]["probabilities"])
+
+
+def test_logits_of_a_size_passed_in_the_call(processor):
+    logits = torch.full((1, 32, 64), -10.0)
+    logits[:, :, :32] = 10  # the left half of a 10 x 20 image that fills this canvas
+    (result,) = processor.post_process_referring_segmentation(outputs_of(logits), [(10, 20)])
+    assert result["mask"][:, :10].all() and not result["mask"][:, 10:].any()
+
+
+@pytest.mark.parametrize(
+    "logits, sizes, threshold, message",
+    [
+        (torch.zeros(2, 96, 96), [(9, 9)], 0.5, "one target size an expression, 2, got 1.*image_indices"),
+        (torch.zeros(1, 96, 96), [(0, 9)], 0.5, r"\(height, width\) in pixels, got \[\(0, 9\)\]"),
+        (torch.zeros(1, 96, 96), [(9, 9, 3)], 0.5, r"got \[\(9, 9, 3\)\]"),
+        (torch.zeros(1, 96, 96), [(9, 9)], 1.5, "from 0 to 1, got 1.5"),
+        (torch.zeros(1, 1, 96, 96), [(9, 9)], 0.5, r"\(expressions, height, width\), got \(1, 1, 96, 96\)"),
+        (torch.full((1, 96, 96), float("nan")), [(9, 9)], 0.5, "finite logits"),
+    ],
+)
+def test_bad_post_processing_input_is_explained(processor, logits, sizes, threshold, message):
+    with pytest.raises(ValueError, match=message):
+        processor.post_process_referring_segmentation(outputs_of(logits), sizes, threshold)
