@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .image_processing_restr import ReSTRImageProcessorKwargs
 
@@ -41,7 +41,7 @@ class ReSTRProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: str | list[str] | list[list[str]] | None = None,
         segmentation_maps: Any | None = None,
-        **kwargs: Unpack[ReSTRProcessorKwargs],
+        **kwargs: Any,
     ) -> BatchFeature:
         """
         Args:

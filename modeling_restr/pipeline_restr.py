@@ -1,0 +1,181 @@
+"""ReSTR's pipeline: photographs and sentences in, a mask for each sentence out."""
+
+from collections.abc import Iterator, Mapping, Sized
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers.pipelines import Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
+
+
+_PARAMETERS = ("text", "threshold", "show_progress")
+# Lists and datasets of at least this length show their progress unless told otherwise.
+_PROGRESS_FROM = 20
+
+
+class ReSTRPipeline(Pipeline):
+    """
+    Referring image segmentation: finds in an image what each sentence refers to.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline(model="path/or/id", trust_remote_code=True)
+    >>> pipe("photo.jpg", text="the dog on the left")
+    [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>}]
+    >>> results = pipe([{"image": "photo.jpg", "text": ["the dog", "the ball"]}, ...], batch_size=8)
+    ```
+
+    The image is encoded once, however many sentences ask about it. Batches count images.
+    """
+
+    _load_processor = True  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_video_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+
+    def __call__(  # type: ignore[override]
+        self, image: Any, text: str | list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """
+        Args:
+            image: an image (PIL image, NumPy array, tensor, path or URL) with its `text`; or
+                `{"image": ..., "text": ...}`; or a list, generator or dataset of such dicts, or of images that all
+                get the same `text`.
+            text: a sentence, or a list of them about one image.
+            threshold (`float`, defaults to 0.5): probability above which a pixel belongs to the mask.
+            batch_size (`int`, defaults to 1): number of images that the model sees at a time.
+            num_workers (`int`, defaults to 0): number of processes that read images.
+            show_progress (`bool`, *optional*): whether to show a progress bar over the images; by default for lists
+                and datasets of 20 or more.
+
+        Returns:
+            For one image a list with a dict for each sentence: `label`, the sentence; `score`, the mean probability
+            inside the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" and of the image's own size (as a
+            viewer shows it), 255 inside and 0 outside. For a list a list of such lists, for a generator or dataset
+            an iterator over them.
+
+        Raises:
+            ValueError: for anything else as images or sentences, sentences without words, and unknown parameters.
+        """
+        if text is not None:
+            kwargs["text"] = text
+        if isinstance(image, (list, tuple)):
+            if isinstance(text, (list, tuple)):
+                raise ValueError(
+                    f"Expected one image with a list of sentences, got {len(image)} images and {len(text)} sentences."
+                    ' To ask about several images pass [{"image": ..., "text": ...}, ...].'
+                )
+            return super().__call__(list(image), **kwargs) if image else []
+        if isinstance(image, (torch.utils.data.Dataset, Iterator)):
+            images = image if isinstance(image, torch.utils.data.Dataset) else (item for item in image)
+            return super().__call__(images, **kwargs)
+        return super().__call__([image], **kwargs)[0]
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        kwargs.pop("local_files_only", None)  # `transformers.pipeline` hands it on
+        unknown = sorted(set(kwargs) - set(_PARAMETERS))
+        if unknown:
+            raise ValueError(f"Expected parameters among {', '.join(_PARAMETERS)}, got {', '.join(unknown)}.")
+        stages = (("text",), (), ("threshold", "show_progress"))
+        preprocess, forward, postprocess = (
+            {name: kwargs[name] for name in names if name in kwargs} for names in stages
+        )
+        return preprocess, forward, postprocess
+
+    def preprocess(  # type: ignore[override]
+        self, input_: Any, text: str | list[str] | None = None
+    ) -> dict[str, Any]:
+        processor: Any = self.processor
+        image, text = _split_input(input_, text)
+        sentences = [text] if isinstance(text, str) else text
+        inputs = processor(images=[image], text=[sentences], return_tensors="pt")
+        return {**inputs, "text": list(sentences)}
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yields the results of each image. Transformers' own batches hold as many sentences as images."""
+        total = len(inputs) if isinstance(inputs, Sized) else None
+        show_progress = postprocess_params.pop("show_progress", None)
+        if show_progress is None:
+            show_progress = total is not None and total >= _PROGRESS_FROM
+        wrapper = PipelineIterator if total is None else PipelineDataset
+        dataset = wrapper(inputs, self.preprocess, preprocess_params)
+        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
+        with logging.tqdm(total=total, unit="image", disable=not show_progress) as progress:
+            for batch in loader:
+                for result in self.postprocess(self.forward(batch, **forward_params), **postprocess_params):
+                    progress.update()
+                    yield result
+
+    def get_inference_context(self) -> Any:
+        return torch.inference_mode
+
+    def _forward(self, input_tensors: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        outputs = self.model(
+            pixel_values=input_tensors["pixel_values"].to(self.model.dtype),
+            input_ids=input_tensors["input_ids"],
+            attention_mask=input_tensors["attention_mask"],
+            image_indices=input_tensors["image_indices"],
+        )
+        kept = ("image_indices", "original_sizes", "text")
+        return {"logits": outputs.logits, **{name: input_tensors[name] for name in kept}}
+
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, Any], threshold: float = 0.5
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yields the results of each image of a batch, one image's masks at a time in memory."""
+        image_indices = model_outputs["image_indices"]
+        for index, size in enumerate(model_outputs["original_sizes"].tolist()):
+            numbers = (image_indices == index).nonzero()[:, 0].tolist()
+            yield [self._make_result(model_outputs, number, size, threshold) for number in numbers]
+
+    def _make_result(
+        self, model_outputs: dict, number: int, size: tuple[int, int], threshold: float
+    ) -> dict[str, Any]:
+        processor: Any = self.processor
+        logits = model_outputs["logits"][number : number + 1].to(self.device)  # to resize where it is fast
+        outputs = SimpleNamespace(logits=logits)
+        (result,) = processor.post_process_referring_segmentation(outputs, [size], threshold)
+        mask = Image.fromarray(result["mask"].to(torch.uint8).mul_(255).cpu().numpy())
+        return {"label": model_outputs["text"][number], "score": result["score"], "mask": mask}
+
+
+def _split_input(input_: Any, text: Any) -> tuple[Any, Any]:
+    """Returns the image and the text of one item of the input."""
+    if isinstance(input_, Mapping):
+        if text is not None or not {"image", "text"} <= set(input_):
+            raise ValueError(
+                'Expected dicts as {"image": ..., "text": ...} and no text beside them, got the keys'
+                f" {sorted(map(str, input_))} and text={text!r}."
+            )
+        input_, text = input_["image"], input_["text"]
+    if not isinstance(text, (str, list, tuple)):
+        raise ValueError(f"Expected a sentence or a list of them as text, got {text!r}.")
+    return input_, text
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Joins items of one image each; `image_indices` then count the images of the batch."""
+    batch: dict[str, Any] = {name: torch.cat([item[name] for item in items]) for name in items[0] if name != "text"}
+    counts = torch.tensor([len(item["text"]) for item in items])
+    batch["image_indices"] = torch.arange(len(items)).repeat_interleave(counts)
+    batch["text"] = [sentence for item in items for sentence in item["text"]]
+    return batch
+
+
+__all__ = ["ReSTRPipeline"]

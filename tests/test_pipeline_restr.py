@@ -1,0 +1,256 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers.pipelines.pt_utils import KeyDataset
+
+from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRImageProcessor, ReSTRProcessor, build_tokenizer
+from modeling_restr.pipeline_restr import ReSTRPipeline
+from modeling_restr.tokenization_restr import vocabulary_from_expressions
+
+
+SENTENCES = ["the dog on the left", "a red ball", "the man", "left dog"]
+
+
+def make_model(vocab_size):
+    """A tiny random model whose weights are large enough that its masks differ by image and by sentence."""
+    config = ReSTRConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 64,
+            "patch_size": 16,
+        },
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "projection_dim": 32,
+        },
+        hidden_size=32,
+        num_attention_heads=2,
+    )
+    model = ReSTRForImageSegmentation(config).eval()
+    torch.manual_seed(1)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    vocabulary = vocabulary_from_expressions(SENTENCES)
+    processor = ReSTRProcessor(ReSTRImageProcessor(size=64), build_tokenizer(vocabulary))
+    return ReSTRPipeline(model=make_model(len(vocabulary)), processor=processor, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    coarse = [generator.integers(0, 256, (4, 4, 3), dtype=np.uint8) for _ in range(3)]
+    return [Image.fromarray(array).resize(size) for array, size in zip(coarse, [(90, 50), (31, 77), (64, 64)])]
+
+
+@pytest.fixture
+def seen(pipe):
+    """Shapes of the pixel values of every call of the vision encoder."""
+    shapes = []
+    vision_model = pipe.model.model.vision_model
+    hook = vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple((args[0] if args else kwargs["pixel_values"]).shape)),
+        with_kwargs=True,
+    )
+    yield shapes
+    hook.remove()
+
+
+def by_hand(pipe, image, sentence):
+    """Mask and score without the pipeline: the processor, the model, the processor."""
+    inputs = pipe.processor(images=image, text=sentence, return_tensors="pt")
+    with torch.no_grad():
+        outputs = pipe.model(**inputs)
+    (result,) = pipe.processor.post_process_referring_segmentation(outputs, [(image.height, image.width)])
+    return result["mask"].numpy(), result["score"]
+
+
+def agree(result, expected, share=0.999):
+    """Whether two results are the same but for pixels that float32 noise may turn."""
+    masks = [np.asarray(r["mask"]) for r in (result, expected)]
+    same_mask = masks[0].shape == masks[1].shape and (masks[0] == masks[1]).mean() >= share
+    return result["label"] == expected["label"] and same_mask and abs(result["score"] - expected["score"]) < 1e-4
+
+
+def test_one_sentence_is_what_processor_and_model_give(pipe, images):
+    shares = []
+    for image in images:
+        results = pipe(image, text="the dog on the left")
+        assert isinstance(results, list) and len(results) == 1
+        (result,) = results
+        mask, score = by_hand(pipe, image, "the dog on the left")
+        assert set(result) == {"label", "score", "mask"}
+        assert result["label"] == "the dog on the left"
+        assert isinstance(result["score"], float) and result["score"] == pytest.approx(score, abs=1e-6)
+        assert result["mask"].mode == "L" and result["mask"].size == image.size
+        np.testing.assert_array_equal(np.asarray(result["mask"]), mask * np.uint8(255))
+        shares.append(mask.mean())
+    assert 0.02 < shares[0] < 0.98 and 0.02 < shares[2] < 0.98  # masks of this model say something
+
+
+def test_many_sentences_encode_the_image_once(pipe, images, seen):
+    results = pipe(images[0], text=SENTENCES)
+    assert seen == [(1, 3, 64, 64)]
+    assert [result["label"] for result in results] == SENTENCES
+    singles = [pipe(images[0], text=sentence)[0] for sentence in SENTENCES]
+    assert all(agree(*pair) for pair in zip(results, singles))
+    assert not agree(results[0] | {"label": ""}, results[1] | {"label": ""})
+
+
+def test_batches_keep_images_and_their_sentences_together(pipe, images, seen):
+    texts = [SENTENCES[0], SENTENCES[:3], SENTENCES[1:3]] * 2
+    items = [{"image": image, "text": text} for image, text in zip(images * 2, texts)]
+    singles = [pipe(**item) for item in items]
+    seen.clear()
+    for batch_size, calls in ((1, [1] * 6), (4, [4, 2]), (6, [6]), (10, [6])):
+        results = pipe(items, batch_size=batch_size)
+        assert [shape[0] for shape in seen] == calls
+        assert [len(result) for result in results] == [1, 3, 2] * 2
+        for result, single in zip(results, singles):
+            assert all(agree(*pair) for pair in zip(result, single))
+        seen.clear()
+
+
+def test_one_dict_is_one_image(pipe, images):
+    expected = pipe(images[0], text=SENTENCES)
+    assert all(agree(*pair) for pair in zip(pipe({"image": images[0], "text": SENTENCES}), expected))
+
+
+def test_kinds_of_images(pipe, images, tmp_path):
+    image = images[0]
+    path = tmp_path / "photo.png"
+    image.save(path)
+    array = np.asarray(image)
+    expected = pipe(image, text="the man")
+    kinds = [str(path), path, array, array / 255, torch.tensor(array).permute(2, 0, 1)]
+    for kind in kinds:
+        assert agree(pipe(kind, text="the man")[0], expected[0], share=1)
+    for results in (pipe(kinds, text="the man"), pipe(tuple(kinds), text="the man", batch_size=3)):
+        assert all(agree(result[0], expected[0]) for result in results)
+
+
+def test_masks_have_the_size_that_a_viewer_shows(pipe, images, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images[0].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    (turned,) = pipe(str(tmp_path / "turned.png"), text="the man")
+    assert turned["mask"].size == images[0].size
+    assert agree(turned, pipe(images[0], text="the man")[0], share=1)
+
+
+def test_generators_are_read_as_they_are_asked_for(pipe, images):
+    read = []
+
+    def items():
+        for image in images:
+            read.append(image)
+            yield {"image": image, "text": SENTENCES[:2]}
+
+    results = pipe(items())
+    next(results)
+    assert len(read) < 3
+    assert len(list(results)) == 2
+    assert [len(result) for result in pipe(iter(list(items())), batch_size=2)] == [2, 2, 2]
+
+
+class Rows(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "text": SENTENCES[index], "row": index}
+
+
+def test_datasets(pipe, images):
+    expected = [pipe(image, text=sentence)[0] for image, sentence in zip(images, SENTENCES)]
+    assert all(agree(r[0], e) for r, e in zip(pipe(Rows(images), batch_size=2), expected))
+    results = list(pipe(KeyDataset(Rows(images), "image"), text=SENTENCES[:2]))
+    assert [[r["label"] for r in result] for result in results] == [SENTENCES[:2]] * 3
+    assert agree(results[0][0], expected[0])
+
+
+def test_an_empty_list_has_no_results(pipe):
+    assert pipe([]) == []
+
+
+def test_threshold(pipe, images):
+    (everything,), (nothing,) = (pipe(images[0], text="the man", threshold=t) for t in (0, 1))
+    assert np.asarray(everything["mask"]).min() == 255
+    assert np.asarray(nothing["mask"]).max() == 0 and nothing["score"] == 0.0
+
+
+def test_progress_shows_for_long_lists(pipe, images, capsys):
+    item = {"image": images[0], "text": "the man"}
+    for count, option, shown in ((2, None, False), (20, None, True), (20, False, False), (2, True, True)):
+        results = pipe([item] * count, batch_size=10, **({} if option is None else {"show_progress": option}))
+        assert len(results) == count
+        assert (f"{count}/{count}" in capsys.readouterr().err) is shown
+
+
+def test_bfloat16(pipe, images, seen):
+    low = ReSTRPipeline(
+        model=make_model(pipe.model.config.text_config.vocab_size).bfloat16(), processor=pipe.processor, device="cpu"
+    )
+    dtypes = []
+    low.model.register_forward_hook(lambda module, args, outputs: dtypes.append(outputs.logits.dtype))
+    results = low(images[0], text=SENTENCES)
+    assert dtypes == [torch.bfloat16]
+    expected = pipe(images[0], text=SENTENCES)
+    assert np.mean([np.mean(np.asarray(r["mask"]) == np.asarray(e["mask"])) for r, e in zip(results, expected)]) > 0.9
+
+
+def test_runs_without_gradients(pipe, images):
+    modes = []
+    hook = pipe.model.register_forward_hook(lambda *args: modes.append(torch.is_inference_mode_enabled()))
+    pipe(images[0], text="the man")
+    hook.remove()
+    assert modes == [True]
+
+
+def test_parameters_of_the_constructor_are_defaults_of_calls(pipe, images):
+    strict = ReSTRPipeline(
+        model=pipe.model, processor=pipe.processor, device="cpu", threshold=1, local_files_only=True
+    )
+    assert strict(images[0], text="the man")[0]["score"] == 0.0
+    assert strict(images[0], text="the man", threshold=0.5)[0]["score"] > 0.5
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda pipe, image: pipe(image), "Expected a sentence or a list of them as text, got None"),
+        (lambda pipe, image: pipe(image, text=3), "as text, got 3"),
+        (lambda pipe, image: pipe(image, text=""), "at least one word, got ''"),
+        (lambda pipe, image: pipe(image, text=["the man", "  "]), "at least one word, got '  '"),
+        (lambda pipe, image: pipe(image, text=[]), "none of them empty"),
+        (lambda pipe, image: pipe(image, text=[["the man"]]), "of type list"),
+        (lambda pipe, image: pipe(None, text="the man"), "got NoneType"),
+        (lambda pipe, image: pipe("no_such_photo.jpg", text="the man"), "no_such_photo.jpg"),
+        (lambda pipe, image: pipe([image, image], text=["the man", "a red ball"]), "2 images and 2 sentences"),
+        (lambda pipe, image: pipe({"image": image}), r"got the keys \['image'\]"),
+        (lambda pipe, image: pipe([{"image": image, "text": "a man"}], text="the man"), "no text beside them"),
+        (lambda pipe, image: pipe({"image": [image, image], "text": "a man"}), "2 images and 1 lists"),
+        (lambda pipe, image: pipe(image, text="the man", treshold=0.3), "show_progress, got treshold"),
+        (lambda pipe, image: pipe(image, text="the man", threshold=50), "from 0 to 1, got 50"),
+    ],
+)
+def test_bad_input_is_explained(pipe, images, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, images[0])
