@@ -9,14 +9,9 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 FUSION_TYPES = ("coupled", "independent", "vanilla")
 
-# Keys that are no fields of a config and still come through `config.json` or `from_pretrained`.
+# Keys that are no fields of a config and still come through `config.json` or `from_pretrained`; so do private ones.
 _KEYS_HANDLED_BY_TRANSFORMERS = frozenset(
     {
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation_internal",
-        "_name_or_path",
         "attn_implementation",
         "auto_map",
         "base_model_tp_plan",
@@ -28,6 +23,7 @@ _KEYS_HANDLED_BY_TRANSFORMERS = frozenset(
         "output_attentions",
         "quantization_config",
         "tie_last_hidden_states",
+        "tie_word_embeddings",
         "torch_dtype",
     }
 )
@@ -36,7 +32,7 @@ _KEYS_HANDLED_BY_TRANSFORMERS = frozenset(
 def _reject_unknown_keys(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
     """Raise a `ValueError` that names the keys which transformers would store without a word."""
     known = _KEYS_HANDLED_BY_TRANSFORMERS | GenerationConfig._get_default_generation_params().keys()
-    unknown = sorted(set(kwargs) - known)
+    unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
     if unknown:
         expected = list(type(config).__annotations__)
         raise ValueError(
@@ -216,6 +212,16 @@ class ReSTRConfig(PreTrainedConfig):
     ```"""
 
     model_type = "restr"
+    # Trainer's evaluation then gathers the logits alone.
+    keys_to_ignore_at_inference = [
+        "loss_pixel",
+        "loss_patch",
+        "patch_logits",
+        "vision_embeds",
+        "text_embeds",
+        "hidden_states",
+        "attentions",
+    ]
     # transformers before 5.20 reads `sub_configs`.
     sub_configs = {"vision_config": ReSTRVisionConfig, "text_config": ReSTRTextConfig}
     sub_configs_defaults = {"vision_config": ReSTRVisionConfig, "text_config": ReSTRTextConfig}

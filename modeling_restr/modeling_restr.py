@@ -1,7 +1,9 @@
 """PyTorch ReSTR model: convolution-free referring image segmentation with transformers (arXiv 2203.16768)."""
 
+import copy
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,6 +59,8 @@ class ReSTRModelOutput(ModelOutput):
         The image features; pass them as `vision_embeds` to ask again without encoding the image.
     text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
         The word features.
+    image_indices (`torch.Tensor` of shape `(N,)`):
+        Which image each expression is about.
     hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `output_hidden_states=True` is passed):
         Of the fusion encoders: the first block's input, then the output of every block.
     attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
@@ -69,6 +73,7 @@ class ReSTRModelOutput(ModelOutput):
     visual_embeds: torch.Tensor | None = None
     vision_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
+    image_indices: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -342,99 +347,6 @@ class ReSTRPreTrainedModel(PreTrainedModel):
             for projection in (module.patch_projection, module.classifier_projection):
                 init.normal_(projection.weight, std=self.config.hidden_size**-0.5)
 
-    @classmethod
-    def from_vision_pretrained(
-        cls,
-        pretrained_model_name_or_path: str,
-        config: ReSTRConfig | None = None,
-        image_size: int | None = None,
-        **kwargs: Any,
-    ) -> "ReSTRPreTrainedModel":
-        r"""
-        Start from the weights of a ViT; everything else is random. The paper starts from
-        `google/vit-base-patch16-384`.
-
-        A plain ViT (`model_type` `"vit"`) becomes ReSTR's own vision encoder, which computes the same and has drop
-        path. Any other encoder (DeiT, DINOv2, ...) keeps its class from transformers.
-
-        Args:
-            pretrained_model_name_or_path (`str`): Folder or Hub id of the vision model.
-            config (`ReSTRConfig`, *optional*): All the rest of the model; its `vision_config` is replaced.
-            image_size (`int`, *optional*):
-                Side of the square input in pixels, when it is to differ from the checkpoint's: its position
-                embeddings are resized bilinearly, once.
-            kwargs: Passed to `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...).
-
-        Raises:
-            `ValueError`: The vision model's sizes do not fit `config` or `image_size`.
-        """
-        vision_model = AutoModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        vision_config, state_dict = _convert_vision_model(vision_model)
-        state_dict = _resize_state_dict_positions(state_dict, vision_config, image_size)
-        values = {} if config is None else config.to_dict()
-        values["vision_config"] = vision_config
-        if config is None:
-            values["num_attention_heads"] = vision_config.num_attention_heads
-        config = ReSTRConfig(**{key: value for key, value in values.items() if key != "model_type"})
-        model = cls(config)
-        target = model.base_model.vision_model
-        missing, unexpected = target.load_state_dict(state_dict, strict=False)
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks weights that the vision encoder needs: {missing}."
-            )
-        return model
-
-
-def _convert_vision_model(vision_model: PreTrainedModel) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The config and weights under which a pretrained ViT becomes ReSTR's vision encoder; others stay as they are."""
-    config, state_dict = vision_model.config, vision_model.state_dict()
-    if config.model_type != "vit":
-        return config, state_dict
-    names = (  # the newer and the older names of transformers' ViT -> ours
-        (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
-        (r"^(?:encoder\.)?layers?\.(\d+)\.", r"layers.\1."),
-        (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.", r".self_attn.\1_proj."),
-        (r"\.attention\.(?:o_proj|output\.dense)\.", ".self_attn.out_proj."),
-        (r"\.layernorm_before\.", ".layer_norm1."),
-        (r"\.layernorm_after\.", ".layer_norm2."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
-        (r"^layernorm\.", "layer_norm."),
-    )
-    converted = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in names:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = tensor
-    height, _ = _pair(config.image_size)
-    patch_size, _ = _pair(config.patch_size)
-    copied = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    values = {name: getattr(config, name) for name in (*copied, "layer_norm_eps", "num_channels")}
-    return ReSTRVisionConfig(image_size=height, patch_size=patch_size, **values), converted
-
-
-def _resize_state_dict_positions(
-    state_dict: dict[str, torch.Tensor], config: Any, image_size: int | None
-) -> dict[str, torch.Tensor]:
-    """Set `config.image_size` and resize the position embeddings in `state_dict` to its grid."""
-    old_size, patch_size = _pair(config.image_size), _pair(config.patch_size)
-    if image_size is None or old_size == (image_size, image_size):
-        return state_dict
-    if image_size % patch_size[0] or image_size % patch_size[1]:
-        raise ValueError(f"`image_size` must be a multiple of the patch size {patch_size}, got {image_size}.")
-    names = [name for name in state_dict if name.endswith("position_embeddings")]
-    if len(names) != 1:
-        raise ValueError(
-            f"Cannot resize the positions of a {config.model_type!r} encoder to `image_size={image_size}`: expected "
-            f"one tensor named 'position_embeddings', found {names}. Leave `image_size` at {old_size}."
-        )
-    old_grid = (old_size[0] // patch_size[0], old_size[1] // patch_size[1])
-    new_grid = (image_size // patch_size[0], image_size // patch_size[1])
-    config.image_size = image_size
-    return {**state_dict, names[0]: resize_position_embeddings(state_dict[names[0]], old_grid, new_grid)}
-
 
 @auto_docstring(custom_intro="The vision encoder of ReSTR: a plain pre-norm ViT with one class token.")
 class ReSTRVisionModel(ReSTRPreTrainedModel):
@@ -558,10 +470,10 @@ def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos
 
 
 def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
-    if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= config.max_position_embeddings:
+    if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
-            f"`input_ids` must have the shape (expressions, words) with at most {config.max_position_embeddings} "
-            f"words, got {tuple(input_ids.shape)}."
+            f"`input_ids` must have the shape (expressions, words) with at least one expression and one to "
+            f"{config.max_position_embeddings} words, got {tuple(input_ids.shape)}."
         )
 
 
@@ -733,12 +645,25 @@ def _check_image_indices(image_indices: torch.Tensor, num_images: int, num_expre
             f"`image_indices` must have one entry an expression, shape ({num_expressions},), got "
             f"{tuple(image_indices.shape)}."
         )
+    if image_indices.is_floating_point() or image_indices.dtype == torch.bool:
+        raise ValueError(f"`image_indices` must be integers, got {image_indices.dtype}.")
     if torch.compiler.is_compiling():  # a look at the values would break the graph
         return
-    if num_expressions and not 0 <= int(image_indices.min()) <= int(image_indices.max()) < num_images:
+    if not 0 <= int(image_indices.min()) <= int(image_indices.max()) < num_images:
         raise ValueError(
             f"`image_indices` must be in [0, {num_images}) for {num_images} images, got {image_indices.tolist()}."
         )
+
+
+def _remove_unused_parameters(vision_model: PreTrainedModel) -> None:
+    """Remove what no patch token depends on: without gradients, it would stop distributed training."""
+    if getattr(vision_model, "pooler", None) is not None:
+        vision_model.pooler = None
+    embeddings = getattr(vision_model, "embeddings", None)
+    if isinstance(mask_token := getattr(embeddings, "mask_token", None), nn.Parameter):
+        del embeddings.mask_token
+        # The encoder's own initialisation still asks for it.
+        embeddings.register_buffer("mask_token", torch.zeros_like(mask_token), persistent=False)
 
 
 @auto_docstring(
@@ -752,10 +677,12 @@ class ReSTRModel(ReSTRPreTrainedModel):
         if config.vision_config.model_type == ReSTRVisionConfig.model_type:
             self.vision_model = ReSTRVisionModel(config.vision_config)
         else:
-            self.vision_model = AutoModel.from_config(config.vision_config)
-            # The pooler would be weights without gradients.
-            if getattr(self.vision_model, "pooler", None) is not None:
-                self.vision_model.pooler = None
+            self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
+            _remove_unused_parameters(self.vision_model)
+        # Some encoders (DINOv2) interpolate their positions unasked and do not take the argument.
+        self._vision_model_takes_interpolate_pos_encoding = (
+            "interpolate_pos_encoding" in inspect.signature(self.vision_model.forward).parameters
+        )
         self.text_model = ReSTRTextModel(config.text_config)
         self.fusion = ReSTRFusionEncoder(config)
         self.post_init()
@@ -791,10 +718,9 @@ class ReSTRModel(ReSTRPreTrainedModel):
         ```"""
         config = self.config.vision_config
         _check_pixel_values(pixel_values, config, interpolate_pos_encoding)
-        # Some encoders (DINOv2) interpolate their positions unasked and do not take the argument.
-        if "interpolate_pos_encoding" in inspect.signature(self.vision_model.forward).parameters:
+        if self._vision_model_takes_interpolate_pos_encoding:
             kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-        outputs = self.vision_model(pixel_values, **kwargs)
+        outputs = self.vision_model(pixel_values.to(self.dtype), return_dict=True, **kwargs)
         patch_size = _pair(config.patch_size)
         num_patches = (pixel_values.shape[2] // patch_size[0]) * (pixel_values.shape[3] // patch_size[1])
         if outputs.last_hidden_state.shape[1] < num_patches:
@@ -828,12 +754,10 @@ class ReSTRModel(ReSTRPreTrainedModel):
         >>> model.get_text_features(torch.ones(1, 20, dtype=torch.long)).pooler_output.shape
         torch.Size([1, 20, 768])
         ```"""
-        self._check_text(input_ids, attention_mask)
+        attention_mask = self._prepare_attention_mask(input_ids, attention_mask)
         if self.config.attend_to_padding:
             attention_mask = None
-        elif attention_mask is None:
-            attention_mask = self._default_attention_mask(input_ids)
-        outputs = self.text_model(input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = self.text_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=outputs.last_hidden_state,
@@ -841,10 +765,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _default_attention_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return (input_ids != self.config.text_config.pad_token_id).long()
-
-    def _check_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def _prepare_attention_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Check the words; returns the mask of shape (N, T), 0 for padding slots."""
         _check_input_ids(input_ids, self.config.text_config)
         num_slots = self.config.text_config.max_position_embeddings
         if self.config.attend_to_padding and input_ids.shape[1] != num_slots:
@@ -853,23 +775,34 @@ class ReSTRModel(ReSTRPreTrainedModel):
                 f"part of the computation, so every expression must be padded to {num_slots} slots, as the processor "
                 f"does."
             )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.text_config.pad_token_id).long()
+        elif attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}."
             )
+        if torch.compiler.is_compiling():  # a look at the values would break the graph
+            return attention_mask
+        has_words = attention_mask.any(dim=1)
+        if not has_words.all():
+            empty = (~has_words).nonzero().flatten().tolist()
+            raise ValueError(f"Every expression must have a word, got only padding in the expressions {empty}.")
+        return attention_mask
 
     def _patch_grid(
         self, num_patches: int, pixel_values: torch.Tensor | None, image_size: tuple[int, int] | None
     ) -> tuple[int, int]:
-        """(h, w) of the patches: of the pixels where they are given, else of `image_size`, else a square."""
-        patch_size = _pair(self.config.vision_config.patch_size)
+        """(h, w) of the patches: of the pixels where they are given, of `image_size`, of the config, else a square."""
+        patch_height, patch_width = _pair(self.config.vision_config.patch_size)
         if pixel_values is not None:
             image_size = (pixel_values.shape[2], pixel_values.shape[3])
         elif image_size is None:
-            side = math.isqrt(num_patches)
-            image_size = (side * patch_size[0], side * patch_size[1])
-        grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
+            image_size = _pair(self.config.vision_config.image_size)
+            if (image_size[0] // patch_height) * (image_size[1] // patch_width) != num_patches:
+                side = math.isqrt(num_patches)
+                image_size = (side * patch_height, side * patch_width)
+        grid = (image_size[0] // patch_height, image_size[1] // patch_width)
         if grid[0] * grid[1] != num_patches:
             raise ValueError(
                 f"`vision_embeds` have {num_patches} patches, expected {grid[0]} x {grid[1]} for an input of "
@@ -890,7 +823,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
             given = "neither" if pixel_values is None else "both"
             raise ValueError(f"Expected exactly one of `pixel_values` and `vision_embeds`, got {given}.")
         if pixel_values is not None:
-            return self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs).pooler_output
+            features = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+            return features.pooler_output
         if isinstance(vision_embeds, ModelOutput):
             vision_embeds = vision_embeds.pooler_output
         hidden_size = self.config.vision_config.hidden_size
@@ -899,7 +833,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
                 f"`vision_embeds` must have the shape (images, patches, {hidden_size}), as "
                 f"`get_image_features(...).pooler_output` has, got {tuple(vision_embeds.shape)}."
             )
-        return vision_embeds.to(self.fusion.visual_projection.weight.dtype)
+        return vision_embeds.to(self.dtype)
 
     def _prepare_image_indices(
         self, image_indices: torch.Tensor | None, num_images: int, input_ids: torch.Tensor
@@ -958,20 +892,19 @@ class ReSTRModel(ReSTRPreTrainedModel):
         ```"""
         if input_ids is None:
             raise ValueError("Expected `input_ids`, the words of at least one expression, got none.")
-        self._check_text(input_ids, attention_mask)
+        attention_mask = self._prepare_attention_mask(input_ids, attention_mask)
         vision_embeds = self._prepare_vision_embeds(pixel_values, vision_embeds, interpolate_pos_encoding, **kwargs)
         grid = self._patch_grid(vision_embeds.shape[1], pixel_values, image_size)
         image_indices = self._prepare_image_indices(image_indices, vision_embeds.shape[0], input_ids)
-        if attention_mask is None:
-            attention_mask = self._default_attention_mask(input_ids)
-        text_embeds = self.get_text_features(input_ids, attention_mask, **kwargs).pooler_output
-        outputs = self.fusion(vision_embeds, text_embeds, attention_mask, image_indices, **kwargs)
+        text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs).pooler_output
+        outputs = self.fusion(vision_embeds, text_embeds, attention_mask, image_indices, return_dict=True, **kwargs)
         return ReSTRModelOutput(
             patch_logits=outputs.patch_logits.unflatten(1, grid),
             patch_embeds=outputs.patch_embeds,
             visual_embeds=outputs.visual_embeds,
             vision_embeds=vision_embeds,
             text_embeds=text_embeds,
+            image_indices=image_indices,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -985,9 +918,60 @@ def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
         )
     if torch.compiler.is_compiling():  # a look at the values would break the graph
         return
-    low, high = labels.aminmax()
-    if low < 0 or high > 1:
-        raise ValueError(f"`labels` must be 0 or 1, got values from {low.item()} to {high.item()}.")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            f"`labels` must be 0 or 1, got values from {labels.min().item()} to {labels.max().item()}. Binarise the "
+            f"masks first, as the processor does."
+        )
+
+
+def _convert_vision_model(vision_model: PreTrainedModel) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The config and weights under which a pretrained ViT becomes ReSTR's vision encoder; others stay as they are."""
+    config, state_dict = vision_model.config, vision_model.state_dict()
+    if config.model_type != "vit" or len({*_pair(config.image_size)}) > 1 or len({*_pair(config.patch_size)}) > 1:
+        return config, state_dict
+    names = (  # the newer and the older names of transformers' ViT -> ours
+        (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
+        (r"^(?:encoder\.)?layers?\.(\d+)\.", r"layers.\1."),
+        (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.", r".self_attn.\1_proj."),
+        (r"\.attention\.(?:o_proj|output\.dense)\.", ".self_attn.out_proj."),
+        (r"\.layernorm_before\.", ".layer_norm1."),
+        (r"\.layernorm_after\.", ".layer_norm2."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
+        (r"^layernorm\.", "layer_norm."),
+    )
+    converted = {}
+    for name, tensor in state_dict.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = tensor
+    copied = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    values = {name: getattr(config, name) for name in (*copied, "layer_norm_eps", "num_channels")}
+    values.update(image_size=_pair(config.image_size)[0], patch_size=_pair(config.patch_size)[0])
+    return ReSTRVisionConfig(**values), converted
+
+
+def _resize_state_dict_positions(
+    state_dict: dict[str, torch.Tensor], config: Any, image_size: int | None
+) -> dict[str, torch.Tensor]:
+    """Set `config.image_size` and resize the position embeddings in `state_dict` to its grid."""
+    old_size, patch_size = _pair(config.image_size), _pair(config.patch_size)
+    if image_size is None or old_size == (image_size, image_size):
+        return state_dict
+    if image_size <= 0 or image_size % patch_size[0] or image_size % patch_size[1]:
+        raise ValueError(f"`image_size` must be a positive multiple of the patch size {patch_size}, got {image_size}.")
+    names = [name for name in state_dict if name.endswith("position_embeddings")]
+    if len(names) != 1:
+        raise ValueError(
+            f"Cannot resize the positions of a {config.model_type!r} encoder to `image_size={image_size}`: expected "
+            f"one tensor named 'position_embeddings', found {names}. Leave `image_size` at {old_size}."
+        )
+    old_grid = (old_size[0] // patch_size[0], old_size[1] // patch_size[1])
+    new_grid = (image_size // patch_size[0], image_size // patch_size[1])
+    config.image_size = image_size
+    return {**state_dict, names[0]: resize_position_embeddings(state_dict[names[0]], old_grid, new_grid)}
 
 
 @auto_docstring(custom_intro="ReSTR for referring image segmentation: one mask for each expression about an image.")
@@ -997,6 +981,56 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         self.model = ReSTRModel(config)
         self.pixel_decoder = ReSTRPixelDecoder(config) if config.use_pixel_decoder else None
         self.post_init()
+
+    @classmethod
+    def from_vision_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        config: ReSTRConfig | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> "ReSTRForImageSegmentation":
+        r"""
+        Start from the weights of a ViT; everything else is random. The paper starts from
+        `google/vit-base-patch16-384`. The model is returned in evaluation mode.
+
+        A plain ViT (`model_type` `"vit"`) becomes ReSTR's own vision encoder, which computes the same and has drop
+        path. Any other encoder (DeiT, DINOv2, ...) keeps its class from transformers.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id of the vision model.
+            config (`ReSTRConfig`, *optional*): All the rest of the model; its `vision_config` is replaced.
+            image_size (`int`, *optional*):
+                Side of the square input in pixels, when it is to differ from the checkpoint's: its position
+                embeddings are resized bilinearly, once.
+            kwargs: Passed to `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            `ValueError`: The checkpoint is not that of a plain ViT, lacks weights, or does not fit `image_size`.
+        """
+        vision_model, loading_info = AutoModel.from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        vision_config, state_dict = _convert_vision_model(vision_model)
+        if config is None:
+            config = ReSTRConfig(
+                vision_config=vision_config, num_attention_heads=getattr(vision_config, "num_attention_heads", 12)
+            )
+        else:
+            config = copy.deepcopy(config)
+            config.vision_config = vision_config
+            config.validate_architecture()
+        state_dict = _resize_state_dict_positions(state_dict, config.vision_config, image_size)
+        model = cls(config)
+        missing, unexpected = model.model.vision_model.load_state_dict(state_dict, strict=False)
+        missing += [name for name in loading_info["missing_keys"] if not name.startswith("pooler.")]
+        unexpected = [name for name in unexpected if not name.startswith("pooler.") and "mask_token" not in name]
+        if missing or unexpected:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fill a {vision_config.model_type!r} encoder: "
+                f"missing {missing}, unexpected {unexpected}."
+            )
+        return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -1053,13 +1087,13 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         self, logits: torch.Tensor, patch_logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Total, pixel and patch loss (scalars) of (N, H, W) and (N, h, w) logits for (N, any, any) labels."""
-        labels = labels[:, None].to(logits.dtype)  # (N, 1, height, width)
-        logits = logits[:, None]
+        labels = labels[:, None].float()  # (N, 1, height, width)
+        logits, patch_logits = logits[:, None].float(), patch_logits[:, None].float()
         if logits.shape != labels.shape:
             logits = F.interpolate(logits, size=labels.shape[2:], mode="bilinear", align_corners=True)
         loss_pixel = F.binary_cross_entropy_with_logits(logits, labels)
-        patch_labels = F.adaptive_max_pool2d(labels, patch_logits.shape[1:])
-        loss_patch = F.binary_cross_entropy_with_logits(patch_logits[:, None], patch_labels)
+        patch_labels = F.adaptive_max_pool2d(labels, patch_logits.shape[2:])
+        loss_patch = F.binary_cross_entropy_with_logits(patch_logits, patch_labels)
         return loss_pixel + self.config.patch_loss_weight * loss_patch, loss_pixel, loss_patch
 
     @can_return_tuple
@@ -1114,12 +1148,14 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             vision_embeds=vision_embeds,
             interpolate_pos_encoding=interpolate_pos_encoding,
             image_size=image_size,
+            return_dict=True,
             **kwargs,
         )
         logits = outputs.patch_logits
         if self.pixel_decoder is not None:
-            indices = self.model._prepare_image_indices(image_indices, outputs.vision_embeds.shape[0], input_ids)
-            logits = self.pixel_decoder(outputs.visual_embeds, outputs.patch_embeds, outputs.patch_logits, indices)
+            logits = self.pixel_decoder(
+                outputs.visual_embeds, outputs.patch_embeds, outputs.patch_logits, outputs.image_indices
+            )
         loss = loss_pixel = loss_patch = None
         if labels is not None:
             loss, loss_pixel, loss_patch = self.loss_function(logits, outputs.patch_logits, labels)
