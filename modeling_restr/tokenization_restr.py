@@ -61,7 +61,7 @@ def vocabulary_from_expressions(sentences: Iterable[str], min_count: int = 1) ->
     a vocabulary file cannot hold them, and in the original they are `<unk>`.
     """
     if isinstance(sentences, str):
-        raise ValueError(f"Expected several sentences, got one string: {sentences!r}. Pass a list.")  # noqa: TRY004
+        raise ValueError(f"Expected several sentences, got one string: {sentences!r}. Pass a list.")
     counts = Counter(piece for sentence in sentences for piece in split_expression(sentence))
     words = [word for word, count in counts.items() if count >= min_count and not re.search(r"\s", word)]
     words.sort(key=lambda word: (-counts[word], word))
