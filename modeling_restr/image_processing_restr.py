@@ -388,11 +388,11 @@ def _letterbox_mask(mask: np.ndarray, canvas_size: tuple[int, int] | None) -> np
     top, left, height, width = get_letterbox(mask.shape, canvas_size)
     if mask.shape != (height, width):
         # The integral image of a mask is bilinear inside each pixel, so interpolating it is exact, and its
-        # differences are the areas covered. float64 counts the pixels of any image exactly.
-        integral = np.pad(mask.cumsum(0, dtype=np.float64).cumsum(1), ((1, 0), (1, 0)))
-        corners = F.interpolate(
-            torch.from_numpy(integral)[None, None], (height + 1, width + 1), mode="bilinear", align_corners=True
-        )[0, 0]
+        # differences are the areas covered.
+        integral = F.pad(torch.from_numpy(mask).cumsum(0).cumsum(1), (1, 0, 1, 0)).double()
+        corners = F.interpolate(integral[None, None], (height + 1, width + 1), mode="bilinear", align_corners=True)[
+            0, 0
+        ]
         area = corners.diff(dim=0).diff(dim=1).numpy() * (height * width / mask.size)
         mask = area > 0.5 + 1e-6
     return _place(mask.astype(np.int64), canvas_size, top, left)

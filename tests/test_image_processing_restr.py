@@ -421,7 +421,9 @@ def test_values_against_a_plain_bilinear_reference(processor):
 def test_threshold_and_sizes_as_list_or_tensor(processor):
     logits = torch.randn(3, 96, 96, generator=torch.Generator().manual_seed(0))
     sizes = [(20, 30), (40, 9), (96, 96)]
+    before = logits.clone()
     results = processor.post_process_referring_segmentation(outputs_of(logits), torch.tensor(sizes), threshold=0.7)
+    assert torch.equal(logits, before)
     same = processor.post_process_referring_segmentation(outputs_of(logits), sizes, threshold=0.7)
     for result, other, size in zip(results, same, sizes, strict=True):
         assert result["mask"].shape == size and torch.equal(result["mask"], other["mask"])
