@@ -1,8 +1,12 @@
-"""ReSTR, referring image segmentation with transformers. Importing the package registers it with the Auto classes."""
+"""
+ReSTR, referring image segmentation with transformers.
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation
+Importing the package registers it with transformers: the Auto classes and `pipeline` then load its models without
+`trust_remote_code`.
+"""
 
 from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
+from .image_processing_restr import ReSTRImageProcessor
 from .modeling_restr import (
     ReSTRForImageSegmentation,
     ReSTRModel,
@@ -10,24 +14,25 @@ from .modeling_restr import (
     ReSTRTextModel,
     ReSTRVisionModel,
 )
+from .pipeline_restr import ReSTRPipeline
+from .processing_restr import ReSTRProcessor
+from .registration import register
+from .tokenization_restr import build_tokenizer
 
 
-for _config_class, _model_class in (
-    (ReSTRConfig, ReSTRModel),
-    (ReSTRVisionConfig, ReSTRVisionModel),
-    (ReSTRTextConfig, ReSTRTextModel),
-):
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModel.register(_config_class, _model_class, exist_ok=True)
-AutoModelForImageSegmentation.register(ReSTRConfig, ReSTRForImageSegmentation, exist_ok=True)
+register()
 
 __all__ = [
     "ReSTRConfig",
     "ReSTRForImageSegmentation",
+    "ReSTRImageProcessor",
     "ReSTRModel",
+    "ReSTRPipeline",
     "ReSTRPreTrainedModel",
+    "ReSTRProcessor",
     "ReSTRTextConfig",
     "ReSTRTextModel",
     "ReSTRVisionConfig",
     "ReSTRVisionModel",
+    "build_tokenizer",
 ]

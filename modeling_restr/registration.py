@@ -1,0 +1,74 @@
+"""Registration with transformers, so that its Auto classes and `pipeline` know ReSTR without remote code."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation, AutoProcessor
+
+# `transformers.AutoImageProcessor` itself may be a stand-in that raises where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.pipelines import SUPPORTED_TASKS, ImageSegmentationPipeline, Pipeline
+
+from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
+from .image_processing_restr import ReSTRImageProcessor
+from .modeling_restr import ReSTRForImageSegmentation, ReSTRModel, ReSTRTextModel, ReSTRVisionModel
+from .pipeline_restr import ReSTRPipeline
+from .processing_restr import ReSTRProcessor
+
+
+_TASK = "image-segmentation"
+
+
+def register() -> None:
+    """Register ReSTR's classes; calling it again changes nothing."""
+    for config_class, model_class in (
+        (ReSTRConfig, ReSTRModel),
+        (ReSTRVisionConfig, ReSTRVisionModel),
+        (ReSTRTextConfig, ReSTRTextModel),
+    ):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
+    AutoModelForImageSegmentation.register(ReSTRConfig, ReSTRForImageSegmentation, exist_ok=True)
+    AutoImageProcessor.register(ReSTRConfig, image_processor_classes={"pil": ReSTRImageProcessor}, exist_ok=True)
+    AutoProcessor.register(ReSTRConfig, ReSTRProcessor, exist_ok=True)
+    _register_pipeline()
+
+
+def _register_pipeline() -> None:
+    """
+    Let the task "image-segmentation" make a [`ReSTRPipeline`] for ReSTR's models and what it made before for others.
+
+    Transformers has one pipeline a task, and demands `trust_remote_code=True` for the tasks in a config's
+    `custom_pipelines`, whatever is registered. So the pipeline class is chosen by the model, and a config names its
+    task, which `pipeline` infers when none is given, without claiming it.
+    """
+    implementation = SUPPORTED_TASKS[_TASK]["impl"]  # a class or its dotted path
+    previous = implementation if isinstance(implementation, type) else ImageSegmentationPipeline
+    previous = getattr(previous, "other_pipeline", previous)
+
+    class ImageSegmentationPipelineByModel(previous):
+        other_pipeline = previous
+
+        def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Pipeline:
+            if getattr(model.config, "model_type", None) != ReSTRConfig.model_type:
+                return previous(model, *args, **kwargs)
+            if kwargs.get("processor") is None:
+                kwargs["processor"] = ReSTRProcessor(kwargs.get("image_processor"), kwargs.get("tokenizer"))
+            return ReSTRPipeline(model, *args, **kwargs)
+
+    SUPPORTED_TASKS[_TASK]["impl"] = ImageSegmentationPipelineByModel
+    ReSTRConfig.custom_pipelines = property(_get_custom_pipelines, _set_custom_pipelines)
+
+
+class _UnclaimedPipelines(dict):
+    def __contains__(self, task: object) -> bool:
+        return False
+
+
+def _get_custom_pipelines(config: ReSTRConfig) -> dict[str, Any]:
+    if "custom_pipelines" not in config.__dict__:
+        raise AttributeError("custom_pipelines")
+    return _UnclaimedPipelines(config.__dict__["custom_pipelines"])
+
+
+def _set_custom_pipelines(config: ReSTRConfig, value: dict[str, Any]) -> None:
+    config.__dict__["custom_pipelines"] = value
