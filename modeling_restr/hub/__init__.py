@@ -1,0 +1,6 @@
+"""What a Hub repository or a folder to share holds besides weights."""
+
+from .bundle import save_bundle
+
+
+__all__ = ["save_bundle"]

@@ -1,0 +1,169 @@
+"""Save a model with everything that a machine without this package needs to run it."""
+
+import copy
+import inspect
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from ..configuration_restr import ReSTRConfig
+from ..image_processing_restr import ReSTRImageProcessor
+from ..modeling_restr import ReSTRForImageSegmentation, ReSTRModel
+from ..pipeline_restr import ReSTRPipeline
+from ..processing_restr import ReSTRProcessor
+
+
+_CODE_CLASSES = (
+    ReSTRConfig,
+    ReSTRModel,
+    ReSTRForImageSegmentation,
+    ReSTRImageProcessor,
+    ReSTRProcessor,
+    ReSTRPipeline,
+)
+_WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+# What a reloaded tokenizer would save of how it was loaded.
+_LOADING_KEYS = ("is_local", "local_files_only")
+
+
+def save_bundle(
+    model: ReSTRForImageSegmentation,
+    processor: ReSTRProcessor,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> Path:
+    """
+    Save weights, config, processor and the code that they need: the Auto classes and `pipeline` load the folder with
+    `trust_remote_code=True` where this package is not installed, and without it where it is.
+
+    Everything is written beside `folder` first and then moved. An existing folder is updated file by file, its other
+    files are kept; old weights go first and the new ones come last, so an update that is cut off leaves a folder
+    without weights, never one of mixed parts.
+
+    Args:
+        model ([`ReSTRForImageSegmentation`]): The model to save; it is not changed.
+        processor ([`ReSTRProcessor`]): Its processor; it is not changed.
+        folder (`str` or `os.PathLike`): Where to save; parent folders are made as needed.
+        dtype (`torch.dtype` or `str`, *optional*):
+            What the weights are stored in, such as `torch.float16` for half the size; the model's own by default.
+            They still load in the model's own dtype unless `from_pretrained` is told otherwise.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        `ValueError`: `model` or `processor` is of another class, they do not fit each other, `dtype` is no floating
+            point type or cannot hold the weights, or `folder` is a file.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder to save to, but {folder} is a file.")
+    _check_pair(model, processor)
+    state_dict = _cast_state_dict(model, dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        staging = Path(temporary) / folder.name
+        staging.mkdir()
+        model.save_pretrained(staging, state_dict=state_dict)
+        _bundle_config(model).save_pretrained(staging)
+        _bundle_processor(processor).save_pretrained(staging)
+        for path in _code_files():
+            shutil.copyfile(path, staging / path.name)
+        _move_into_place(staging, folder)
+    return folder
+
+
+def _check_pair(model: ReSTRForImageSegmentation, processor: ReSTRProcessor) -> None:
+    if not isinstance(model, ReSTRForImageSegmentation) or not isinstance(processor, ReSTRProcessor):
+        raise ValueError(
+            f"Expected a ReSTRForImageSegmentation and a ReSTRProcessor, got a {type(model).__name__} and a "
+            f"{type(processor).__name__}."
+        )
+    text_config, vision_config = model.config.text_config, model.config.vision_config
+    largest_id = max(processor.tokenizer.get_vocab().values())
+    if largest_id >= text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has ids up to {largest_id}, but the model has {text_config.vocab_size} word vectors: they "
+            f"do not belong together."
+        )
+    image_size = vision_config.image_size
+    expected_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = processor.image_processor.size
+    if (size["height"], size["width"]) != expected_size:
+        raise ValueError(
+            f"The image processor makes images of {size['height']}x{size['width']} pixels, but the model expects "
+            f"{expected_size[0]}x{expected_size[1]}."
+        )
+
+
+def _cast_state_dict(model: ReSTRForImageSegmentation, dtype: torch.dtype | str | None) -> dict[str, torch.Tensor]:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"Expected `dtype` to be a floating point type such as torch.float16, got {dtype!r}.")
+    state_dict = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"Weights are not finite, as stored in {dtype or model.dtype}: {broken}.")
+    return state_dict
+
+
+def _reference(code_class: type) -> str:
+    """`module.Class`, as an `auto_map` names it."""
+    return f"{code_class.__module__.rpartition('.')[2]}.{code_class.__name__}"
+
+
+def _bundle_config(model: ReSTRForImageSegmentation) -> PreTrainedConfig:
+    config = copy.deepcopy(model.config)
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = model.dtype  # as `from_pretrained` sets them, so that a reloaded model is saved the same
+    config.auto_map = {
+        "AutoConfig": _reference(ReSTRConfig),
+        "AutoModel": _reference(ReSTRModel),
+        "AutoModelForImageSegmentation": _reference(ReSTRForImageSegmentation),
+    }
+    config.custom_pipelines = {
+        "image-segmentation": {
+            "impl": _reference(ReSTRPipeline),
+            "pt": ["AutoModelForImageSegmentation"],
+        }
+    }
+    return config
+
+
+def _bundle_processor(processor: ReSTRProcessor) -> ReSTRProcessor:
+    processor = copy.deepcopy(processor)
+    for key in _LOADING_KEYS:
+        processor.tokenizer.init_kwargs.pop(key, None)
+    processor.auto_map = {"AutoProcessor": _reference(ReSTRProcessor)}
+    processor.image_processor.auto_map = {"AutoImageProcessor": _reference(ReSTRImageProcessor)}
+    return processor
+
+
+def _code_files() -> list[Path]:
+    """The files of the classes in the bundle and, through all levels, of what they import from this package."""
+    files = {inspect.getfile(code_class) for code_class in _CODE_CLASSES}
+    return sorted({Path(path) for file in files for path in (file, *get_relative_import_files(file))})
+
+
+def _move_into_place(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.replace(staging, folder)
+        return
+    for path in _weight_files(folder):
+        path.unlink()
+    weights = _weight_files(staging)
+    others = sorted(set(staging.iterdir()) - set(weights))
+    for path in (*others, *weights):
+        os.replace(path, folder / path.name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` may take weights from; an index comes after its parts."""
+    return sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))

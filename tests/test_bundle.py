@@ -1,0 +1,282 @@
+"""A saved bundle runs where the package is installed, and where it is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+import modeling_restr
+from modeling_restr import (
+    ReSTRConfig,
+    ReSTRForImageSegmentation,
+    ReSTRImageProcessor,
+    ReSTRModel,
+    ReSTRPipeline,
+    ReSTRProcessor,
+    build_tokenizer,
+)
+from modeling_restr.hub import save_bundle
+
+
+PACKAGE = Path(modeling_restr.__file__).parent
+CODE_FILES = {
+    "configuration_restr.py",
+    "image_processing_restr.py",
+    "modeling_restr.py",
+    "pipeline_restr.py",
+    "processing_restr.py",
+}
+OTHER_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+SENTENCES = ["the dog on the left", "ball"]
+
+# Loads the folder argv[1] with remote code, asks about the image argv[2], and writes what it got to the folder argv[3].
+FRESH_PROCESS = '''
+import json, sys
+from importlib.abc import MetaPathFinder
+
+
+class Hidden(MetaPathFinder):
+    """Whatever is installed or on the path: here the package is not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_restr":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Hidden())
+try:
+    import modeling_restr
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the package can be imported")
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+folder, photo, output, *sentences = sys.argv[1:]
+image = Image.open(photo)
+load = dict(trust_remote_code=True)
+config = transformers.AutoConfig.from_pretrained(folder, **load)
+base_model = transformers.AutoModel.from_pretrained(folder, **load)
+model = transformers.AutoModelForImageSegmentation.from_pretrained(folder, **load)
+processor = transformers.AutoProcessor.from_pretrained(folder, **load)
+image_processor = AutoImageProcessor.from_pretrained(folder, **load)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **load)
+pipe = transformers.pipeline(model=folder, **load)
+
+inputs = processor(images=image, text=sentences, return_tensors="pt")
+with torch.no_grad():
+    results = {
+        "patch_logits": base_model(**inputs).patch_logits,
+        "logits": model(**inputs).logits,
+        "pixel_values": image_processor(image, return_tensors="pt")["pixel_values"],
+        "input_ids": tokenizer(sentences, padding="max_length", return_tensors="pt")["input_ids"],
+    }
+answers = pipe(image, text=sentences)
+results["masks"] = torch.stack([torch.from_numpy(np.array(answer["mask"])) for answer in answers])
+results["scores"] = torch.tensor([answer["score"] for answer in answers], dtype=torch.float64)
+save_file({name: tensor.contiguous() for name, tensor in results.items()}, f"{output}/results.safetensors")
+loaded = (config, base_model, model, processor, image_processor, pipe)
+with open(f"{output}/classes.json", "w") as file:
+    json.dump([[type(part).__module__, type(part).__name__] for part in loaded], file)
+'''
+
+
+def build_model(seed: int = 0, **options) -> ReSTRForImageSegmentation:
+    torch.manual_seed(seed)
+    encoder = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    options = {"vision_config": {**encoder, "image_size": 32, "patch_size": 8}, **options}
+    text_config = {**encoder, "vocab_size": 10, "projection_dim": 16}
+    config = ReSTRConfig(text_config=text_config, num_attention_heads=2, **options)
+    return ReSTRForImageSegmentation(config).eval()
+
+
+def build_processor(image_size: int = 32, largest_id: int = 9) -> ReSTRProcessor:
+    words = ["<pad>", "<go>", "<eos>", "<unk>", "the", "dog", "on"]
+    vocabulary = {word: index for index, word in enumerate(words)} | {"left": largest_id}  # ids have gaps
+    image_processor = ReSTRImageProcessor(size={"height": image_size, "width": image_size})
+    return ReSTRProcessor(image_processor, build_tokenizer(vocabulary))
+
+
+def build_image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    return save_bundle(build_model(), build_processor(), tmp_path / "bundle")
+
+
+def test_bundle_is_complete_and_flat(bundle):
+    files = read_files(bundle)
+    assert files.keys() == CODE_FILES | OTHER_FILES
+    assert all(files[name] == (PACKAGE / name).read_bytes() for name in CODE_FILES)
+    assert list(bundle.parent.iterdir()) == [bundle]
+
+
+def test_code_needs_nothing_but_itself_and_required_packages(bundle):
+    allowed = sys.stdlib_module_names | {"huggingface_hub", "numpy", "PIL", "torch", "transformers"}
+    for name in CODE_FILES:
+        assert set(get_imports(bundle / name)) <= allowed
+        assert {f"{module}.py" for module in get_relative_imports(bundle / name)} <= CODE_FILES
+
+
+def test_fresh_process_without_the_package_gives_the_same(bundle, tmp_path):
+    (tmp_path / "output").mkdir()
+    build_image().save(tmp_path / "photo.png")
+    (tmp_path / "fresh.py").write_text(FRESH_PROCESS)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [bundle, tmp_path / "photo.png", tmp_path / "output", *SENTENCES]
+    subprocess.run(
+        [sys.executable, tmp_path / "fresh.py", *map(str, arguments)], check=True, env=environment, cwd=tmp_path
+    )
+
+    model, processor, image = build_model(), build_processor(), build_image()
+    inputs = processor(images=image, text=SENTENCES, return_tensors="pt")
+    answers = ReSTRPipeline(model=model, processor=processor)(image, text=SENTENCES)
+    results = load_file(tmp_path / "output" / "results.safetensors")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    assert torch.equal(results["logits"], outputs.logits)
+    assert torch.equal(results["patch_logits"], outputs.patch_logits)
+    assert torch.equal(results["pixel_values"], inputs["pixel_values"])
+    assert torch.equal(results["input_ids"], inputs["input_ids"])
+    assert results["scores"].tolist() == [answer["score"] for answer in answers]
+    masks = np.stack([np.array(answer["mask"]) for answer in answers])
+    assert np.array_equal(results["masks"].numpy(), masks)
+    assert 0 < np.count_nonzero(masks) < masks.size
+
+    classes = json.loads((tmp_path / "output" / "classes.json").read_text())
+    assert all(module.startswith("transformers_modules.bundle.") for module, _ in classes)
+    expected = (ReSTRConfig, ReSTRModel, ReSTRForImageSegmentation, ReSTRProcessor, ReSTRImageProcessor, ReSTRPipeline)
+    assert [name for _, name in classes] == [part.__name__ for part in expected]
+
+
+def test_second_call_gives_identical_bytes(bundle, tmp_path):
+    first = read_files(bundle)
+    loaded = ReSTRForImageSegmentation.from_pretrained(bundle), ReSTRProcessor.from_pretrained(bundle)
+    save_bundle(*loaded, bundle)
+    assert read_files(bundle) == first
+    assert read_files(save_bundle(*loaded, tmp_path / "new" / "folder")) == first
+
+
+def test_existing_folder_is_updated_and_keeps_other_files(bundle):
+    (bundle / "README.md").write_text("mine")
+    (bundle / "checkpoint-1").mkdir()
+    save_file({"old": torch.zeros(1)}, bundle / "model-00001-of-00002.safetensors")
+    (bundle / "model.safetensors.index.json").touch()
+    model = build_model(seed=1)
+    save_bundle(model, build_processor(), bundle)
+    assert {path.name for path in bundle.iterdir()} == CODE_FILES | OTHER_FILES | {"README.md", "checkpoint-1"}
+    assert (bundle / "README.md").read_text() == "mine"
+    loaded = ReSTRForImageSegmentation.from_pretrained(bundle).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_failure_while_writing_leaves_everything_as_it_was(bundle, tmp_path, monkeypatch):
+    before = read_files(bundle)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ReSTRProcessor, "save_pretrained", fail)
+    for folder in (bundle, tmp_path / "new"):
+        with pytest.raises(OSError, match="no space left"):
+            save_bundle(build_model(seed=1), build_processor(), folder)
+    assert read_files(bundle) == before
+    assert list(tmp_path.iterdir()) == [bundle]
+
+
+def test_update_that_is_cut_off_does_not_load(bundle, monkeypatch):
+    replace, calls = os.replace, []
+
+    def replace_twice(source, target):
+        calls.append(target)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_twice)
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(build_model(seed=1), build_processor(), bundle)
+    monkeypatch.undo()
+    assert len(calls) == 3
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        ReSTRForImageSegmentation.from_pretrained(bundle)
+    save_bundle(build_model(), build_processor(), bundle)
+    ReSTRForImageSegmentation.from_pretrained(bundle)
+
+
+def test_half_precision_is_stored_and_loads_in_the_dtype_of_the_model(bundle, tmp_path):
+    vit = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    model = build_model(vision_config=vit)
+    folder = save_bundle(model, build_processor(), tmp_path / "half", dtype="float16")
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert model.dtype == torch.float32
+    loaded = ReSTRForImageSegmentation.from_pretrained(folder)
+    assert loaded.dtype == torch.float32
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    assert ReSTRForImageSegmentation.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_model_and_processor_are_left_alone(bundle):
+    model, processor = build_model(), build_processor()
+    save_bundle(model, processor, bundle)
+    assert not hasattr(model.config, "auto_map")
+    assert not hasattr(processor, "auto_map")
+    assert not hasattr(processor.image_processor, "auto_map")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "restr"}, "Expected a ReSTRForImageSegmentation and a ReSTRProcessor, got a str"),
+        ({"processor": None}, "and a NoneType"),
+        ({"processor": build_processor(image_size=64)}, "images of 64x64 pixels, but the model expects 32x32"),
+        ({"processor": build_processor(largest_id=10)}, "ids up to 10, but the model has 10 word vectors"),
+        ({"dtype": torch.int8}, "floating point type"),
+        ({"dtype": "half16"}, "floating point type"),
+    ],
+)
+def test_bad_arguments_are_explained(tmp_path, arguments, message):
+    arguments = {"model": build_model(), "processor": build_processor(), **arguments}
+    with pytest.raises(ValueError, match=message):
+        save_bundle(folder=tmp_path / "bundle", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_beyond_the_dtype_are_refused(tmp_path):
+    model = build_model()
+    with torch.no_grad():
+        model.pixel_decoder.head.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"not finite, as stored in torch.float16: \['pixel_decoder.head.weight'\]"):
+        save_bundle(model, build_processor(), tmp_path / "bundle", dtype=torch.float16)
+    save_bundle(model, build_processor(), tmp_path / "bundle", dtype=torch.bfloat16)
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "bundle").write_text("a file")
+    with pytest.raises(ValueError, match="is a file"):
+        save_bundle(build_model(), build_processor(), tmp_path / "bundle")
+    assert (tmp_path / "bundle").read_text() == "a file"
