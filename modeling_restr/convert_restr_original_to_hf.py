@@ -6,6 +6,8 @@ Convert a checkpoint of the original ReSTR implementation to a folder that `from
 """
 
 import argparse
+import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -19,63 +21,104 @@ from .processing_restr import ReSTRProcessor
 from .tokenization_restr import build_tokenizer, read_vocabulary
 
 
-# The original's names -> ours, applied in turn. A block is the same inside every encoder.
+logger = logging.getLogger(__name__)
+
+# Our names -> the original's. A pattern applies to every name, the blocks' own names are the same in all encoders.
 _RENAMINGS = (
-    (r"^encoder_v\.cls_token$", "model.vision_model.embeddings.class_embedding"),
-    (r"^encoder_v\.pos_embed$", "model.vision_model.embeddings.position_embeddings"),
-    (r"^encoder_v\.patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
-    (r"^encoder_v\.norm\.", "model.vision_model.layer_norm."),
-    (r"^encoder_v\.blocks\.", "model.vision_model.layers."),
-    (r"^encoder_l\.embedding\.", "model.text_model.embeddings.embed_tokens."),
-    (r"^encoder_l\.proj_lang\.", "model.text_model.projection."),
-    (r"^encoder_l\.lang_norm\.", "model.text_model.layer_norm."),
-    (r"^encoder_l\.blocks\.", "model.text_model.layers."),
-    (r"^fusion_module\.(?:blocks_vl|blocksvl|blocks)\.", "model.fusion.layers."),
-    (r"^fusion_module\.(?:blocks_ls|blockslm)\.", "model.fusion.seed_layers."),
-    (r"^fusion_module\.proj_v\.", "model.fusion.visual_projection."),
-    (r"^fusion_module\.proj_l\.", "model.fusion.text_projection."),
-    (r"^fusion_module\.seed_emb$", "model.fusion.seed_embedding"),
-    (r"^fusion_module\.(?:norm|decoder_norm)\.", "model.fusion.layer_norm."),
-    (r"^fusion_module\.proj_patch$", "model.fusion.patch_projection.weight"),
-    (r"^fusion_module\.proj_cls$", "model.fusion.classifier_projection.weight"),
-    (r"^fusion_module\.(?:decoder|upconvs)\.(\d+)\.up\.1\.", r"pixel_decoder.layers.\1."),
-    (r"^fusion_module\.(?:decoder\.\d+|last_convs)\.", "pixel_decoder.head."),
-    (r"(\.\d+)\.norm([12])\.", r"\1.layer_norm\2."),
-    (r"(\.\d+)\.attn\.proj\.", r"\1.self_attn.out_proj."),
-    (r"(\.\d+)\.attn\.qkv\.", r"\1.self_attn.qkv."),
+    (r"^model\.vision_model\.embeddings\.class_embedding$", "encoder_v.cls_token"),
+    (r"^model\.vision_model\.embeddings\.position_embeddings$", "encoder_v.pos_embed"),
+    (r"^model\.vision_model\.embeddings\.patch_embedding\.", "encoder_v.patch_embed.proj."),
+    (r"^model\.vision_model\.layers\.", "encoder_v.blocks."),
+    (r"^model\.vision_model\.layer_norm\.", "encoder_v.norm."),
+    (r"^model\.text_model\.embeddings\.embed_tokens\.", "encoder_l.embedding."),
+    (r"^model\.text_model\.layers\.", "encoder_l.blocks."),
+    (r"^model\.text_model\.projection\.", "encoder_l.proj_lang."),
+    (r"^model\.text_model\.layer_norm\.", "encoder_l.lang_norm."),
+    (r"^model\.fusion\.visual_projection\.", "fusion_module.proj_v."),
+    (r"^model\.fusion\.text_projection\.", "fusion_module.proj_l."),
+    (r"^model\.fusion\.seed_embedding$", "fusion_module.seed_emb"),
+    (r"^model\.fusion\.patch_projection\.weight$", "fusion_module.proj_patch"),
+    (r"^model\.fusion\.classifier_projection\.weight$", "fusion_module.proj_cls"),
+    (r"(\.\d+)\.layer_norm([12])\.", r"\1.norm\2."),
+    (r"(\.\d+)\.self_attn\.[qkv]_proj\.", r"\1.attn.qkv."),
+    (r"(\.\d+)\.self_attn\.out_proj\.", r"\1.attn.proj."),
 )
+# What is called differently in each variant. The first name tells the variants apart.
+_VARIANT_RENAMINGS = {
+    "coupled": (
+        (r"^model\.fusion\.layers\.", "fusion_module.blocks_vl."),
+        (r"^model\.fusion\.seed_layers\.", "fusion_module.blocks_ls."),
+        (r"^model\.fusion\.layer_norm\.", "fusion_module.norm."),
+        (r"^pixel_decoder\.layers\.(\d+)\.", r"fusion_module.decoder.\1.up.1."),
+        (r"^pixel_decoder\.head\.", "fusion_module.decoder.4."),
+    ),
+    "independent": (
+        (r"^model\.fusion\.layers\.", "fusion_module.blocksvl."),
+        (r"^model\.fusion\.seed_layers\.", "fusion_module.blockslm."),
+        (r"^model\.fusion\.layer_norm\.", "fusion_module.decoder_norm."),
+        (r"^pixel_decoder\.layers\.(\d+)\.", r"fusion_module.upconvs.\1.up.1."),
+        (r"^pixel_decoder\.head\.", "fusion_module.last_convs."),
+    ),
+    "vanilla": (
+        (r"^model\.fusion\.layers\.", "fusion_module.blocks."),
+        (r"^model\.fusion\.layer_norm\.", "fusion_module.decoder_norm."),
+        (r"^pixel_decoder\.layers\.(\d+)\.", r"fusion_module.upconvs.\1.up.1."),
+        (r"^pixel_decoder\.head\.", "fusion_module.last_convs."),
+    ),
+}
 # The classification head of the ImageNet start, which ReSTR does not use.
-_UNUSED = r"^encoder_v\.head\."
+_UNUSED_NAMES = {"encoder_v.head.weight", "encoder_v.head.bias"}
+# Where training scripts put a state dict among other things.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
-def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the original's weights: split `qkv`, transpose the matrices applied on the right, drop what is unused."""
-    converted = {}
-    for original_name, tensor in state_dict.items():
-        if re.search(_UNUSED, original_name):
-            continue
-        name = original_name
-        for pattern, replacement in _RENAMINGS:
-            name = re.sub(pattern, replacement, name)
-        if ".qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3)):
-                converted[name.replace(".qkv.", f".{letter}_proj.")] = part.clone()
-        elif original_name.endswith(("proj_patch", "proj_cls")):
-            converted[name] = tensor.t().contiguous()
-        elif name.startswith("pixel_decoder."):
-            converted[name] = tensor.flatten(1)  # 1x1 convolution -> linear map
-        else:
-            converted[name] = tensor
+def _original_name(name: str, fusion_type: str) -> str:
+    """The name that one of our weights has in the original."""
+    for pattern, replacement in (*_RENAMINGS, *_VARIANT_RENAMINGS[fusion_type]):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The original's tensor in the form that `name`, one of our names, has it in."""
+    if match := re.search(r"\.([qkv])_proj\.", name):
+        return tensor.chunk(3)["qkv".index(match.group(1))].clone()
+    if re.search(r"\.(patch|classifier)_projection\.", name):  # the original applies it on the right
+        return tensor.t().contiguous()
+    if name.startswith("pixel_decoder."):  # 1x1 convolution -> linear map
+        return tensor.flatten(1)
+    return tensor
+
+
+def _convert_state_dict(
+    state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], config: ReSTRConfig
+) -> dict[str, torch.Tensor]:
+    """Our state dict, with the names and shapes of `expected`; every name of the original's is accounted for."""
+    original_names = {name: _original_name(name, config.fusion_type) for name in expected}
+    missing = sorted(set(original_names.values()) - set(state_dict))
+    unknown = sorted(set(state_dict) - set(original_names.values()) - _UNUSED_NAMES)
+    if missing or unknown:
+        raise ValueError(
+            f"The state dict does not fit a {config.fusion_type!r} ReSTR with "
+            f"num_fusion_layers={config.num_fusion_layers}, share_fusion_layers={config.share_fusion_layers}, "
+            f"use_pixel_decoder={config.use_pixel_decoder}. Missing names: {missing}. Unknown names: {unknown}."
+        )
+    converted = {name: _convert_tensor(name, state_dict[original]) for name, original in original_names.items()}
+    wrong = [
+        f"{original_names[name]} gives {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in converted.items()
+        if tensor.shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"Shapes do not fit `image_size={config.vision_config.image_size}` and one another: {'; '.join(wrong)}."
+        )
     return converted
 
 
 def _fusion_type(names: set[str]) -> str:
     """The variant, which the names of the fusion blocks tell."""
-    markers = {
-        "coupled": "fusion_module.blocks_vl.",
-        "independent": "fusion_module.blocksvl.",
-        "vanilla": "fusion_module.blocks.",
-    }
+    markers = {kind: renamings[0][1] for kind, renamings in _VARIANT_RENAMINGS.items()}
     found = [kind for kind, marker in markers.items() if any(name.startswith(marker) for name in names)]
     if len(found) != 1:
         raise ValueError(
@@ -170,32 +213,31 @@ def model_from_original_state_dict(
         use_pixel_decoder=use_pixel_decoder,
     )
     model = ReSTRForImageSegmentation(config)
-    converted, expected = convert_state_dict(state_dict), model.state_dict()
-    missing, unknown = sorted(set(expected) - set(converted)), sorted(set(converted) - set(expected))
-    if missing or unknown:
-        raise ValueError(
-            f"The state dict does not fit a {config.fusion_type!r} ReSTR with num_fusion_layers={num_fusion_layers}, "
-            f"share_fusion_layers={share_fusion_layers}, use_pixel_decoder={use_pixel_decoder}. Missing names: "
-            f"{missing}. Unknown names: {unknown}."
-        )
-    wrong = [
-        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
-        for name, tensor in converted.items()
-        if tensor.shape != expected[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"Shapes do not fit `image_size={image_size}` and one another: {'; '.join(wrong)}.")
-    model.load_state_dict(converted)
+    model.load_state_dict(_convert_state_dict(state_dict, model.state_dict(), config))
     return model.eval()
 
 
 def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a `.pth`, read without running any code in it; wrappers of training scripts are taken off."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+    """
+    The state dict in a `.pth`, read without running any code in it; wrappers of training scripts are taken off.
+
+    Raises:
+        `ValueError`: The file holds other things than weights, or no state dict.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds other things than weights, which are not loaded because they could run code. If you trust "
+            f"the file, save its state dict alone to a new one and convert that. {error}"
+        ) from error
+    while isinstance(checkpoint, dict) and (
+        keys := [key for key in _WRAPPERS if isinstance(checkpoint.get(key), dict)]
+    ):
+        checkpoint = checkpoint[keys[0]]
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in checkpoint.items()
+    ):
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or those under 'state_dict'.")
     return {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
 
@@ -203,22 +245,41 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 def convert_checkpoint(
     checkpoint: str | Path, vocabulary: str | Path, output_dir: str | Path, image_size: int, **model_options: Any
 ) -> None:
-    """Convert a `.pth` and its vocabulary file (one word a line, its id the line's number) into `output_dir`."""
+    """
+    Convert a `.pth` and its vocabulary file to a folder for `from_pretrained`.
+
+    Args:
+        checkpoint (`str` or `Path`): The original's weights.
+        vocabulary (`str` or `Path`): Its vocabulary, one word a line; a word's id is the number of its line.
+        output_dir (`str` or `Path`): The folder, with everything that [`~hub.save_bundle`] writes.
+        image_size (`int`): Side in pixels of the square input that the checkpoint was trained for.
+        model_options: The other arguments of [`model_from_original_state_dict`].
+
+    Raises:
+        `ValueError`: The files are malformed or do not belong together.
+    """
+    from .hub import save_bundle  # here: the conversion of a state dict needs none of what a bundle holds
+
     model = model_from_original_state_dict(
         load_original_checkpoint(checkpoint), image_size=image_size, **model_options
     )
     words = read_vocabulary(vocabulary)
-    rows = model.config.text_config.vocab_size
-    if max(words.values()) >= rows:
+    num_ids, num_rows = max(words.values()) + 1, model.config.text_config.vocab_size
+    if num_ids > num_rows:
         raise ValueError(
-            f"{vocabulary} has ids up to {max(words.values())}, but the checkpoint's word embedding has {rows} rows: "
-            f"they do not belong together."
+            f"{vocabulary} has {num_ids} lines, but the checkpoint's word embedding has {num_rows} rows: they do not "
+            f"belong together."
+        )
+    if num_ids < num_rows:
+        logger.warning(
+            f"{vocabulary} has {num_ids} lines and the checkpoint's word embedding has {num_rows} rows: make sure that "
+            f"they belong together."
         )
     processor = ReSTRProcessor(
-        ReSTRImageProcessor(size={"height": image_size, "width": image_size}), build_tokenizer(words)
+        ReSTRImageProcessor(size={"height": image_size, "width": image_size}),
+        build_tokenizer(words, max_length=model.config.text_config.max_position_embeddings),
     )
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
+    save_bundle(model, processor, output_dir)
 
 
 def main() -> None:
