@@ -1,0 +1,1071 @@
+import contextlib
+import copy
+import inspect
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_restr import (
+    ReSTRConfig,
+    ReSTRForImageSegmentation,
+    ReSTRModel,
+    ReSTRTextModel,
+    ReSTRVisionConfig,
+    ReSTRVisionModel,
+)
+from modeling_restr.modeling_restr import ReSTRAttention, ReSTRDropPath, ReSTREncoderLayer, ReSTRPixelDecoder
+
+
+FUSION_TYPES = ["coupled", "independent", "vanilla"]
+NUM_WORDS = 6
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+# Large random weights, so that every part of the model has a say in the logits.
+TINY_VISION = {**SIZES, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}
+TINY_TEXT = {
+    **SIZES,
+    "hidden_size": 24,
+    "vocab_size": 50,
+    "projection_dim": 40,
+    "max_position_embeddings": NUM_WORDS,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_config(vision_config=None, text_config=None, **values) -> ReSTRConfig:
+    if vision_config is None or isinstance(vision_config, dict):
+        vision_config = {**TINY_VISION, **(vision_config or {})}
+    values = {"hidden_size": 36, "num_attention_heads": 4, "initializer_range": 0.2, **values}
+    return ReSTRConfig(vision_config=vision_config, text_config={**TINY_TEXT, **(text_config or {})}, **values)
+
+
+def tiny_model(*args, **values) -> ReSTRForImageSegmentation:
+    torch.manual_seed(0)
+    return ReSTRForImageSegmentation(tiny_config(*args, **values)).eval()
+
+
+def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
+
+
+def words(count: int, num_words: int = NUM_WORDS) -> torch.Tensor:
+    """Ids of expressions with one to all words, padded on the left."""
+    input_ids = torch.randint(4, 50, (count, num_words), generator=torch.Generator().manual_seed(count))
+    for row in range(count):
+        input_ids[row, : row % num_words] = 0
+    return input_ids
+
+
+def masks(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randint(0, 2, (count, height, width), generator=torch.Generator().manual_seed(count))
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
+    """The largest difference is at most `bound` times the largest magnitude."""
+    assert actual.shape == expected.shape
+    difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
+    assert difference <= bound * expected.abs().max().item()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients by name; they are taken off the model."""
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-5
+) -> None:
+    """As `assert_close`, parameter by parameter."""
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        if name.endswith("k_proj.bias"):  # it shifts all scores of a query alike: no gradient but rounding
+            assert max(gradient.abs().max().item(), actual[name].abs().max().item()) < 1e-5 * largest
+        else:
+            assert_close(actual[name], gradient, bound)
+
+
+@contextlib.contextmanager
+def counted_calls(module: torch.nn.Module):
+    """The batch size of every call of `module`."""
+    batch_sizes = []
+    handle = module.register_forward_hook(lambda module, args, output: batch_sizes.append(args[0].shape[0]))
+    yield batch_sizes
+    handle.remove()
+
+
+# One image, many sentences
+
+
+IMAGE_INDICES = {
+    "one image": (1, 4, None),
+    "an image each": (3, 3, None),
+    "one image given": (1, 3, [0, 0, 0]),
+    "permuted": (3, 3, [2, 0, 1]),
+    "repeated": (2, 5, [1, 0, 0, 1, 1]),
+    "an image without expression": (3, 2, [2, 0]),
+}
+
+
+@pytest.mark.parametrize("source", ["pixel_values", "vision_embeds", "get_image_features"])
+@pytest.mark.parametrize("case", IMAGE_INDICES)
+def test_many_expressions_equal_single_calls(case, source):
+    num_images, num_expressions, image_indices = IMAGE_INDICES[case]
+    model = tiny_model()
+    pixel_values, input_ids, labels = images(num_images), words(num_expressions), masks(num_expressions)
+    about = image_indices or (list(range(num_images)) if num_images > 1 else [0] * num_expressions)
+
+    singles = [
+        model(pixel_values=pixel_values[[image]], input_ids=input_ids[[row]], labels=labels[[row]])
+        for row, image in enumerate(about)
+    ]
+    torch.stack([single.loss for single in singles]).mean().backward()
+    expected_gradients = gradients(model)
+
+    inputs = {"pixel_values": pixel_values}
+    if source != "pixel_values":
+        features = model.get_image_features(pixel_values)
+        inputs = {"vision_embeds": features if source == "get_image_features" else features.pooler_output}
+    if image_indices is not None:
+        inputs["image_indices"] = torch.tensor(image_indices)
+    outputs = model(**inputs, input_ids=input_ids, labels=labels)
+    outputs.loss.backward()
+
+    assert_close(outputs.logits, torch.cat([single.logits for single in singles]))
+    assert_close(outputs.patch_logits, torch.cat([single.patch_logits for single in singles]))
+    assert_close(outputs.text_embeds, torch.cat([single.text_embeds for single in singles]))
+    assert_close(outputs.vision_embeds[about], torch.cat([single.vision_embeds for single in singles]))
+    assert_same_gradients(gradients(model), expected_gradients)
+
+
+def test_vision_embeds_alone_get_the_same_gradient():
+    model = tiny_model()
+    pixel_values, input_ids, labels = images(2), words(3), masks(3)
+    inputs = {"input_ids": input_ids, "labels": labels, "image_indices": torch.tensor([1, 1, 0])}
+    features = model.get_image_features(pixel_values).pooler_output
+    features.retain_grad()
+    model(vision_embeds=features, **inputs).loss.backward()
+    cached = features.detach().clone().requires_grad_()
+    model(vision_embeds=cached, **inputs).loss.backward()
+    assert cached.grad.abs().max() > 0
+    assert_close(cached.grad, features.grad)
+
+
+def test_the_image_is_encoded_once():
+    model = tiny_model()
+    inputs = {"input_ids": words(5), "image_indices": torch.tensor([0, 1, 1, 1, 0])}
+    with counted_calls(model.model.vision_model) as calls:
+        model(pixel_values=images(2), **inputs)
+        assert calls == [2]
+        features = model.get_image_features(images(2))
+        assert calls == [2, 2]
+        model(vision_embeds=features, **inputs)
+        model(vision_embeds=features.pooler_output, **inputs)
+        assert calls == [2, 2]
+    with counted_calls(model.model.fusion.visual_projection) as calls:
+        model(pixel_values=images(2), **inputs)
+    assert calls == [2]
+
+
+def test_base_model_is_the_model_without_pixel_decoder():
+    model = tiny_model()
+    inputs = {"pixel_values": images(2), "input_ids": words(3), "image_indices": torch.tensor([1, 0, 1])}
+    outputs, base_outputs = model(**inputs), model.model(**inputs)
+    torch.testing.assert_close(base_outputs.patch_logits, outputs.patch_logits, rtol=0, atol=0)
+    assert base_outputs.image_indices.tolist() == [1, 0, 1]
+    assert base_outputs.patch_embeds.shape == (3, 16, 36)
+    assert base_outputs.visual_embeds.shape == (2, 16, 36)
+
+
+# Pixel decoder
+
+
+def straightforward_decoder(decoder, visual_embeds, patch_embeds, patch_logits, image_indices, patch_size):
+    """Concatenate, then upsample before each map of the channels, as the specification has it."""
+    masked = patch_logits.flatten(1)[..., None] * patch_embeds
+    hidden_states = torch.cat([visual_embeds[image_indices], masked], dim=2).transpose(1, 2)
+    hidden_states = hidden_states.reshape(len(patch_logits), -1, *patch_logits.shape[1:])
+    target = [side * patch_size for side in patch_logits.shape[1:]]
+    for block, layer in enumerate(decoder.layers):
+        size = target if block == len(decoder.layers) - 1 else [2 * side for side in hidden_states.shape[2:]]
+        hidden_states = F.interpolate(hidden_states, size=size, mode="bilinear", align_corners=True)
+        hidden_states = F.leaky_relu(F.conv2d(hidden_states, layer.weight[..., None, None]), 0.01)
+    return F.conv2d(hidden_states, decoder.head.weight[..., None, None])[:, 0]
+
+
+@pytest.mark.parametrize(("patch_size", "num_blocks"), [(16, 4), (8, 3), (14, 4), (4, 2)])
+def test_decoder_maps_then_upsamples_with_the_same_numbers(patch_size, num_blocks):
+    torch.manual_seed(0)
+    config = tiny_config({"patch_size": patch_size, "image_size": 4 * patch_size})
+    decoder = ReSTRPixelDecoder(config).double()
+    assert len(decoder.layers) == num_blocks
+    arguments = [torch.randn(shape, dtype=torch.float64) for shape in [(2, 12, 36), (3, 12, 36), (3, 3, 4)]]
+    arguments = [argument.requires_grad_() for argument in arguments]
+    image_indices = torch.tensor([1, 0, 1])
+    results = []
+    for decode in (decoder, lambda *args: straightforward_decoder(decoder, *args, patch_size)):
+        logits = decode(*arguments, image_indices)
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+        results.append([logits, *torch.autograd.grad((weights * logits).sum(), [*arguments, *decoder.parameters()])])
+    assert results[0][0].shape == (3, 3 * patch_size, 4 * patch_size)
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, bound=1e-12)
+
+
+def test_decoder_does_the_work_of_the_coarse_grid_and_the_image_part_once():
+    config = tiny_config({"patch_size": 16, "image_size": 64})
+    decoder, dim, num_patches, num_expressions = ReSTRPixelDecoder(config), 36, 16, 5
+    arguments = [torch.randn(1, num_patches, dim), torch.randn(num_expressions, num_patches, dim)]
+    with FlopCounterMode(display=False) as counter:
+        decoder(*arguments, torch.randn(num_expressions, 4, 4), torch.zeros(num_expressions, dtype=torch.long))
+    # Each map runs on the grid before its upsampling: 4, 8, 16, 32 wide; the head on the pixels.
+    a_sentence = dim * dim * 4**2 + dim * (dim // 2) * 8**2 + (dim // 2) * (dim // 4) * 16**2
+    a_sentence += (dim // 4) * (dim // 8) * 32**2 + (dim // 8) * 64**2
+    assert counter.get_total_flops() == 2 * (dim * dim * num_patches + num_expressions * a_sentence)
+
+
+# Padding
+
+
+def fuse(model, text_embeds, attention_mask):
+    features = model.get_image_features(images(1)).pooler_output
+    indices = torch.zeros(len(text_embeds), dtype=torch.long)
+    return model.model.fusion(features, text_embeds, attention_mask, indices).patch_logits
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@torch.no_grad()
+def test_padding_is_zeroed_after_its_projection_and_attended_to(fusion_type):
+    model = tiny_model(fusion_type=fusion_type)
+    model.model.fusion.text_projection.bias.fill_(1.0)
+    text_embeds, attention_mask = torch.randn(1, NUM_WORDS, 40), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    _, projected = model.model.fusion.project(torch.randn(1, 16, 32), text_embeds, attention_mask)
+    assert (projected[:, :2] == 0).all() and (projected[:, 2:] != 0).all()
+
+    patch_logits = fuse(model, text_embeds, attention_mask)
+    other_padding = torch.cat([torch.randn(1, 2, 40), text_embeds[:, 2:]], dim=1)
+    torch.testing.assert_close(fuse(model, other_padding, attention_mask), patch_logits, rtol=0, atol=0)
+    without_padding = fuse(model, text_embeds[:, 2:], attention_mask[:, 2:])
+    assert (without_padding - patch_logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@torch.no_grad()
+def test_attended_padding_changes_the_answer(fusion_type):
+    model = tiny_model(fusion_type=fusion_type)
+    inputs = {"pixel_values": images(1), "input_ids": torch.tensor([[0, 0, 7, 8, 9, 10]])}
+    outputs = model(**inputs)
+    given = model(**inputs, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]]))
+    torch.testing.assert_close(given.logits, outputs.logits, rtol=0, atol=0)
+    one_word_less = model(**inputs, attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    assert (one_word_less.logits - outputs.logits).abs().max() > 1e-2
+    # The language encoder attends to every slot, whatever the mask says.
+    torch.testing.assert_close(one_word_less.text_embeds, outputs.text_embeds, rtol=0, atol=0)
+    model.get_input_embeddings().weight[0] += 1.0
+    assert (model(**inputs).text_embeds[:, 2:] - outputs.text_embeds[:, 2:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("num_words", [1, NUM_WORDS - 1])
+def test_another_padding_length_is_refused_where_padding_counts(num_words):
+    with pytest.raises(ValueError, match=f"have {num_words} word slots.*must be padded to {NUM_WORDS} slots"):
+        tiny_model()(pixel_values=images(1), input_ids=torch.full((1, num_words), 5))
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@torch.no_grad()
+def test_unattended_padding_does_not_change_the_answer(fusion_type, attn_implementation):
+    model = tiny_model(fusion_type=fusion_type, attend_to_padding=False)
+    model.set_attn_implementation(attn_implementation)
+    input_ids = torch.tensor([[0, 0, 0, 7, 8, 9], [0, 0, 0, 0, 0, 11], [0, 0, 0, 0, 12, 13]])
+    expected = model(pixel_values=images(1), input_ids=input_ids)
+    for num_words in (3, 4, 5):
+        outputs = model(pixel_values=images(1), input_ids=input_ids[:, -num_words:])
+        assert_close(outputs.logits, expected.logits)
+        assert_close(outputs.text_embeds[:, -1], expected.text_embeds[:, -1])
+    model.get_input_embeddings().weight[0] += 1.0
+    assert_close(model(pixel_values=images(1), input_ids=input_ids).logits, expected.logits)
+    # The words themselves still count.
+    model.get_input_embeddings().weight[12] += 1.0
+    changed = model(pixel_values=images(1), input_ids=input_ids).logits
+    assert_close(changed[:2], expected.logits[:2])
+    assert (changed[2] - expected.logits[2]).abs().max() > 1e-2
+
+
+# Attention implementations
+
+
+@pytest.mark.parametrize("attend_to_padding", [True, False])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_eager_and_sdpa_agree(fusion_type, attend_to_padding):
+    model = tiny_model(fusion_type=fusion_type, attend_to_padding=attend_to_padding)
+    results = []
+    for attn_implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(attn_implementation)
+        outputs = model(pixel_values=images(1), input_ids=words(3), labels=masks(3))
+        outputs.loss.backward()
+        results.append((outputs.logits, gradients(model)))
+    assert_close(results[1][0], results[0][0])
+    assert_same_gradients(results[1][1], results[0][1], bound=2e-5)
+
+
+@pytest.mark.parametrize("attend_to_padding", [True, False])
+@torch.no_grad()
+def test_flex_attention_agrees(attend_to_padding):
+    model = tiny_model(attend_to_padding=attend_to_padding)
+    inputs = {"pixel_values": images(1), "input_ids": words(3)}
+    expected = model(**inputs).logits
+    model.set_attn_implementation("flex_attention")
+    # Without compilation, which takes half a minute; there is no backward pass on a CPU.
+    with torch.compiler.set_stance("force_eager"):
+        assert_close(model(**inputs).logits, expected)
+
+
+@pytest.fixture
+def recording_attention():
+    """A registered attention function that records the module and the keyword arguments of every call."""
+    calls = []
+
+    def attention(module, *args, **kwargs):
+        calls.append((module, kwargs))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    AttentionInterface.register("recording", attention)
+    AttentionMaskInterface.register("recording", sdpa_mask)
+    yield calls
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop("recording")
+
+
+@pytest.mark.parametrize("values", [{}, {"fusion_type": "vanilla"}, {"share_fusion_layers": True}])
+@torch.no_grad()
+def test_every_attention_goes_through_the_registry_with_the_caller_s_arguments(recording_attention, values):
+    model = tiny_model(**values)
+    inputs = {"pixel_values": images(1), "input_ids": words(2)}
+    expected = model(**inputs).logits
+    model.set_attn_implementation("recording")
+    torch.testing.assert_close(model(**inputs, an_argument="given").logits, expected, rtol=0, atol=0)
+    attentions = [module for module in model.modules() if isinstance(module, ReSTRAttention)]
+    assert {id(module) for module, _ in recording_attention} == {id(module) for module in attentions}
+    num_encoders = 1 if values.get("fusion_type") == "vanilla" else 2
+    assert len(recording_attention) == 2 + 2 + 2 * num_encoders
+    assert all(kwargs["an_argument"] == "given" for _, kwargs in recording_attention)
+    assert not any(module.is_causal for module in attentions)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_of_the_fusion():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    inputs = {"pixel_values": images(1), "input_ids": words(2)}
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    num_tokens = 16 + NUM_WORDS
+    lengths = [num_tokens] * 2 + [NUM_WORDS + 1] * 2
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, n, n) for n in lengths]
+    for weights in outputs.attentions:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:3]))
+    assert [state.shape[1] for state in outputs.hidden_states] == [num_tokens, *lengths]
+    projected = model.model(**inputs).visual_embeds
+    torch.testing.assert_close(outputs.hidden_states[0][:, :16], projected.expand(2, -1, -1), rtol=0, atol=0)
+    # The coupled patches get no LayerNorm: they are the second block's output.
+    patches = model.model.fusion.patch_projection(outputs.hidden_states[2][:, :16])
+    torch.testing.assert_close(patches, model.model(**inputs).patch_embeds, rtol=0, atol=0)
+
+
+# Training
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing_but_the_work(use_reentrant):
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model({"drop_path_rate": 0.3}).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        runs: list[int] = []
+        for layer in (module for module in model.modules() if hasattr(module, "self_attn")):
+            layer.self_attn.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))
+        torch.manual_seed(1)
+        # Reentrant checkpoints need an input with a gradient, as Trainer sees to.
+        model.enable_input_require_grads()
+        loss = model(pixel_values=images(3), input_ids=words(3), labels=masks(3)).loss
+        loss.backward()
+        results.append((loss, gradients(model), len(runs)))
+    (loss, expected, num_runs), (checkpointed_loss, actual, num_checkpointed_runs) = results
+    assert (num_runs, num_checkpointed_runs) == (8, 16)
+    torch.testing.assert_close(checkpointed_loss, loss, rtol=0, atol=0)
+    assert_same_gradients(actual, expected, bound=1e-6)
+
+
+def test_drop_path_rates_rise_linearly():
+    config = ReSTRVisionConfig(**{**TINY_VISION, "num_hidden_layers": 5, "drop_path_rate": 0.2})
+    rates = [layer.drop_path.rate for layer in ReSTRVisionModel(config).layers]
+    np.testing.assert_allclose(rates, [0.0, 0.05, 0.1, 0.15, 0.2], atol=1e-7)
+
+
+def test_drop_path_keeps_the_expectation():
+    torch.manual_seed(0)
+    drop_path = ReSTRDropPath(0.3).train()
+    branch = torch.ones(20000, 2, 3)
+    dropped = drop_path(branch)
+    assert (dropped == dropped[:, :1, :1]).all()  # whole samples
+    kept = dropped[dropped != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / 0.7))
+    assert abs((dropped[:, 0, 0] == 0).float().mean().item() - 0.3) < 0.015  # over four standard deviations
+    assert drop_path.eval()(branch) is branch
+
+
+@torch.no_grad()
+def test_drop_path_is_on_both_branches_and_in_training_only():
+    model = tiny_model({"drop_path_rate": 0.5, "num_hidden_layers": 2})
+    layer, hidden_states = model.model.vision_model.layers[1], torch.randn(400, 3, 32)
+    attended, _ = layer.self_attn(layer.layer_norm1(hidden_states))
+    evaluated = layer(hidden_states)
+    torch.manual_seed(0)
+    trained = layer.train()(hidden_states)
+    # A sample has lost both branches, one of them or none; those that stay are twice as large.
+    outcomes = {
+        (attention, mlp): hidden_states + attention * attended for attention, mlp in itertools.product((0, 2), (0, 2))
+    }
+    outcomes = {key: after + key[1] * layer.mlp(layer.layer_norm2(after)) for key, after in outcomes.items()}
+    matches = {
+        key: torch.isclose(trained, outcome, rtol=1e-4, atol=1e-4).all(dim=2).all(dim=1)
+        for key, outcome in outcomes.items()
+    }
+    assert (sum(match.int() for match in matches.values()) == 1).all()
+    assert all(60 < match.sum() < 140 for match in matches.values())
+    torch.testing.assert_close(layer.eval()(hidden_states), evaluated, rtol=0, atol=0)
+    assert all(
+        layer.drop_path.rate == 0 for layer in model.model.fusion.modules() if isinstance(layer, ReSTREncoderLayer)
+    )
+
+
+@pytest.mark.parametrize("mode", ["weights", "autocast"])
+def test_bfloat16_is_finite_and_near_float32(mode):
+    model = tiny_model()
+    inputs = {"pixel_values": images(2), "input_ids": words(2), "labels": masks(2)}
+    expected = model(**inputs)
+    expected.loss.backward()
+    expected_gradients = gradients(model)
+    if mode == "weights":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        outputs = model(**inputs)
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.bfloat16 and outputs.loss.dtype == torch.float32
+    # bfloat16 has eight bits: 0.4 % a rounding.
+    assert_close(outputs.patch_logits, expected.patch_logits, bound=0.1)
+    assert_close(outputs.logits, expected.logits, bound=0.1)
+    assert abs(outputs.loss.item() / expected.loss.item() - 1) < 0.05
+    for name, gradient in gradients(model).items():
+        assert gradient.isfinite().all()
+        if name.endswith("seed_embedding"):
+            assert F.cosine_similarity(gradient.flatten().float(), expected_gradients[name].flatten(), dim=0) > 0.97
+
+
+def test_trainer_averages_over_accumulation_steps(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    dataset = [{"pixel_values": images(2)[i], "input_ids": words(2)[i], "labels": masks(2)[i]} for i in range(2)]
+    weights = []
+    for batch_size, accumulation_steps in ((2, 1), (1, 2)):
+        model = tiny_model({"drop_path_rate": 0.0})
+        arguments = TrainingArguments(
+            output_dir=tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation_steps,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        Trainer(model, arguments, train_dataset=dataset).train()
+        weights.append({name: weight.detach() for name, weight in model.named_parameters()})
+    start = dict(tiny_model({"drop_path_rate": 0.0}).named_parameters())
+    assert_same_gradients(
+        {name: weight - start[name] for name, weight in weights[1].items()},
+        {name: weight - start[name] for name, weight in weights[0].items()},
+        bound=1e-3,  # differences of weights that are a hundred times larger
+    )
+
+
+# Compilation and export
+
+
+@pytest.mark.parametrize(
+    ("values", "case"),
+    [
+        ({}, "pixel_values"),
+        ({"fusion_type": "vanilla"}, "labels"),
+        ({"attend_to_padding": False}, "image_indices"),
+        ({"fusion_type": "independent"}, "vision_embeds"),
+        ({"vision_config": "dinov2"}, "labels"),
+    ],
+)
+def test_compiles_without_a_graph_break(values, case):
+    if "vision_config" in values:
+        values = {"vision_config": VISION_CONFIGS["dinov2"][0]}
+    model = tiny_model(**values)
+    inputs = {"pixel_values": images(1, *[model.config.vision_config.image_size] * 2), "input_ids": words(3)}
+    if case == "labels":
+        inputs["labels"] = masks(3)
+    if case == "image_indices":
+        inputs.update(pixel_values=images(2), image_indices=torch.tensor([1, 0, 1]))
+    if case == "vision_embeds":
+        inputs["vision_embeds"] = model.get_image_features(inputs.pop("pixel_values")).pooler_output.detach()
+    expected = model(**inputs)
+    torch.compiler.reset()
+    outputs = torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+    assert_close(outputs.logits, expected.logits, bound=1e-6)
+    if case == "labels":
+        expected.loss.backward()
+        expected_gradients = gradients(model)
+        outputs.loss.backward()
+        assert_same_gradients(gradients(model), expected_gradients)
+
+
+@torch.no_grad()
+def test_exports_with_any_number_of_images_and_expressions():
+    model = tiny_model()
+    inputs = {"pixel_values": images(2), "input_ids": words(3), "image_indices": torch.tensor([1, 0, 1])}
+    num_images, num_expressions = torch.export.Dim("num_images", max=64), torch.export.Dim("num_expressions", max=64)
+    program = torch.export.export(
+        model,
+        args=(),
+        kwargs=inputs,
+        dynamic_shapes={
+            "pixel_values": {0: num_images},
+            "input_ids": {0: num_expressions},
+            "image_indices": {0: num_expressions},
+        },
+        strict=False,
+    )
+    more = {"pixel_values": images(3), "input_ids": words(5), "image_indices": torch.tensor([2, 0, 1, 1, 0])}
+    for batch in (inputs, more):
+        assert_close(program.module()(**batch).logits, model(**batch).logits, bound=1e-6)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 24), (16, 32)])
+@torch.no_grad()
+def test_positions_are_interpolated_to_any_grid(height, width):
+    model = tiny_model()
+    embeddings = model.model.vision_model.embeddings
+    outputs = model(pixel_values=images(1, height, width), input_ids=words(2), interpolate_pos_encoding=True)
+    assert outputs.logits.shape == (2, height, width)
+    assert outputs.patch_logits.shape == (2, height // 8, width // 8)
+
+    grid = embeddings.position_embeddings[0, 1:].T.reshape(1, 32, 4, 4)
+    grid = F.interpolate(grid, size=(height // 8, width // 8), mode="bilinear", align_corners=False)
+    patches = embeddings.patch_embedding(images(1, height, width))
+    expected = (patches + grid).flatten(2).transpose(1, 2)
+    assert_close(embeddings(images(1, height, width))[:, 1:], expected, bound=1e-6)
+    class_token = embeddings.class_embedding + embeddings.position_embeddings[:, :1]
+    assert_close(embeddings(images(1, height, width))[:, :1], class_token, bound=1e-6)
+
+
+@torch.no_grad()
+def test_vision_embeds_of_inputs_that_are_not_square():
+    model = tiny_model()
+    pixel_values, input_ids = images(1, 48, 24), words(2)
+    expected = model(pixel_values=pixel_values, input_ids=input_ids, interpolate_pos_encoding=True)
+    features = model.get_image_features(pixel_values, interpolate_pos_encoding=True)
+    outputs = model(vision_embeds=features, input_ids=input_ids, image_size=(48, 24))
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"18 patches.*expected 4 x 4.*`image_size`"):
+        model(vision_embeds=features, input_ids=input_ids)
+    with pytest.raises(ValueError, match=r"18 patches.*expected 6 x 4"):
+        model(vision_embeds=features, input_ids=input_ids, image_size=(48, 32))
+
+
+@torch.no_grad()
+def test_vision_embeds_of_another_square_need_no_size():
+    model = tiny_model()
+    expected = model(pixel_values=images(1, 48, 48), input_ids=words(2), interpolate_pos_encoding=True)
+    outputs = model(vision_embeds=expected.vision_embeds, input_ids=words(2))
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=0)
+
+
+# Vision encoders of transformers
+
+
+VISION_CONFIGS = {  # and the number of prefix tokens
+    "vit": (ViTConfig(**SIZES, image_size=32, patch_size=8), 1),
+    "deit": (DeiTConfig(**SIZES, image_size=32, patch_size=8), 2),
+    "dinov2": (Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56), 1),
+    "dinov2_with_registers": (
+        Dinov2WithRegistersConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+            num_register_tokens=3,
+        ),
+        4,
+    ),
+    "clip": (CLIPVisionConfig(**SIZES, image_size=32, patch_size=16), 1),
+    "siglip": (SiglipVisionConfig(**SIZES, image_size=32, patch_size=16), 0),
+}
+
+
+def foreign_model(name: str, **values) -> ReSTRForImageSegmentation:
+    return tiny_model(copy.deepcopy(VISION_CONFIGS[name][0]), **values)
+
+
+def foreign_images(model: ReSTRForImageSegmentation, count: int = 1) -> torch.Tensor:
+    return images(count, *[model.config.vision_config.image_size] * 2)
+
+
+@pytest.mark.parametrize("name", VISION_CONFIGS)
+@torch.no_grad()
+def test_patch_tokens_are_those_of_the_encoder_without_its_prefix(name):
+    model = foreign_model(name)
+    encoder = AutoModel.from_config(copy.deepcopy(VISION_CONFIGS[name][0])).eval()
+    encoder.load_state_dict(model.model.vision_model.state_dict(), strict=False)
+    tokens = encoder(foreign_images(model)).last_hidden_state
+    features = model.get_image_features(foreign_images(model))
+    torch.testing.assert_close(features.pooler_output, tokens[:, VISION_CONFIGS[name][1] :], rtol=0, atol=0)
+    outputs = model(pixel_values=foreign_images(model), input_ids=words(2))
+    size, patch_size = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    assert outputs.logits.shape == (2, size, size)
+    assert outputs.patch_logits.shape == (2, size // patch_size, size // patch_size)
+
+
+@pytest.mark.parametrize("name", ["restr", "vit", "deit", "dinov2", "dinov2_with_registers"])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_every_parameter_gets_a_gradient(name, fusion_type):
+    model = tiny_model(fusion_type=fusion_type) if name == "restr" else foreign_model(name, fusion_type=fusion_type)
+    labels = masks(2, *[model.config.vision_config.image_size] * 2)
+    model.train()(pixel_values=foreign_images(model, 2), input_ids=words(2), labels=labels).loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+@pytest.mark.parametrize("name", VISION_CONFIGS)
+@torch.no_grad()
+def test_foreign_encoders_reload_bit_equal(tmp_path, name):
+    model = foreign_model(name)
+    model.save_pretrained(tmp_path)
+    reloaded = ReSTRForImageSegmentation.from_pretrained(tmp_path)
+    inputs = {"pixel_values": foreign_images(model), "input_ids": words(2)}
+    torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    half = ReSTRForImageSegmentation.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert half(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2_with_registers"])
+@torch.no_grad()
+def test_foreign_encoders_take_other_sizes_when_told(name):
+    model = foreign_model(name)
+    size = 2 * model.config.vision_config.image_size
+    pixel_values = images(1, size, size // 2)
+    outputs = model(pixel_values=pixel_values, input_ids=words(1), interpolate_pos_encoding=True)
+    assert outputs.logits.shape == (1, size, size // 2)
+    with pytest.raises(ValueError, match=f"have {size}x{size // 2} pixels.*interpolate_pos_encoding=True"):
+        model(pixel_values=pixel_values, input_ids=words(1))
+
+
+@torch.no_grad()
+def test_encoders_without_patch_tokens_are_refused():
+    from transformers import SwinConfig
+
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    with pytest.raises(ValueError, match=r"'swin'.*returned 16 tokens for 64 patches: only plain ViTs"):
+        tiny_model(config)(pixel_values=images(1), input_ids=words(1))
+
+
+# Start from a pretrained vision encoder
+
+
+def save_encoder(model_class, config, folder, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.initializer_range = 0.2
+    model = model_class(config, **kwargs).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_class", [ViTModel, ViTForImageClassification])
+@torch.no_grad()
+def test_vit_weights_become_restr_s_own_encoder(tmp_path, model_class):
+    encoder = save_encoder(model_class, VISION_CONFIGS["vit"][0], tmp_path)
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path)
+    assert type(model.model.vision_model) is ReSTRVisionModel
+    assert model.config.vision_config.drop_path_rate == 0.1
+    assert (model.config.hidden_size, model.config.num_attention_heads, model.training) == (32, 4, False)
+    encoder.base_model.config._attn_implementation = model.config._attn_implementation
+    tokens = encoder.base_model(images(2)).last_hidden_state
+    assert_close(model.get_image_features(images(2)).pooler_output, tokens[:, 1:])
+    assert model.config.vision_config.layer_norm_eps == VISION_CONFIGS["vit"][0].layer_norm_eps
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2"])
+@torch.no_grad()
+def test_other_encoders_keep_their_class(tmp_path, name):
+    config, num_prefix_tokens = VISION_CONFIGS[name]
+    encoder = save_encoder(DeiTModel if name == "deit" else Dinov2Model, config, tmp_path)
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path)
+    assert type(model.model.vision_model) is type(encoder)
+    tokens = encoder(foreign_images(model)).last_hidden_state[:, num_prefix_tokens:]
+    assert_close(model.get_image_features(foreign_images(model)).pooler_output, tokens)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit"])
+@torch.no_grad()
+def test_pretrained_positions_are_resized_to_the_image_size(tmp_path, name):
+    config, num_prefix_tokens = VISION_CONFIGS[name]
+    encoder = save_encoder(ViTModel if name == "vit" else DeiTModel, config, tmp_path)
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path, image_size=48)
+    assert model.config.vision_config.image_size == 48
+    assert model(pixel_values=images(1, 48, 48), input_ids=torch.ones(1, 20, dtype=torch.long)).logits.shape[1] == 48
+    positions = encoder.embeddings.position_embeddings
+    grid = positions[0, num_prefix_tokens:].T.reshape(1, 32, 4, 4)
+    grid = F.interpolate(grid, size=(6, 6), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    resized = model.model.vision_model.embeddings.position_embeddings
+    assert_close(resized, torch.cat([positions[:, :num_prefix_tokens], grid], dim=1), bound=1e-6)
+
+
+@torch.no_grad()
+def test_pretrained_weights_go_into_the_given_config(tmp_path):
+    save_encoder(ViTModel, VISION_CONFIGS["vit"][0], tmp_path, add_pooling_layer=False)
+    config = tiny_config(fusion_type="vanilla", use_pixel_decoder=False)
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path, config)
+    assert (model.config.fusion_type, model.config.text_config.vocab_size) == ("vanilla", 50)
+    assert model(pixel_values=images(1), input_ids=words(2)).logits.shape == (2, 4, 4)
+    assert config.vision_config.initializer_range == 0.2  # the caller's config is left as it was
+
+
+@torch.no_grad()
+def test_half_precision_checkpoints_start_in_the_default_dtype(tmp_path):
+    for name, model_class in (("vit", ViTModel), ("dinov2", Dinov2Model)):
+        save_encoder(model_class, VISION_CONFIGS[name][0], tmp_path / "full")
+        model_class.from_pretrained(tmp_path / "full", dtype=torch.float16).save_pretrained(tmp_path / name)
+        model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / name, tiny_config())
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_bad_starts_are_refused(tmp_path):
+    save_encoder(ViTModel, VISION_CONFIGS["vit"][0], tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"positive multiple of the patch size \(8, 8\), got 50"):
+        ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "vit", image_size=50)
+    weights = load_file(tmp_path / "vit" / "model.safetensors")
+    dropped = next(name for name in weights if "1" in name and name.endswith("layernorm_after.weight"))
+    save_file(
+        {k: v for k, v in weights.items() if k != dropped}, tmp_path / "vit" / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"missing.*layernorm_after.weight"):
+        ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "vit")
+    bert_config = BertConfig(**SIZES, vocab_size=30)
+    BertModel(bert_config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"plain ViT.*BertConfig has no `image_size`"):
+        ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "bert")
+    with pytest.raises(OSError, match="no_such_folder"):
+        ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "no_such_folder")
+
+
+# Losses
+
+
+def binary_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    probabilities = 1 / (1 + np.exp(-logits))
+    return float(-np.mean(labels * np.log(probabilities) + (1 - labels) * np.log(1 - probabilities)))
+
+
+def resize_align_corners(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear interpolation in which the corner pixels of input and output coincide."""
+    rows, columns = np.linspace(0, image.shape[0] - 1, height), np.linspace(0, image.shape[1] - 1, width)
+    along_columns = np.stack([np.interp(columns, np.arange(image.shape[1]), row) for row in image])
+    return np.stack([np.interp(rows, np.arange(image.shape[0]), column) for column in along_columns.T], axis=1)
+
+
+def patch_labels(labels: np.ndarray, grid_height: int, grid_width: int) -> np.ndarray:
+    """1 where any pixel whose area meets the patch is 1."""
+    height, width = labels.shape
+    result = np.zeros((grid_height, grid_width))
+    for row, column in itertools.product(range(grid_height), range(grid_width)):
+        top, left = row * height // grid_height, column * width // grid_width
+        bottom, right = -(-(row + 1) * height // grid_height), -(-(column + 1) * width // grid_width)
+        result[row, column] = labels[top:bottom, left:right].any()
+    return result
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (50, 45), (20, 64)])
+@pytest.mark.parametrize("values", [{}, {"patch_loss_weight": 0.7}, {"use_pixel_decoder": False}])
+@torch.no_grad()
+def test_losses_agree_with_numpy(values, height, width):
+    model = tiny_model(**values)
+    noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    labels = (noise < 8 / (height * width)).long()  # half a positive pixel a patch
+    outputs = model(pixel_values=images(1), input_ids=words(3), labels=labels)
+    logits, patch_logits, targets = (x.double().numpy() for x in (outputs.logits, outputs.patch_logits, labels))
+    resized = np.stack([resize_align_corners(image, height, width) for image in logits])
+    loss_pixel = binary_cross_entropy(resized, targets)
+    positive = np.stack([patch_labels(label, 4, 4) for label in targets])
+    assert 0.1 < positive.mean() < 0.9
+    loss_patch = binary_cross_entropy(patch_logits, positive)
+    weight = values.get("patch_loss_weight", 0.0 if "use_pixel_decoder" in values else 0.1)
+    np.testing.assert_allclose(outputs.loss_pixel, loss_pixel, rtol=1e-5)
+    np.testing.assert_allclose(outputs.loss_patch, loss_patch, rtol=1e-5)
+    np.testing.assert_allclose(outputs.loss, loss_pixel + weight * loss_patch, rtol=1e-5)
+
+
+def test_coarse_models_return_their_patch_logits():
+    model = tiny_model(use_pixel_decoder=False)
+    outputs = model(pixel_values=images(1), input_ids=words(2))
+    assert outputs.logits is outputs.patch_logits
+    assert not any(name.startswith("pixel_decoder") for name in model.state_dict())
+
+
+def test_one_positive_pixel_makes_its_patch_positive():
+    model = tiny_model(patch_loss_weight=1.0)
+    labels = torch.zeros(1, 32, 32)
+    labels[0, 15, 8] = 1  # the patch in row 1, column 1
+    expected = torch.zeros(1, 4, 4)
+    expected[0, 1, 1] = 1
+    patch_logits = torch.randn(1, 4, 4)
+    _, _, loss_patch = model.loss_function(torch.zeros(1, 32, 32), patch_logits, labels)
+    torch.testing.assert_close(loss_patch, F.binary_cross_entropy_with_logits(patch_logits, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_labels_of_any_dtype(dtype):
+    model, inputs = tiny_model(), {"pixel_values": images(1), "input_ids": words(2)}
+    expected = model(**inputs, labels=masks(2)).loss
+    torch.testing.assert_close(model(**inputs, labels=masks(2).to(dtype)).loss, expected, rtol=0, atol=0)
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"share_fusion_layers": True, "num_fusion_layers": 3},
+        {"fusion_type": "vanilla", "use_pixel_decoder": False},
+        {"fusion_type": "independent", "attend_to_padding": False},
+    ],
+)
+@torch.no_grad()
+def test_save_and_load(tmp_path, values):
+    model = tiny_model(**values)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    reloaded = ReSTRForImageSegmentation.from_pretrained(tmp_path)
+    inputs = {"pixel_values": images(1), "input_ids": words(2)}
+    torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    assert reloaded.state_dict().keys() == model.state_dict().keys()
+    base = ReSTRModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(base(**inputs).patch_logits, model(**inputs).patch_logits, rtol=0, atol=0)
+
+
+def test_shared_layers_are_one_layer_applied_often():
+    shared, single = (
+        tiny_model(share_fusion_layers=share, num_fusion_layers=1 + 2 * share) for share in (True, False)
+    )
+    assert shared.num_parameters() == single.num_parameters()
+    with counted_calls(shared.model.fusion.layers[0]) as calls, torch.no_grad():
+        shared(pixel_values=images(1), input_ids=words(2))
+    assert calls == [2, 2, 2]
+
+
+@torch.no_grad()
+def test_half_precision_round_trip(tmp_path):
+    model = tiny_model().half()
+    model.save_pretrained(tmp_path)
+    reloaded, state_dict = ReSTRForImageSegmentation.from_pretrained(tmp_path), model.state_dict()
+    for name, tensor in reloaded.state_dict().items():
+        assert tensor.dtype == torch.float16
+        assert tensor.equal(state_dict[name])
+    single = ReSTRForImageSegmentation.from_pretrained(tmp_path, dtype=torch.float32)
+    inputs = {"pixel_values": images(1), "input_ids": words(2)}
+    assert single.dtype == torch.float32
+    assert_close(reloaded(**inputs).logits, single(**inputs).logits, bound=0.02)
+
+
+@torch.no_grad()
+def test_missing_weights_are_initialised_and_the_others_left_alone(tmp_path):
+    vision = {"hidden_size": 96, "num_attention_heads": 4, "image_size": 64}
+    model = tiny_model(vision, hidden_size=96)
+    for weight in model.parameters():
+        weight.fill_(7.0)
+    model.save_pretrained(tmp_path)
+    missing = {
+        "model.vision_model.embeddings.class_embedding": 0.2,
+        "model.vision_model.embeddings.position_embeddings": 0.2,
+        "model.vision_model.layers.0.self_attn.q_proj.weight": 0.2,
+        "model.text_model.embeddings.embed_tokens.weight": 0.2,
+        "model.fusion.seed_embedding": 0.2,
+        "model.fusion.patch_projection.weight": 96**-0.5,
+        "model.fusion.classifier_projection.weight": 96**-0.5,
+        "pixel_decoder.layers.0.weight": 0.2,
+    }
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if name not in missing}
+    assert len(kept) == len(weights) - len(missing)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    state_dict = ReSTRForImageSegmentation.from_pretrained(tmp_path).state_dict()
+    for name, std in missing.items():
+        values = state_dict[name][1:] if name.endswith("embed_tokens.weight") else state_dict[name]
+        # Four standard deviations of a sample's own; truncation at two takes 12 %.
+        assert 0.8 - 3 * values.numel() ** -0.5 < values.std() / std < 1.1 + 3 * values.numel() ** -0.5, name
+        assert abs(values.mean()) < 4 * std * values.numel() ** -0.5, name
+    assert (state_dict["model.text_model.embeddings.embed_tokens.weight"][0] == 0).all()
+    for name in kept:
+        assert (state_dict[name] == 7.0).all(), name
+
+
+@torch.no_grad()
+def test_text_positions_are_sinusoids_of_the_last_slots():
+    model = tiny_model()
+    table = model.model.text_model.embeddings.position_embeddings
+    for position, channel in itertools.product(range(NUM_WORDS), range(24)):
+        angle = position / 10000 ** (2 * (channel // 2) / 24)
+        expected = np.cos(angle) if channel % 2 else np.sin(angle)
+        assert abs(table[position, channel].item() - expected) < 1e-6
+    assert not any("position_embeddings" in name for name in model.model.text_model.state_dict())
+    short = model.model.text_model.embeddings(words(1)[:, -2:])
+    torch.testing.assert_close(short, model.model.text_model.embeddings(words(1))[:, -2:], rtol=0, atol=0)
+
+
+# Interface
+
+
+@torch.no_grad()
+def test_tuples_come_back_where_they_are_asked_for():
+    model, inputs = tiny_model(), {"pixel_values": images(1), "input_ids": words(2), "labels": masks(2)}
+    expected = model(**inputs).to_tuple()
+    as_argument = model(**inputs, return_dict=False)
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        config.return_dict = False
+    for outputs in (as_argument, model(**inputs)):
+        assert isinstance(outputs, tuple)
+        for actual, wanted in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+    assert isinstance(model.get_image_features(images(1)), tuple)
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_forward_pass():
+    model = tiny_model()
+    outputs = model(pixel_values=images(1), input_ids=words(2))
+    features = model.get_image_features(images(1))
+    assert features.last_hidden_state.shape == (1, 17, 32)
+    torch.testing.assert_close(features.pooler_output, outputs.vision_embeds, rtol=0, atol=0)
+    text_features = model.get_text_features(words(2)).pooler_output
+    assert text_features.shape == (2, NUM_WORDS, 40)
+    torch.testing.assert_close(text_features, outputs.text_embeds, rtol=0, atol=0)
+
+
+def test_bad_inputs_are_refused():
+    model = tiny_model()
+    embeds = torch.randn(2, 16, 32)
+    cases = [
+        ({"input_ids": words(1)}, "exactly one of `pixel_values` and `vision_embeds`, got neither"),
+        ({"pixel_values": images(1), "vision_embeds": embeds, "input_ids": words(1)}, "got both"),
+        ({"pixel_values": images(1)}, "Expected `input_ids`"),
+        ({"pixel_values": images(1)[0], "input_ids": words(1)}, r"\(batch, 3, height, width\), got \(3, 32, 32\)"),
+        ({"pixel_values": images(1)[:, :1], "input_ids": words(1)}, r"got \(1, 1, 32, 32\)"),
+        ({"pixel_values": images(1, 40, 32), "input_ids": words(1)}, "40x32 pixels, but the model expects 32x32"),
+        (
+            {"pixel_values": images(1, 36, 32), "input_ids": words(1), "interpolate_pos_encoding": True},
+            "36x32 pixels, which patches of 8x8 do not divide",
+        ),
+        ({"vision_embeds": embeds[0], "input_ids": words(1)}, r"\(images, patches, 32\).*got \(16, 32\)"),
+        ({"vision_embeds": embeds[..., :5], "input_ids": words(2)}, r"\(images, patches, 32\).*got \(2, 16, 5\)"),
+        ({"vision_embeds": embeds[:, :15], "input_ids": words(2)}, "have 15 patches"),
+        ({"pixel_values": images(1), "input_ids": words(1)[0]}, r"\(expressions, words\).*got \(6,\)"),
+        ({"pixel_values": images(1), "input_ids": words(1)[:0]}, r"at least one expression.*got \(0, 6\)"),
+        ({"pixel_values": images(1), "input_ids": torch.ones(1, 7).long()}, r"one to 6 words, got \(1, 7\)"),
+        (
+            {"pixel_values": images(1), "input_ids": words(3) * torch.tensor([[1], [0], [1]])},
+            r"only padding in .*\[1\]",
+        ),
+        (
+            {"pixel_values": images(1), "input_ids": words(2), "attention_mask": torch.ones(1, 6)},
+            r"shape of `input_ids`, \(2, 6\), got \(1, 6\)",
+        ),
+        ({"pixel_values": images(2), "input_ids": words(3)}, "2 images and 3 expressions: pass `image_indices`"),
+        (
+            {"pixel_values": images(2), "input_ids": words(3), "image_indices": torch.tensor([0, 1])},
+            r"one entry an expression, shape \(3,\), got \(2,\)",
+        ),
+        (
+            {"pixel_values": images(2), "input_ids": words(2), "image_indices": torch.tensor([0, 2])},
+            r"in \[0, 2\) for 2 images, got \[0, 2\]",
+        ),
+        (
+            {"pixel_values": images(2), "input_ids": words(2), "image_indices": torch.tensor([-1, 0])},
+            r"in \[0, 2\) for 2 images, got \[-1, 0\]",
+        ),
+        (
+            {"pixel_values": images(2), "input_ids": words(2), "image_indices": torch.tensor([0.0, 1.0])},
+            "integers, got torch.float32",
+        ),
+        (
+            {"pixel_values": images(1), "input_ids": words(2), "labels": masks(1)},
+            r"with 2 expressions, got \(1, 32, 32\)",
+        ),
+        ({"pixel_values": images(1), "input_ids": words(2), "labels": masks(2)[:, None]}, r"got \(2, 1, 32, 32\)"),
+        (
+            {"pixel_values": images(1), "input_ids": words(2), "labels": 255 * masks(2)},
+            "0 or 1, got values from 0 to 255",
+        ),
+        ({"pixel_values": images(1), "input_ids": words(2), "labels": masks(2) * 0.5}, "got values from 0.0 to 0.5"),
+        ({"pixel_values": images(1), "input_ids": words(2), "labels": masks(2) * torch.nan}, "0 or 1, got values"),
+    ]
+    for inputs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("model_class", [ReSTRForImageSegmentation, ReSTRModel, ReSTRVisionModel, ReSTRTextModel])
+def test_docstrings_describe_every_argument_with_an_example(model_class):
+    documentation = inspect.getdoc(model_class.forward)
+    for name in inspect.signature(model_class.forward).parameters:
+        assert name in ("self", "kwargs") or f"{name} (`" in documentation
+    assert "Returns:" in documentation and ">>> from modeling_restr import" in documentation
+    assert inspect.getdoc(model_class).startswith(("ReSTR", "The "))
+
+
+def test_importing_prints_nothing():
+    result = subprocess.run(
+        [sys.executable, "-c", "import modeling_restr"], capture_output=True, text=True, check=True
+    )
+    assert (result.stdout, result.stderr) == ("", "")
