@@ -1,11 +1,18 @@
 """ReSTR model configuration."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
+
+if TYPE_CHECKING:  # `__post_init__` resolves these fields: a config never holds None or a dict
+    _Config: TypeAlias = Any
+    _Int: TypeAlias = Any
+    _Float: TypeAlias = Any
+else:
+    _Config, _Int, _Float = dict | PreTrainedConfig | None, int | None, float | int | None
 
 FUSION_TYPES = ("coupled", "independent", "vanilla")
 
@@ -224,21 +231,21 @@ class ReSTRConfig(PreTrainedConfig):
     ]
     # transformers before 5.20 reads `sub_configs`.
     sub_configs = {"vision_config": ReSTRVisionConfig, "text_config": ReSTRTextConfig}
-    sub_configs_defaults = {"vision_config": ReSTRVisionConfig, "text_config": ReSTRTextConfig}
+    sub_configs_defaults = {"vision_config": ReSTRVisionConfig, "text_config": ReSTRTextConfig}  # type: ignore[dict-item]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: _Config = None
+    text_config: _Config = None
     fusion_type: str = "coupled"
     num_fusion_layers: int = 2
     share_fusion_layers: bool = False
-    hidden_size: int | None = None
+    hidden_size: _Int = None
     num_attention_heads: int = 12
-    intermediate_size: int | None = None
+    intermediate_size: _Int = None
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
     use_pixel_decoder: bool = True
-    patch_loss_weight: float | int | None = None
+    patch_loss_weight: _Float = None
     attend_to_padding: bool = True
     initializer_range: float = 0.02
 
