@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -50,7 +51,7 @@ class SceneArguments:
     num_fusion_layers: int = field(default=2, metadata={"help": "Blocks of each fusion encoder."})
     text_hidden_size: int = field(default=64, metadata={"help": "Width of a word vector."})
     text_num_hidden_layers: int = field(default=2, metadata={"help": "Blocks of the language encoder."})
-    patch_loss_weight: float = field(default=0.5, metadata={"help": "Weight of the patch loss (the paper's: 0.1)."})
+    patch_loss_weight: float = field(default=0.3, metadata={"help": "Weight of the patch loss (the paper's: 0.1)."})
     expressions_per_scene: int = field(default=8, metadata={"help": "Sentences of a scene, which share its encoding."})
     num_evaluation_scenes: int = field(default=64, metadata={"help": "Unseen scenes to evaluate on while training."})
 
@@ -120,7 +121,38 @@ def create_model(args: SceneArguments, vocab_size: int) -> ReSTRForImageSegmenta
         num_attention_heads=args.num_attention_heads,
         patch_loss_weight=args.patch_loss_weight,
     )
-    return ReSTRForImageSegmentation(config)
+    model = ReSTRForImageSegmentation(config)
+    initialize_weights(model)
+    return model
+
+
+def initialize_weights(model: ReSTRForImageSegmentation) -> None:
+    """
+    Random weights to start from, without any pretraining. transformers' standard deviation of 0.02 suits widths near
+    the paper's 768 that start from a pretrained encoder; at this width it starts too small, and learning stalls at
+    masks that are empty everywhere.
+    """
+    fusion, decoder = model.model.fusion, model.pixel_decoder
+    for module in model.model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    vision_embeddings = model.model.vision_model.embeddings
+    nn.init.normal_(
+        vision_embeddings.patch_embedding.weight, std=vision_embeddings.patch_embedding.weight[0].numel() ** -0.5
+    )
+    nn.init.normal_(vision_embeddings.position_embeddings, std=0.5)
+    text_embeddings = model.model.text_model.embeddings.embed_tokens
+    with torch.no_grad():
+        text_embeddings.weight.normal_()[text_embeddings.padding_idx] = 0
+    nn.init.normal_(fusion.seed_embedding, std=0.5)
+    for projection in (fusion.visual_projection, fusion.text_projection):
+        nn.init.normal_(projection.weight)  # of vectors whose length is 1: each channel gets the variance 1
+    # A step of Adam moves the patch logits by about learning rate x width ** 2 x this weight: as in attention, the
+    # scalar product is divided by the root of the width.
+    nn.init.constant_(fusion.layer_norm.weight, model.config.hidden_size**-0.5)
+    for layer in decoder.layers:
+        nn.init.kaiming_normal_(layer.weight, a=0.01)
+    nn.init.normal_(decoder.head.weight, std=decoder.head.in_features**-0.5)
 
 
 class MeanIoU:
@@ -153,17 +185,17 @@ class DrawnTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults that made the checkpoint."""
 
     output_dir: str = field(default="runs/drawn-scenes", metadata={"help": "Checkpoints, and the model at the end."})
-    max_steps: int = field(default=8000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
-    decay_steps: int = field(default=2400, metadata={"help": "Steps over which the learning rate falls to 0."})
+    max_steps: int = field(default=5000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
+    decay_steps: int = field(default=1500, metadata={"help": "Steps over which the learning rate falls to 0."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Scenes a step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Scenes a step of the evaluation."})
-    learning_rate: float = field(default=8e-4)
+    learning_rate: float = field(default=4e-4)
     warmup_steps: float = field(default=200)
     weight_decay: float = field(default=0.05)
     adam_beta2: float = field(default=0.98)
     bf16: bool = field(default=True)
     eval_strategy: str = field(default="steps")
-    eval_steps: float = field(default=500)
+    eval_steps: float = field(default=250)
     save_steps: float = field(default=250)
     save_total_limit: int | None = field(default=2)
     logging_steps: float = field(default=25)

@@ -1,0 +1,161 @@
+"""
+Measure ReSTR at the paper's size (ViT-B/16, 480x480, random weights) against what it is made of:
+
+    python examples/benchmark.py
+
+All variants run alternately in one process, so that a noisy machine slows all of them alike; medians are compared.
+"""
+
+import argparse
+import copy
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import ViTConfig, ViTModel
+
+from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+
+
+NUM_EXPRESSIONS = 8
+VOCAB_SIZE = 12112
+
+
+def upsample_then_map(self: nn.Module, visual_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
+    """The pixel decoder as the paper draws it: every expression's features upsampled before each channel map."""
+    grid = patch_logits.shape[1:]
+    masked = patch_embeds * patch_logits.flatten(1)[..., None]
+    hidden_states = torch.cat([visual_embeds[image_indices], masked], dim=2).transpose(1, 2).unflatten(2, grid)
+    for block, layer in enumerate(self.layers):
+        hidden_states = self._upsample(hidden_states, block, grid)
+        hidden_states = self.activation_fn(F.conv2d(hidden_states, layer.weight[..., None, None]))
+    return F.conv2d(hidden_states, self.head.weight[..., None, None]).squeeze(1)  # (N, H, W)
+
+
+class StraightforwardReSTR(nn.Module):
+    """The same weights and numbers: image encoded for every sentence, upsampling first, eager attention."""
+
+    def __init__(self, model: ReSTRForImageSegmentation):
+        super().__init__()
+        config = copy.deepcopy(model.config)  # it keeps the attention implementation
+        self.model = ReSTRForImageSegmentation._from_config(config, attn_implementation="eager").eval()
+        self.model.to(device=model.device, dtype=model.dtype).load_state_dict(model.state_dict())
+        decoder = self.model.pixel_decoder
+        decoder.forward = upsample_then_map.__get__(decoder)
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = [self.model(pixel_values=pixel_values, input_ids=words[None]).logits for words in input_ids]
+        return torch.cat(logits)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(variants: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, float]:
+    """Median seconds of each variant over `runs` alternated runs, after one run that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for run in range(runs + 1):
+        for name, function in variants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if run > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> float:
+    """Peak GiB of the device during one call; on a CPU that of the process so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    function()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def create_models(dtype: torch.dtype, device: torch.device, image_size: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    config = ReSTRConfig(
+        vision_config=ReSTRVisionConfig(image_size=image_size), text_config=ReSTRTextConfig(vocab_size=VOCAB_SIZE)
+    )
+    model = ReSTRForImageSegmentation(config).eval().to(device, dtype)
+    vit = ViTModel(ViTConfig(image_size=image_size), add_pooling_layer=False).eval().to(device, dtype)
+    return model, vit, StraightforwardReSTR(model)
+
+
+@torch.inference_mode()
+def benchmark(dtype: torch.dtype, device: torch.device, image_size: int, runs: int) -> None:
+    torch.manual_seed(0)
+    model, vit, straightforward = create_models(dtype, device, image_size)
+    pixels = torch.randn(1, 3, image_size, image_size, device=device, dtype=dtype)
+    words = torch.randint(4, VOCAB_SIZE, (NUM_EXPRESSIONS, 20), device=device)
+
+    def single_calls() -> None:
+        for index in range(NUM_EXPRESSIONS):
+            model(pixel_values=pixels, input_ids=words[index : index + 1])
+
+    variants: dict[str, Callable[[], object]] = {
+        "bare ViT-B/16 (sdpa)": lambda: vit(pixel_values=pixels),
+        "1 sentence": lambda: model(pixel_values=pixels, input_ids=words[:1]),
+        "8 sentences, one call": lambda: model(pixel_values=pixels, input_ids=words),
+        "8 sentences, 8 calls": single_calls,
+        "1 sentence, straightforward": lambda: straightforward(pixels, words[:1]),
+        "8 sentences, straightforward": lambda: straightforward(pixels, words),
+    }
+    memory = {name: peak_memory(function, device) for name, function in list(variants.items())[:3]}
+    medians = measure(variants, device, runs)
+    difference = (straightforward(pixels, words) - model(pixel_values=pixels, input_ids=words).logits).abs().max()
+    scale = model(pixel_values=pixels, input_ids=words).logits.abs().max()
+
+    print(f"\n{str(dtype).removeprefix('torch.')}: medians of {runs} alternated runs")
+    for name, value in medians.items():
+        peak = f"   peak memory {memory[name]:.2f} GiB" if name in memory else ""
+        print(f"  {name:<30} {value * 1000:9.1f} ms{peak}")
+    one, eight = medians["1 sentence"], medians["8 sentences, one call"]
+    print(f"  1 sentence / bare ViT                          {one / medians['bare ViT-B/16 (sdpa)']:.2f}")
+    print(f"  8 sentences, 8 calls / one call                {medians['8 sentences, 8 calls'] / eight:.2f}")
+    print(f"  1 sentence, straightforward / ours             {medians['1 sentence, straightforward'] / one:.2f}")
+    print(f"  8 sentences, straightforward / ours            {medians['8 sentences, straightforward'] / eight:.2f}")
+    print(f"  largest difference of the logits, relative     {(difference / scale).item():.1e}")
+
+
+def describe_hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time ReSTR at the paper's size against a bare ViT and plain ReSTR.")
+    parser.add_argument("--image_size", type=int, default=480)
+    parser.add_argument("--runs", type=int, default=9, help="alternated runs of every variant (default: 9)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    now = datetime.now(UTC)
+    print(
+        f"{describe_hardware(device)}; torch {torch.__version__}, transformers {transformers.__version__}; {now:%Y-%m-%d}"
+    )
+    for dtype in args.dtypes:
+        benchmark(getattr(torch, dtype), device, args.image_size, args.runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Pictures of masks: overlays on the image, one colour an expression, with a legend."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+
+# Bright, and far apart for readers with a colour vision deficiency too (Okabe and Ito, 2008); black is left out.
+COLORS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (204, 121, 167),
+    (213, 94, 0),
+    (240, 228, 66),
+    (0, 114, 178),
+)
+OPACITY = 0.5
+
+
+def get_color(index: int) -> tuple[int, int, int]:
+    """RGB colour of the expression `index`; after the last one they start again."""
+    return COLORS[index % len(COLORS)]
+
+
+def draw_masks(image: Image.Image, masks: Sequence[np.ndarray | Image.Image]) -> Image.Image:
+    """
+    Tint each mask in its colour and outline it; the rest of the image stays as it is.
+
+    Args:
+        image (`PIL.Image.Image`): The image.
+        masks (sequence of N arrays or images of the image's size): Non-zero inside.
+
+    Raises:
+        `ValueError`: A mask has another size than the image.
+    """
+    canvas = image.convert("RGB")
+    line_width = max(1, round(max(canvas.size) / 300))
+    for index, mask in enumerate(masks):
+        selected = Image.fromarray((np.asarray(mask) > 0).astype(np.uint8) * 255)
+        if selected.size != canvas.size:
+            raise ValueError(
+                f"Mask {index} has {selected.size[0]}x{selected.size[1]} pixels (width x height), the image "
+                f"{canvas.size[0]}x{canvas.size[1]}: pass masks at the image's own size."
+            )
+        color = Image.new("RGB", canvas.size, get_color(index))
+        canvas.paste(color, mask=selected.point(lambda value: int(value * OPACITY)))
+        grown = selected.filter(ImageFilter.MaxFilter(2 * line_width + 1))
+        outline = Image.fromarray(np.asarray(grown) & ~np.asarray(selected))
+        canvas.paste(color, mask=outline)
+    return canvas
+
+
+def add_legend(image: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """Put a white strip with one coloured square and label a line below the image; long labels are wrapped."""
+    font_size = max(14, round(image.width / 32))
+    font = ImageFont.load_default(font_size)
+    swatch, margin, line_height = font_size, font_size // 2, round(font_size * 1.5)
+    lines: list[tuple[int, str]] = []  # the first line of a label has its number, the others -1
+    for index, label in enumerate(labels):
+        wrapped = _wrap(label, font, image.width - swatch - 3 * margin)
+        lines += [(index if number == 0 else -1, line) for number, line in enumerate(wrapped)]
+    canvas = Image.new("RGB", (image.width, image.height + line_height * len(lines) + 2 * margin), "white")
+    canvas.paste(image)
+    draw = ImageDraw.Draw(canvas)
+    for row, (index, line) in enumerate(lines):
+        top = image.height + margin + row * line_height
+        if index >= 0:
+            draw.rectangle((margin, top + 2, margin + swatch, top + 2 + swatch), fill=get_color(index))
+        draw.text((swatch + 2 * margin, top), line, fill="black", font=font)
+    return canvas
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break `text` between words into lines of at most `width` pixels; a longer word has a line of its own."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
