@@ -91,7 +91,7 @@ def _convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _convert_state_dict(
-    state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], config: ReSTRConfig
+    state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], config: Any
 ) -> dict[str, torch.Tensor]:
     """Our state dict, with the names and shapes of `expected`; every name of the original's is accounted for."""
     original_names = {name: _original_name(name, config.fusion_type) for name in expected}
@@ -264,7 +264,8 @@ def convert_checkpoint(
         load_original_checkpoint(checkpoint), image_size=image_size, **model_options
     )
     words = read_vocabulary(vocabulary)
-    num_ids, num_rows = max(words.values()) + 1, model.config.text_config.vocab_size
+    text_config: Any = model.config.text_config
+    num_ids, num_rows = max(words.values()) + 1, text_config.vocab_size
     if num_ids > num_rows:
         raise ValueError(
             f"{vocabulary} has {num_ids} lines, but the checkpoint's word embedding has {num_rows} rows: they do not "
@@ -277,7 +278,7 @@ def convert_checkpoint(
         )
     processor = ReSTRProcessor(
         ReSTRImageProcessor(size={"height": image_size, "width": image_size}),
-        build_tokenizer(words, max_length=model.config.text_config.max_position_embeddings),
+        build_tokenizer(words, max_length=text_config.max_position_embeddings),
     )
     save_bundle(model, processor, output_dir)
 

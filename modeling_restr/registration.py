@@ -15,9 +15,6 @@ from .pipeline_restr import ReSTRPipeline
 from .processing_restr import ReSTRProcessor
 
 
-_TASK = "image-segmentation"
-
-
 def register() -> None:
     """Register ReSTR's classes; calling it again changes nothing."""
     for config_class, model_class in (
@@ -41,33 +38,36 @@ def _register_pipeline() -> None:
     `custom_pipelines`, whatever is registered. So the pipeline class is chosen by the model, and a config names its
     task, which `pipeline` infers when none is given, without claiming it.
     """
-    implementation = SUPPORTED_TASKS[_TASK]["impl"]  # a class or its dotted path
-    previous = implementation if isinstance(implementation, type) else ImageSegmentationPipeline
+    task: Any = SUPPORTED_TASKS["image-segmentation"]
+    previous = task["impl"] if isinstance(task["impl"], type) else ImageSegmentationPipeline  # or its dotted path
     previous = getattr(previous, "other_pipeline", previous)
 
-    class ImageSegmentationPipelineByModel(previous):
+    class ImageSegmentationPipelineByModel(previous):  # type: ignore[valid-type, misc]
         other_pipeline = previous
 
-        def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Pipeline:
+        def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Pipeline:  # type: ignore[misc]
             if getattr(model.config, "model_type", None) != ReSTRConfig.model_type:
                 return previous(model, *args, **kwargs)
             if kwargs.get("processor") is None:
                 kwargs["processor"] = ReSTRProcessor(kwargs.get("image_processor"), kwargs.get("tokenizer"))
             return ReSTRPipeline(model, *args, **kwargs)
 
-    SUPPORTED_TASKS[_TASK]["impl"] = ImageSegmentationPipelineByModel
-    ReSTRConfig.custom_pipelines = property(_get_custom_pipelines, _set_custom_pipelines)
+    task["impl"] = ImageSegmentationPipelineByModel
+    config_class: Any = ReSTRConfig
+    config_class.custom_pipelines = property(_get_custom_pipelines, _set_custom_pipelines)
 
 
-class _UnclaimedPipelines(dict):
+class _UnclaimedTask(dict):
+    """A config's `custom_pipelines` whose "image-segmentation" can be listed but is not `in` it."""
+
     def __contains__(self, task: object) -> bool:
-        return False
+        return task != "image-segmentation" and super().__contains__(task)
 
 
 def _get_custom_pipelines(config: ReSTRConfig) -> dict[str, Any]:
     if "custom_pipelines" not in config.__dict__:
         raise AttributeError("custom_pipelines")
-    return _UnclaimedPipelines(config.__dict__["custom_pipelines"])
+    return _UnclaimedTask(config.__dict__["custom_pipelines"])
 
 
 def _set_custom_pipelines(config: ReSTRConfig, value: dict[str, Any]) -> None:

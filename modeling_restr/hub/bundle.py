@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -42,8 +43,8 @@ def save_bundle(
     Save weights, config, processor and the code that they need: the Auto classes and `pipeline` load the folder with
     `trust_remote_code=True` where this package is not installed, and without it where it is.
 
-    Everything is written beside `folder` first and then moved. An existing folder is updated file by file, its other
-    files are kept; old weights go first and the new ones come last, so an update that is cut off leaves a folder
+    Everything is written to a temporary folder first and then moved. An existing folder is updated file by file, its
+    other files are kept; old weights go first and the new ones come last, so an update that is cut off leaves a folder
     without weights, never one of mixed parts.
 
     Args:
@@ -67,7 +68,8 @@ def save_bundle(
     _check_pair(model, processor)
     state_dict = _cast_state_dict(model, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+    place = folder if folder.exists() else folder.parent  # on the same disk, so that moving is renaming
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
         staging = Path(temporary) / folder.name
         staging.mkdir()
         model.save_pretrained(staging, state_dict=state_dict)
@@ -85,7 +87,8 @@ def _check_pair(model: ReSTRForImageSegmentation, processor: ReSTRProcessor) -> 
             f"Expected a ReSTRForImageSegmentation and a ReSTRProcessor, got a {type(model).__name__} and a "
             f"{type(processor).__name__}."
         )
-    text_config, vision_config = model.config.text_config, model.config.vision_config
+    config: Any = model.config
+    text_config, vision_config = config.text_config, config.vision_config
     largest_id = max(processor.tokenizer.get_vocab().values())
     if largest_id >= text_config.vocab_size:
         raise ValueError(
@@ -120,7 +123,7 @@ def _reference(code_class: type) -> str:
 
 
 def _bundle_config(model: ReSTRForImageSegmentation) -> PreTrainedConfig:
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     for part in (config, config.vision_config, config.text_config):
         part.dtype = model.dtype  # as `from_pretrained` sets them, so that a reloaded model is saved the same
     config.auto_map = {
@@ -137,7 +140,7 @@ def _bundle_config(model: ReSTRForImageSegmentation) -> PreTrainedConfig:
     return config
 
 
-def _bundle_processor(processor: ReSTRProcessor) -> ReSTRProcessor:
+def _bundle_processor(processor: Any) -> ReSTRProcessor:
     processor = copy.deepcopy(processor)
     for key in _LOADING_KEYS:
         processor.tokenizer.init_kwargs.pop(key, None)
