@@ -121,6 +121,7 @@ def create_model(args: SceneArguments, vocab_size: int) -> ReSTRForImageSegmenta
         num_attention_heads=args.num_attention_heads,
         patch_loss_weight=args.patch_loss_weight,
     )
+    config._attn_implementation = "eager"  # for short sequences faster in training on a CPU than sdpa
     model = ReSTRForImageSegmentation(config)
     initialize_weights(model)
     return model

@@ -44,6 +44,9 @@ def _register_pipeline() -> None:
 
     class ImageSegmentationPipelineByModel(previous):  # type: ignore[valid-type, misc]
         other_pipeline = previous
+        # Loaded where there is one: ReSTR's is part of its processor, which may be given alone.
+        _load_image_processor = None
+        _load_video_processor = False
 
         def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Pipeline:  # type: ignore[misc]
             if getattr(model.config, "model_type", None) != ReSTRConfig.model_type:
@@ -65,9 +68,8 @@ class _UnclaimedTask(dict):
 
 
 def _get_custom_pipelines(config: ReSTRConfig) -> dict[str, Any]:
-    if "custom_pipelines" not in config.__dict__:
-        raise AttributeError("custom_pipelines")
-    return _UnclaimedTask(config.__dict__["custom_pipelines"])
+    # A model saved alone lacks the key, and `pipeline` would ask the Hub for its task.
+    return _UnclaimedTask(config.__dict__.get("custom_pipelines", {"image-segmentation": {}}))
 
 
 def _set_custom_pipelines(config: ReSTRConfig, value: dict[str, Any]) -> None:

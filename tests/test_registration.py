@@ -109,9 +109,18 @@ def test_pipeline_needs_no_remote_code(folder, model, processor, image, task, tr
     assert np.array_equal(np.array(answer["mask"]), np.array(expected["mask"]))
 
 
-def test_pipeline_of_a_model_in_memory(model, processor, image):
-    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
-    pipe = pipeline("image-segmentation", model=model, **parts)
+@pytest.mark.parametrize("names", [("image_processor", "tokenizer"), ("processor",)])
+def test_pipeline_of_a_model_in_memory(model, processor, image, names):
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "processor": processor}
+    pipe = pipeline("image-segmentation", model=model, **{name: parts[name] for name in names})
+    assert type(pipe) is ReSTRPipeline
+    assert pipe(image, text="dog")[0]["mask"].size == image.size
+
+
+def test_pipeline_of_a_folder_saved_part_by_part(model, processor, image, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pipe = pipeline(model=str(tmp_path))
     assert type(pipe) is ReSTRPipeline
     assert pipe(image, text="dog")[0]["mask"].size == image.size
 
@@ -123,7 +132,7 @@ def test_config_of_a_bundle_keeps_its_pipeline(folder, tmp_path):
     assert saved == {
         "image-segmentation": {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
     }
-    assert not hasattr(ReSTRConfig(), "custom_pipelines")
+    assert "custom_pipelines" not in ReSTRConfig().to_dict()
 
 
 def test_pipelines_of_other_models_are_as_before(image, tmp_path):
