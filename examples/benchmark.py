@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ NUM_EXPRESSIONS = 8
 VOCAB_SIZE = 12112
 
 
-def upsample_then_map(self: nn.Module, visual_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
+def upsample_then_map(self: Any, visual_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
     """The pixel decoder as the paper draws it: every expression's features upsampled before each channel map."""
     grid = patch_logits.shape[1:]
     masked = patch_embeds * patch_logits.flatten(1)[..., None]
