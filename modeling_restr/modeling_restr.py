@@ -375,6 +375,11 @@ class ReSTRVisionModel(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            Images, as the processor prepares them.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Whether images may have another size than the config's; the position embeddings are then resized.
+
         Returns:
             `last_hidden_state` of shape `(B, 1 + P, hidden_size)` with the class token first, and the class token
             as `pooler_output`.
@@ -706,6 +711,11 @@ class ReSTRModel(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            Images, as the processor prepares them.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Whether images may have another size than the config's; the position embeddings are then resized.
+
         Returns:
             The vision encoder's output with the patch tokens, without any prefix token, as `pooler_output` of shape
             `(B, P, vision_hidden_size)`: what `vision_embeds` takes.
@@ -749,6 +759,11 @@ class ReSTRModel(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
+        input_ids (`torch.Tensor` of shape `(N, T)`):
+            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
+        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
+            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
+
         Returns:
             The language encoder's output with the word features as `pooler_output` of shape
             `(N, T, projection_dim)`.
@@ -887,6 +902,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
             as many expressions as images.
         vision_embeds (`torch.Tensor` of shape `(B, P, vision_hidden_size)`, *optional*):
             Image features from [`~ReSTRModel.get_image_features`], instead of `pixel_values`.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Whether images may have another size than the config's; the position embeddings are then resized.
         image_size (`tuple[int, int]`, *optional*):
             (height, width) of the pixels that `vision_embeds` are from; needed only when they were not square.
 
@@ -1057,7 +1074,14 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        See [`ReSTRModel.get_image_features`].
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+            Images, as the processor prepares them.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Whether images may have another size than the config's; the position embeddings are then resized.
+
+        Returns:
+            The vision encoder's output with the patch tokens, without any prefix token, as `pooler_output` of shape
+            `(B, P, vision_hidden_size)`: what `vision_embeds` takes.
 
         Example:
 
@@ -1080,7 +1104,14 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        See [`ReSTRModel.get_text_features`].
+        input_ids (`torch.Tensor` of shape `(N, T)`):
+            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
+        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
+            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
+
+        Returns:
+            The language encoder's output with the word features as `pooler_output` of shape
+            `(N, T, projection_dim)`.
 
         Example:
 
@@ -1135,6 +1166,8 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             Image features from [`~ReSTRForImageSegmentation.get_image_features`], instead of `pixel_values`.
         labels (`torch.Tensor` of shape `(N, height, width)`, *optional*):
             Masks of 0 and 1. Where their size differs from that of the logits, the logits are resized.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Whether images may have another size than the config's; the position embeddings are then resized.
         image_size (`tuple[int, int]`, *optional*):
             (height, width) of the pixels that `vision_embeds` are from; needed only when they were not square.
 

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import re
 import subprocess
 import sys
 
@@ -1062,6 +1063,9 @@ def test_docstrings_describe_every_argument_with_an_example(model_class):
         assert name in ("self", "kwargs") or f"{name} (`" in documentation
     assert "Returns:" in documentation and ">>> from modeling_restr import" in documentation
     assert inspect.getdoc(model_class).startswith(("ReSTR", "The "))
+    for method in ("forward", "get_image_features", "get_text_features"):
+        # What transformers fills in for names that a model does not explain.
+        assert not re.search("_class`|glossary", inspect.getdoc(getattr(model_class, method, model_class)))
 
 
 def test_importing_prints_nothing():
