@@ -134,7 +134,6 @@ class CommonModelTest(ModelTesterMixin):
     model_tester_class: type
     config_class: type
     has_text_modality = True
-    test_resize_embeddings = False  # resizing words alone is not supported: ids and embedding rows belong together
     test_can_init_all_missing_weights_before_2023 = True  # the test reads a date that our files do not carry
 
     def setUp(self):
@@ -151,6 +150,7 @@ class ReSTRVisionModelTest(CommonModelTest, unittest.TestCase):
     all_model_classes = (ReSTRVisionModel,)
     model_tester_class, config_class = ReSTRVisionModelTester, ReSTRVisionConfig
     has_text_modality = False
+    test_resize_embeddings = False  # it has no words
 
     def test_model_get_set_embeddings(self):
         # The input embedding is the patch convolution, where the common test expects an `nn.Embedding`.

@@ -76,7 +76,8 @@ def main() -> None:
         build_test_tree(archive, root)
         # -rs prints the reason of every skip.
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         command += [*pytest_args, "tests/models/restr"]
         sys.exit(subprocess.run(command, cwd=root, env=environment, check=False).returncode)
 
