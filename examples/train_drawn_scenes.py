@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -156,6 +157,20 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     nn.init.normal_(decoder.head.weight, std=decoder.head.in_features**-0.5)
 
 
+class DrawnTrainer(Trainer):
+    """Trainer with a learning rate that is linear between points: slow until the shapes are found, then faster."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            args = self.args
+            points = {0: 0.0, args.warmup_steps: 1.0, args.speed_up_step: 1.0, args.speed_up_step + 1: args.speed_up}
+            points |= {num_training_steps - args.decay_steps: args.speed_up, num_training_steps: 0.0}
+            steps, factors = zip(*sorted(points.items()))
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: float(np.interp(step, steps, factors)))
+        return self.lr_scheduler
+
+
 class MeanIoU:
     """Mean IoU over the expressions of `scenes`, overall and for each kind of sentence."""
 
@@ -186,8 +201,10 @@ class DrawnTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults that made the checkpoint."""
 
     output_dir: str = field(default="runs/drawn-scenes", metadata={"help": "Checkpoints, and the model at the end."})
-    max_steps: int = field(default=5000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
+    max_steps: int = field(default=4000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
     decay_steps: int = field(default=1500, metadata={"help": "Steps over which the learning rate falls to 0."})
+    speed_up: float = field(default=2.0, metadata={"help": "Factor of the learning rate after `speed_up_step`."})
+    speed_up_step: int = field(default=1500, metadata={"help": "When the learning rate rises by `speed_up`."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Scenes a step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Scenes a step of the evaluation."})
     learning_rate: float = field(default=4e-4)
@@ -206,8 +223,6 @@ class DrawnTrainingArguments(TrainingArguments):
     report_to: str | None = field(default="none")
 
     def __post_init__(self):
-        self.lr_scheduler_type = "warmup_stable_decay"
-        self.lr_scheduler_kwargs = {"num_decay_steps": min(self.decay_steps, self.max_steps)}
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 on a CPU has to be asked for
         self.remove_unused_columns = False  # the collator takes scenes
         super().__post_init__()
@@ -241,7 +256,7 @@ def main() -> None:
         args.num_evaluation_scenes, EVALUATION_SEED, backgrounds=evaluation_photographs, **options
     )
     mean_iou = MeanIoU(evaluation_scenes)
-    trainer = Trainer(
+    trainer = DrawnTrainer(
         model=model,
         args=training_args,
         data_collator=SceneCollator(processor),

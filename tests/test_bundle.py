@@ -178,6 +178,17 @@ def test_second_call_gives_identical_bytes(bundle, tmp_path):
     assert read_files(save_bundle(*loaded, tmp_path / "new" / "folder")) == first
 
 
+def test_without_code_nothing_refers_to_it(bundle, tmp_path):
+    loaded = ReSTRForImageSegmentation.from_pretrained(bundle), ReSTRProcessor.from_pretrained(bundle)
+    folder = save_bundle(*loaded, tmp_path / "plain", include_code=False)
+    assert {path.name for path in folder.iterdir()} == OTHER_FILES
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (folder / name).read_text() and "custom_pipelines" not in (folder / name).read_text()
+    model = ReSTRForImageSegmentation.from_pretrained(folder)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in loaded[0].state_dict().items())
+    assert "auto_map" in json.loads((save_bundle(*loaded, folder) / "config.json").read_text())
+
+
 def test_existing_folder_is_updated_and_keeps_other_files(bundle):
     (bundle / "README.md").write_text("mine")
     (bundle / "checkpoint-1").mkdir()

@@ -38,6 +38,7 @@ def save_bundle(
     folder: str | os.PathLike,
     *,
     dtype: torch.dtype | str | None = None,
+    include_code: bool = True,
 ) -> Path:
     """
     Save weights, config, processor and the code that they need: the Auto classes and `pipeline` load the folder with
@@ -54,6 +55,8 @@ def save_bundle(
         dtype (`torch.dtype` or `str`, *optional*):
             What the weights are stored in, such as `torch.float16` for half the size; the model's own by default.
             They still load in the model's own dtype unless `from_pretrained` is told otherwise.
+        include_code (`bool`, defaults to `True`):
+            Whether the folder carries the code. Without it, it loads only where this package is installed.
 
     Returns:
         `Path`: The folder.
@@ -73,9 +76,9 @@ def save_bundle(
         staging = Path(temporary) / folder.name
         staging.mkdir()
         model.save_pretrained(staging, state_dict=state_dict)
-        _bundle_config(model).save_pretrained(staging)
-        _bundle_processor(processor).save_pretrained(staging)
-        for path in _code_files():
+        _bundle_config(model, include_code).save_pretrained(staging)
+        _bundle_processor(processor, include_code).save_pretrained(staging)
+        for path in _code_files() if include_code else ():
             shutil.copyfile(path, staging / path.name)
         _move_into_place(staging, folder)
     return folder
@@ -122,10 +125,14 @@ def _reference(code_class: type) -> str:
     return f"{code_class.__module__.rpartition('.')[2]}.{code_class.__name__}"
 
 
-def _bundle_config(model: ReSTRForImageSegmentation) -> PreTrainedConfig:
+def _bundle_config(model: ReSTRForImageSegmentation, include_code: bool) -> PreTrainedConfig:
     config: Any = copy.deepcopy(model.config)
     for part in (config, config.vision_config, config.text_config):
         part.dtype = model.dtype  # as `from_pretrained` sets them, so that a reloaded model is saved the same
+    for key in ("auto_map", "custom_pipelines"):  # those of a bundle that the model was loaded from
+        config.__dict__.pop(key, None)
+    if not include_code:
+        return config
     config.auto_map = {
         "AutoConfig": _reference(ReSTRConfig),
         "AutoModel": _reference(ReSTRModel),
@@ -140,10 +147,14 @@ def _bundle_config(model: ReSTRForImageSegmentation) -> PreTrainedConfig:
     return config
 
 
-def _bundle_processor(processor: Any) -> ReSTRProcessor:
+def _bundle_processor(processor: Any, include_code: bool) -> ReSTRProcessor:
     processor = copy.deepcopy(processor)
     for key in _LOADING_KEYS:
         processor.tokenizer.init_kwargs.pop(key, None)
+    for part in (processor, processor.image_processor):
+        part.__dict__.pop("auto_map", None)
+    if not include_code:
+        return processor
     processor.auto_map = {"AutoProcessor": _reference(ReSTRProcessor)}
     processor.image_processor.auto_map = {"AutoImageProcessor": _reference(ReSTRImageProcessor)}
     return processor
