@@ -134,7 +134,7 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     the paper's 768 that start from a pretrained encoder; at this width it starts too small, and learning stalls at
     masks that are empty everywhere.
     """
-    fusion, decoder = model.model.fusion, model.pixel_decoder
+    fusion = model.model.fusion
     for module in model.model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -152,48 +152,11 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     # A step of Adam moves the patch logits by about learning rate x width ** 2 x this weight: as in attention, the
     # scalar product is divided by the root of the width.
     nn.init.constant_(fusion.layer_norm.weight, model.config.hidden_size**-0.5)
-    for layer in decoder.layers:
+    assert model.pixel_decoder is not None
+    *hidden, last = [module for module in model.pixel_decoder.modules() if isinstance(module, nn.Linear)]
+    for layer in hidden:
         nn.init.kaiming_normal_(layer.weight, a=0.01)
-    nn.init.normal_(decoder.head.weight, std=decoder.head.in_features**-0.5)
-
-
-class DrawnTrainer(Trainer):
-    """Trainer with a learning rate that is linear between points: slow until the shapes are found, then faster."""
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        if self.lr_scheduler is None:
-            args = self.args
-            points = {0: 0.0, args.warmup_steps: 1.0, args.speed_up_step: 1.0, args.speed_up_step + 1: args.speed_up}
-            points |= {num_training_steps - args.decay_steps: args.speed_up, num_training_steps: 0.0}
-            steps, factors = zip(*sorted(points.items()))
-            optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(optimizer, lambda step: float(np.interp(step, steps, factors)))
-        return self.lr_scheduler
-
-
-class MeanIoU:
-    """Mean IoU over the expressions of `scenes`, overall and for each kind of sentence."""
-
-    def __init__(self, scenes: DrawnScenes):
-        self.num_expressions = scenes.expressions_per_scene
-        self.kinds = np.array([e.kind for index in range(len(scenes)) for e in scenes[index].expressions])
-
-    def count_pixels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """
-        (scenes, expressions, 2) intersection and union, so that Trainer never gathers masks; one row a scene, since
-        it counts its samples in rows of the dataset.
-        """
-        predicted, target = logits > 0, labels > 0
-        counts = torch.stack([(predicted & target).sum((1, 2)), (predicted | target).sum((1, 2))], dim=1)
-        return counts.view(-1, self.num_expressions, 2)
-
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        intersection, union = prediction.predictions.reshape(-1, 2).T
-        iou = intersection / union
-        needs_context = np.array([kind_needs_context(kind) for kind in self.kinds])
-        metrics = {"mean_iou": iou.mean(), "mean_iou_place_order_relation": iou[needs_context].mean()}
-        metrics |= {f"mean_iou_{kind}": iou[self.kinds == kind].mean() for kind in sorted(set(self.kinds))}
-        return {name: round(float(value), 4) for name, value in metrics.items()}
+    nn.init.normal_(last.weight, std=last.in_features**-0.5)
 
 
 @dataclass
@@ -228,6 +191,48 @@ class DrawnTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
+class DrawnTrainer(Trainer):
+    """Trainer with a learning rate that is linear between points: slow until the shapes are found, then faster."""
+
+    args: DrawnTrainingArguments
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            args = self.args
+            points = {0: 0.0, args.warmup_steps: 1.0, args.speed_up_step: 1.0, args.speed_up_step + 1: args.speed_up}
+            points |= {num_training_steps - args.decay_steps: args.speed_up, num_training_steps: 0.0}
+            steps, factors = zip(*sorted(points.items()))
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None  # Trainer creates it first
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: float(np.interp(step, steps, factors)))
+        return self.lr_scheduler
+
+
+class MeanIoU:
+    """Mean IoU over the expressions of `scenes`, overall and for each kind of sentence."""
+
+    def __init__(self, scenes: DrawnScenes):
+        self.num_expressions = scenes.expressions_per_scene
+        self.kinds = np.array([e.kind for index in range(len(scenes)) for e in scenes[index].expressions])
+
+    def count_pixels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        (scenes, expressions, 2) intersection and union, so that Trainer never gathers masks; one row a scene, since
+        it counts its samples in rows of the dataset.
+        """
+        predicted, target = logits > 0, labels > 0
+        counts = torch.stack([(predicted & target).sum((1, 2)), (predicted | target).sum((1, 2))], dim=1)
+        return counts.view(-1, self.num_expressions, 2)
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        intersection, union = np.asarray(prediction.predictions).reshape(-1, 2).T
+        iou = intersection / union
+        needs_context = np.array([kind_needs_context(kind) for kind in self.kinds])
+        metrics = {"mean_iou": iou.mean(), "mean_iou_place_order_relation": iou[needs_context].mean()}
+        metrics |= {f"mean_iou_{kind}": iou[self.kinds == kind].mean() for kind in sorted(set(self.kinds))}
+        return {name: round(float(value), 4) for name, value in metrics.items()}
+
+
 def split_backgrounds(args: SceneArguments) -> tuple[list[np.ndarray] | None, list[np.ndarray] | None]:
     """Photographs for training and, every tenth of them, for evaluation."""
     if args.backgrounds is None:
@@ -239,7 +244,7 @@ def split_backgrounds(args: SceneArguments) -> tuple[list[np.ndarray] | None, li
 
 
 def main() -> None:
-    parser = HfArgumentParser((SceneArguments, DrawnTrainingArguments))
+    parser = HfArgumentParser([SceneArguments, DrawnTrainingArguments])  # type: ignore[list-item]
     args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
     processor = create_processor(args.image_size)
