@@ -7,6 +7,7 @@ All variants run alternately in one process, so that a noisy machine slows all o
 """
 
 import argparse
+import contextlib
 import copy
 import platform
 import resource
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,13 +78,19 @@ def measure(variants: dict[str, Callable[[], object]], device: torch.device, run
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:
-    """Peak GiB of the device during one call; on a CPU that of the process so far."""
+    """Peak GiB of the device during one call; on a CPU that of the process, weights of all variants included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError):  # on Linux the peak starts again, elsewhere it is the peak so far
+        Path("/proc/self/clear_refs").write_text("5")
     function()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def create_models(dtype: torch.dtype, device: torch.device, image_size: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -145,7 +153,7 @@ def describe_hardware(device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time ReSTR at the paper's size against a bare ViT and plain ReSTR.")
     parser.add_argument("--image_size", type=int, default=480)
-    parser.add_argument("--runs", type=int, default=9, help="alternated runs of every variant (default: 9)")
+    parser.add_argument("--runs", type=int, default=5, help="alternated runs of every variant (default: 5)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -164,8 +164,8 @@ class DrawnTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults that made the checkpoint."""
 
     output_dir: str = field(default="runs/drawn-scenes", metadata={"help": "Checkpoints, and the model at the end."})
-    max_steps: int = field(default=4000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
-    decay_steps: int = field(default=1500, metadata={"help": "Steps over which the learning rate falls to 0."})
+    max_steps: int = field(default=4300, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
+    decay_steps: int = field(default=1250, metadata={"help": "Steps over which the learning rate falls to 0."})
     speed_up: float = field(default=2.0, metadata={"help": "Factor of the learning rate after `speed_up_step`."})
     speed_up_step: int = field(default=1500, metadata={"help": "When the learning rate rises by `speed_up`."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Scenes a step."})
