@@ -345,9 +345,9 @@ class ReSTRPreTrainedModel(PreTrainedModel):
             init.copy_(module.position_embeddings, module.create_position_embeddings())
         elif isinstance(module, ReSTRFusionEncoder):
             init.trunc_normal_(module.seed_embedding, std=std)
-            # The two matrices meet in a scalar product without scaling: this keeps its variance that of their inputs.
-            for projection in (module.patch_projection, module.classifier_projection):
-                init.normal_(projection.weight, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, ReSTRScoreProjection):
+            # The scalar product is not scaled: this keeps its variance that of its inputs.
+            init.normal_(module.weight, std=module.in_features**-0.5)
 
 
 @auto_docstring(custom_intro="The vision encoder of ReSTR: a plain pre-norm ViT with one class token.")
@@ -484,6 +484,10 @@ def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
         )
 
 
+class ReSTRScoreProjection(nn.Linear):
+    """One side of the scalar product <patch, classifier>; a class of its own for its initialisation."""
+
+
 class ReSTRFusionEncoder(ReSTRPreTrainedModel):
     """
     Fuses P visual tokens with T word features and a learned class seed into patches and an adaptive classifier
@@ -503,8 +507,8 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         self.layers = self._create_layers(config)
         self.seed_layers = nn.ModuleList() if config.fusion_type == "vanilla" else self._create_layers(config)
         self.layer_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.patch_projection = nn.Linear(dim, dim, bias=False)
-        self.classifier_projection = nn.Linear(dim, dim, bias=False)
+        self.patch_projection = ReSTRScoreProjection(dim, dim, bias=False)
+        self.classifier_projection = ReSTRScoreProjection(dim, dim, bias=False)
         self.post_init()
 
     @staticmethod
