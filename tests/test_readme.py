@@ -1,0 +1,45 @@
+"""What the README shows is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_first_snippet_prints_what_stands_below_it():
+    index = next(number for number, (language, _) in enumerate(BLOCKS) if language == "python")
+    language, printed = BLOCKS[index + 1]
+    assert language == "text"
+    assert run_python(BLOCKS[index][1]) == printed
+
+
+def test_features_are_kept_for_later_sentences_as_shown():
+    code = next(code for language, code in BLOCKS if language == "python" and "vision_embeds" in code)
+    out = run_python(code + "\nprint(len(masks), tuple(masks[0]['mask'].shape))")
+    assert out.split("\n")[-2] == "1 (300, 400)"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\(((?:examples|tests)/[^)#]+)\)", README))))
+def test_links_lead_to_files(path):
+    assert (REPOSITORY / path).exists()
+
+
+def test_ci_calls_the_test_command():
+    commands = [code for language, code in BLOCKS if language == "bash" and "pytest" in code]
+    assert len(commands) == 1
+    test_command = commands[0].strip().rpartition("&& .venv/bin/python ")[2]
+    assert f'"$python" {test_command}\n' in (REPOSITORY / ".ci" / "run").read_text()
