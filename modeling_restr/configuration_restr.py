@@ -166,6 +166,11 @@ class ReSTRTextConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raise a `ValueError` when sizes do not fit one another."""
         _check_heads(type(self).__name__, self.hidden_size, self.num_attention_heads)
+        if self.max_position_embeddings < 1:
+            raise ValueError(
+                f"{type(self).__name__}: `max_position_embeddings` must be 1 or more, got "
+                f"{self.max_position_embeddings}."
+            )
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"{type(self).__name__}: `pad_token_id` must be below `vocab_size`, got {self.pad_token_id} and "
@@ -252,8 +257,7 @@ class ReSTRConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         _reject_unknown_keys(self, kwargs)
         self.vision_config = self._resolve_vision_config(self.vision_config)
-        if not isinstance(self.text_config, PreTrainedConfig):
-            self.text_config = ReSTRTextConfig(**(self.text_config or {}))
+        self.text_config = self._resolve_text_config(self.text_config)
         if self.hidden_size is None:
             self.hidden_size = self.vision_config.hidden_size
         if self.intermediate_size is None:
@@ -278,13 +282,28 @@ class ReSTRConfig(PreTrainedConfig):
             )
         return CONFIG_MAPPING[model_type](**values)
 
+    @staticmethod
+    def _resolve_text_config(text_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+        values = text_config.to_dict() if isinstance(text_config, PreTrainedConfig) else dict(text_config or {})
+        model_type = values.get("model_type", ReSTRTextConfig.model_type)
+        if model_type != ReSTRTextConfig.model_type:
+            raise ValueError(f"`text_config` must be a {ReSTRTextConfig.model_type!r}, got a {model_type!r}.")
+        return text_config if isinstance(text_config, PreTrainedConfig) else ReSTRTextConfig(**values)
+
     def validate_architecture(self):
         """Raise a `ValueError` when values do not fit one another."""
         if self.fusion_type not in FUSION_TYPES:
             raise ValueError(f"`fusion_type` must be one of {FUSION_TYPES}, got {self.fusion_type!r}.")
+        if self.patch_loss_weight < 0:
+            raise ValueError(f"`patch_loss_weight` must not be negative, got {self.patch_loss_weight}.")
         if self.num_fusion_layers < 1:
             raise ValueError(f"`num_fusion_layers` must be 1 or more, got {self.num_fusion_layers}.")
         _check_heads(type(self).__name__, self.hidden_size, self.num_attention_heads)
+        if getattr(self.vision_config, "num_detection_tokens", 0):
+            raise ValueError(
+                f"`vision_config` must be that of a plain ViT, whose patch tokens come last; a "
+                f"{self.vision_config.model_type!r} encoder has detection tokens behind them."
+            )
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self.vision_config, name, None), int | Iterable):
                 raise ValueError(

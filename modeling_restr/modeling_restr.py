@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -293,8 +294,8 @@ class ReSTRVisionEmbeddings(nn.Module):
 
 def _sinusoidal_positions(num_positions: int, dim: int) -> torch.Tensor:
     """`(num_positions, dim)` table: sine on even, cosine on odd channels, base 10000 (Vaswani et al., 2017)."""
-    frequencies = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
-    angles = torch.arange(num_positions)[:, None] * frequencies  # (positions, ceil(dim / 2))
+    frequencies = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies  # (positions, ceil(dim / 2))
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
 
 
@@ -333,6 +334,10 @@ class ReSTRPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ReSTREncoderLayer, "attentions": ReSTRAttention}
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        config.validate_architecture()  # `from_pretrained(..., key=value)` sets values after the config's own checks
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -588,14 +593,39 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         return ReSTRFusionOutput(patch_logits=patch_logits, patch_embeds=patches, visual_embeds=visual_embeds)
 
 
+class ReSTRFirstChannelMap(nn.Linear):
+    """
+    The decoder's first map, of [projected visual tokens ; patches weighted with their logits]: the sum of a part that
+    depends on the image alone, computed once an image, and a part that depends on the expression.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        visual_embeds: torch.Tensor,
+        patch_embeds: torch.Tensor,
+        patch_logits: torch.Tensor,
+        image_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        visual_weight, masked_weight = self.weight.chunk(2, dim=1)  # (hidden, hidden) each
+        visual_part = F.linear(visual_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
+        # The patch logit is a scalar a patch, so it may scale the patch after the linear map.
+        return F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
+
+
+class ReSTRChannelMap(nn.Linear):
+    """A linear map of the channels of `(N, channels, height, width)`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(hidden_states, self.weight[..., None, None])
+
+
 class ReSTRPixelDecoder(nn.Module):
     """
     Upsamples [projected visual tokens ; patches weighted with their logits] to pixels: each block is a bilinear x2
     upsampling, a linear map of the channels without bias and a LeakyReLU; a last linear map leaves one channel.
 
     The channel map acts on channels alone and the upsampling on space alone, so the map comes first: the same numbers
-    with a quarter of the work. The first map is a sum of a part that depends on the image alone, computed once an
-    image, and a part that depends on the expression.
+    with a quarter of the work.
 
     There are `ceil(log2(patch_size))` blocks; the last one upsamples to exactly the input's size, so that patch sizes
     that are no power of two (DINOv2 has 14) work as well.
@@ -607,10 +637,9 @@ class ReSTRPixelDecoder(nn.Module):
         self.patch_size = _pair(config.vision_config.patch_size)
         num_blocks = max(1, math.ceil(math.log2(max(self.patch_size))))
         widths = [max(1, dim // 2**index) for index in range(num_blocks)]
-        self.layers = nn.ModuleList(
-            [nn.Linear(in_dim, out_dim, bias=False) for in_dim, out_dim in zip([2 * dim, *widths], widths)]
-        )
-        self.head = nn.Linear(widths[-1], 1, bias=False)
+        self.layers = nn.ModuleList([ReSTRFirstChannelMap(2 * dim, dim, bias=False)])
+        self.layers.extend(ReSTRChannelMap(*sizes, bias=False) for sizes in pairwise(widths))
+        self.head = ReSTRChannelMap(widths[-1], 1, bias=False)
         self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # 88 MB an expression at 480x480
 
     def _upsample(self, hidden_states: torch.Tensor, block: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -638,17 +667,12 @@ class ReSTRPixelDecoder(nn.Module):
             `torch.Tensor` of shape `(N, H, W)`: Pixel logits.
         """
         grid = (patch_logits.shape[1], patch_logits.shape[2])
-        first_weight, *weights = (layer.get_parameter("weight") for layer in self.layers)
-        visual_weight, masked_weight = first_weight.chunk(2, dim=1)  # (hidden, hidden) each
-        visual_part = F.linear(visual_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
-        # The patch logit is a scalar a patch, so it may scale the patch after the linear map.
-        hidden_states = F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
+        hidden_states = self.layers[0](visual_embeds, patch_embeds, patch_logits, image_indices)  # (N, P, hidden)
         hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)  # (N, hidden, h, w)
         hidden_states = self.activation_fn(self._upsample(hidden_states, 0, grid))
-        for block, weight in enumerate(weights, start=1):
-            hidden_states = F.conv2d(hidden_states, weight[..., None, None])  # (N, hidden / 2 ** block, ...)
-            hidden_states = self.activation_fn(self._upsample(hidden_states, block, grid))
-        return F.conv2d(hidden_states, self.head.weight[..., None, None]).squeeze(1)  # (N, H, W)
+        for block, layer in enumerate(self.layers[1:], start=1):
+            hidden_states = self.activation_fn(self._upsample(layer(hidden_states), block, grid))
+        return self.head(hidden_states).squeeze(1)  # (N, H, W)
 
 
 def _check_image_indices(image_indices: torch.Tensor, num_images: int, num_expressions: int) -> None:
@@ -870,6 +894,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
     ) -> torch.Tensor:
         num_expressions = input_ids.shape[0]
         if image_indices is not None:
+            image_indices = torch.as_tensor(image_indices)
             _check_image_indices(image_indices, num_images, num_expressions)
             return image_indices.to(device=input_ids.device, dtype=torch.long)
         if num_images == 1:
@@ -1035,11 +1060,14 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             image_size (`int`, *optional*):
                 Side of the square input in pixels, when it is to differ from the checkpoint's: its position
                 embeddings are resized bilinearly, once.
-            kwargs: Passed to `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...).
+            kwargs:
+                Passed to `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...);
+                `attn_implementation` is set for the whole model.
 
         Raises:
             `ValueError`: The checkpoint is not that of a plain ViT, lacks weights, or does not fit `image_size`.
         """
+        attn_implementation = kwargs.pop("attn_implementation", None)  # of the whole model
         vision_model, loading_info = AutoModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
@@ -1062,6 +1090,8 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
                 f"The weights of {pretrained_model_name_or_path} do not fill a {vision_config.model_type!r} encoder: "
                 f"missing {missing}, unexpected {unexpected}."
             )
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -12,6 +12,8 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
+
 _PARAMETERS = ("text", "threshold", "show_progress")
 # Lists and datasets of at least this length show their progress unless told otherwise.
 _PROGRESS_FROM = 20
@@ -113,6 +115,9 @@ class ReSTRPipeline(Pipeline):
         show_progress = postprocess_params.pop("show_progress", None)
         if show_progress is None:
             show_progress = total is not None and total >= _PROGRESS_FROM
+        if total is None and num_workers > 1:
+            logger.warning("An iterator cannot be shared by workers: num_workers is set to 1.")
+            num_workers = 1
         wrapper = PipelineIterator if total is None else PipelineDataset
         dataset = wrapper(inputs, self.preprocess, preprocess_params)
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)

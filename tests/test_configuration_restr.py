@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig, BertConfig, DeiTConfig, Dinov2Config, ViTConfig
+from transformers import AutoConfig, BertConfig, DeiTConfig, Dinov2Config, ViTConfig, YolosConfig
 
 from modeling_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
 
@@ -112,3 +112,18 @@ def test_values_that_do_not_fit_are_refused(values, message):
 def test_vision_config_of_transformers_is_kept_as_it_is():
     vision_config = DeiTConfig(image_size=64, patch_size=8)
     assert ReSTRConfig(vision_config=vision_config).vision_config is vision_config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_config": {"model_type": "bert"}}, "restr_text_model"),
+        ({"text_config": ReSTRVisionConfig()}, "restr_text_model"),
+        ({"text_config": {"max_position_embeddings": 0}}, "max_position_embeddings"),
+        ({"patch_loss_weight": -1}, "patch_loss_weight"),
+        ({"vision_config": YolosConfig()}, "detection tokens"),
+    ],
+)
+def test_parts_of_another_kind_and_values_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ReSTRConfig(**values)

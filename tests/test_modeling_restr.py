@@ -1083,3 +1083,42 @@ def test_importing_prints_nothing():
         [sys.executable, "-c", "import modeling_restr"], capture_output=True, text=True, check=True
     )
     assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_any_part_may_be_offloaded_to_disk(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(pixel_values=images(2), input_ids=words(2)).logits
+        for part in ("model", "pixel_decoder"):
+            device_map = {"model": "cpu", "pixel_decoder": "cpu", part: "disk"}
+            offloaded = ReSTRForImageSegmentation.from_pretrained(
+                tmp_path, device_map=device_map, offload_folder=tmp_path / part
+            )
+            assert_close(offloaded(pixel_values=images(2), input_ids=words(2)).logits, expected)
+
+
+def test_sinusoidal_table_is_computed_in_float32_whatever_the_dtype():
+    expected = tiny_model().model.text_model.embeddings.position_embeddings
+    model = ReSTRForImageSegmentation._from_config(tiny_config(), dtype=torch.bfloat16)
+    assert_close(model.model.text_model.embeddings.position_embeddings.float(), expected, 2**-8)
+
+
+def test_values_set_while_loading_are_checked(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="fusion_type"):
+        ReSTRForImageSegmentation.from_pretrained(tmp_path, fusion_type="van")
+
+
+def test_image_indices_may_be_a_list():
+    model = tiny_model()
+    inputs = {"pixel_values": images(2), "input_ids": words(3)}
+    expected = model(**inputs, image_indices=torch.tensor([1, 0, 1])).logits
+    assert torch.equal(model(**inputs, image_indices=[1, 0, 1]).logits, expected)
+
+
+def test_attention_of_the_whole_model_is_set_when_starting_from_a_vit(tmp_path):
+    save_encoder(ViTModel, ViTConfig(**SIZES, image_size=32, patch_size=8), tmp_path)
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path, attn_implementation="eager")
+    configs = [model.config, model.config.vision_config, model.config.text_config, model.model.vision_model.config]
+    assert {config._attn_implementation for config in configs} == {"eager"}

@@ -254,3 +254,9 @@ def test_parameters_of_the_constructor_are_defaults_of_calls(pipe, images):
 def test_bad_input_is_explained(pipe, images, call, message):
     with pytest.raises(ValueError, match=message):
         call(pipe, images[0])
+
+
+def test_iterator_is_read_once_with_several_workers(pipe, images):
+    rows = [{"image": images[0], "text": f"dog {number}"} for number in range(4)]
+    results = list(pipe((row for row in rows), num_workers=2))
+    assert [result[0]["label"] for result in results] == [row["text"] for row in rows]
