@@ -22,7 +22,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.drawn_scenes import DrawnScenes, Scene, kind_needs_context
-from modeling_restr.visualization import add_legend, draw_masks
+from modeling_restr.visualization import add_legend, draw_masks, save_image
 
 
 THRESHOLD = 0.5
@@ -129,7 +129,7 @@ def main() -> None:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
         os.replace(temporary, args.output)
     if args.sheet:
-        draw_sheet(scenes, model, processor).save(args.sheet)
+        save_image(draw_sheet(scenes, model, processor), args.sheet)
 
 
 if __name__ == "__main__":

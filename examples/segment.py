@@ -7,16 +7,16 @@ Writes an overlay picture with a legend and one mask a sentence as PNG files, be
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import pipeline
 
 import modeling_restr  # noqa: F401  (makes `pipeline` know ReSTR)
-from modeling_restr.visualization import add_legend, draw_masks
+from modeling_restr.visualization import add_legend, draw_masks, save_image
 
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -33,12 +33,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
-    """Write to a temporary name first: a picture is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
-    return path
+def read_photo(path: Path, image_processor: Any) -> Image.Image:
+    """The photo as the model sees it, before it is resized: upright, 8-bit RGB, transparency on white."""
+    opened = image_processor.fetch_images(path)
+    pixels = image_processor.process_image(opened, do_convert_rgb=True, do_rescale=True)  # (3, height, width)
+    return Image.fromarray(np.moveaxis(pixels, 0, -1))
 
 
 def main() -> None:
@@ -46,11 +45,10 @@ def main() -> None:
     if not args.photo.is_file():
         raise SystemExit(f"There is no file {args.photo}: expected the path of an image.")
     pipe = pipeline("image-segmentation", model=args.model, device=args.device)
-    with Image.open(args.photo) as opened:
-        photo = ImageOps.exif_transpose(opened).convert("RGB")
     try:
+        photo = read_photo(args.photo, pipe.processor.image_processor)
         results = pipe(photo, text=args.sentences, threshold=args.threshold)
-    except ValueError as error:  # a sentence without words, a threshold out of range, ...
+    except (ValueError, OSError) as error:  # no image, a sentence without words, a threshold out of range, ...
         raise SystemExit(str(error)) from error
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

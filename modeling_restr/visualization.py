@@ -1,6 +1,8 @@
 """Pictures of masks: overlays on the image, one colour an expression, with a legend."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -82,3 +84,12 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
         else:
             lines[-1] = longer
     return lines
+
+
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Write a PNG to a temporary name first, then move it: a picture is whole or not there. Returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+    return path

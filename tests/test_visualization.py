@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_restr.visualization import add_legend, draw_masks, get_color
+from modeling_restr.visualization import add_legend, draw_masks, get_color, save_image
 
 
 def test_masks_are_tinted_in_their_colour_and_nothing_else_changes():
@@ -45,3 +45,12 @@ def test_legend_has_a_swatch_for_each_label_below_the_image():
     assert all(len(found) > 10 for found in rows)
     assert rows[0].max() < rows[1].min() < rows[1].max() < rows[2].min()
     assert rows[2].min() - rows[1].min() > rows[1].min() - rows[0].min()  # the long label takes more lines
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    path = save_image(image, tmp_path / "new" / "picture.png")
+    assert (np.asarray(Image.open(path)) == np.asarray(image)).all()
+    with pytest.raises(OSError):
+        save_image(Image.new("HSV", (2, 2)), path)  # PNG has no such mode
+    assert (np.asarray(Image.open(path)) == np.asarray(image)).all()
