@@ -1,20 +1,24 @@
 """
-Train a small ReSTR from scratch on drawn scenes, with Trainer. The defaults made the checkpoint in
-`examples/checkpoint`:
+Train a small ReSTR from scratch on drawn scenes, with Trainer: first the vision encoder alone, to name what each patch
+shows, then the whole model. The defaults made the checkpoint in `examples/checkpoint`, on two cores:
 
-    python examples/train_drawn_scenes.py --output_dir runs/drawn --backgrounds path/to/photographs
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/train_drawn_scenes.py --output_dir runs/drawn \\
+        --backgrounds path/to/photographs
 
 Interrupted, the same command goes on from the last checkpoint. `--help` lists the choices; every option of
-transformers' TrainingArguments works, too.
+transformers' TrainingArguments works, too. Needs torch 2.9 or later, for its Muon.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -26,15 +30,31 @@ from modeling_restr import (
     ReSTRProcessor,
     ReSTRTextConfig,
     ReSTRVisionConfig,
+    ReSTRVisionModel,
     build_tokenizer,
 )
-from modeling_restr.data.drawn_scenes import DrawnScenes, kind_needs_context, load_backgrounds, vocabulary_words
+from modeling_restr.data.drawn_scenes import (
+    COLOR_RANGES,
+    NOUNS,
+    SIZE_RANGES,
+    TEXTURES,
+    DrawnScenes,
+    Scene,
+    kind_needs_context,
+    load_backgrounds,
+    vocabulary_words,
+)
 from modeling_restr.hub import save_bundle
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
 
-# Scenes of another seed than the training's, on photographs that no training scene stands on.
+# Scenes of other seeds than the training's; evaluation scenes stand on photographs that no other scene stands on.
 EVALUATION_SEED = 1_000_003
+PRETRAINING_SEED = 2_000_003
+
+# What a patch is labelled with for the vision encoder's pretraining; class 0 of each is the background.
+ATTRIBUTES = {"kind": list(NOUNS), "color": list(COLOR_RANGES), "size": list(SIZE_RANGES), "texture": list(TEXTURES)}
+NUM_CLASSES = [1 + len(names) for names in ATTRIBUTES.values()]
 
 
 @dataclass
@@ -48,13 +68,16 @@ class SceneArguments:
     patch_size: int = field(default=8, metadata={"help": "Side of a patch in pixels."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the vision and fusion encoders."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Blocks of the vision encoder."})
-    num_attention_heads: int = field(default=3, metadata={"help": "Heads of the vision and fusion encoders."})
+    num_attention_heads: int = field(default=6, metadata={"help": "Heads of the vision encoder."})
     num_fusion_layers: int = field(default=2, metadata={"help": "Blocks of each fusion encoder."})
+    num_fusion_attention_heads: int = field(default=3, metadata={"help": "Heads of the fusion encoders."})
     text_hidden_size: int = field(default=64, metadata={"help": "Width of a word vector."})
     text_num_hidden_layers: int = field(default=2, metadata={"help": "Blocks of the language encoder."})
     patch_loss_weight: float = field(default=0.3, metadata={"help": "Weight of the patch loss (the paper's: 0.1)."})
-    expressions_per_scene: int = field(default=8, metadata={"help": "Sentences of a scene, which share its encoding."})
-    num_evaluation_scenes: int = field(default=64, metadata={"help": "Unseen scenes to evaluate on while training."})
+    expressions_per_scene: int = field(default=4, metadata={"help": "Sentences of a scene, which share its encoding."})
+    num_evaluation_scenes: int = field(default=128, metadata={"help": "Unseen scenes to evaluate on while training."})
+    pretraining_steps: int = field(default=2000, metadata={"help": "Steps of the vision encoder alone, at first."})
+    pretraining_batch_size: int = field(default=12, metadata={"help": "Scenes a step of these, on each device."})
 
 
 class SceneDataset(Dataset):
@@ -92,6 +115,40 @@ class SceneCollator:
         return dict(inputs)
 
 
+class PatchDataset(Dataset):
+    """Scenes as the vision encoder's pretraining takes them: the image, and the attributes of what each patch shows."""
+
+    def __init__(self, scenes: DrawnScenes, patch_size: int):
+        self.scenes = scenes
+        self.patch_size = patch_size
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict:
+        scene = self.scenes[index]
+        return {"image": scene.image, "labels": label_patches(scene, self.scenes.image_size, self.patch_size)}
+
+
+def label_patches(scene: Scene, image_size: int, patch_size: int) -> np.ndarray:
+    """(patches, attributes) classes of the shape that covers most of a patch, 0 where none covers a quarter of it."""
+    num_shapes, height, width = scene.masks.shape
+    canvas = np.zeros((num_shapes, image_size, image_size), dtype=bool)
+    top, left = (image_size - height) // 2, (image_size - width) // 2  # the processor's letterbox
+    canvas[:, top : top + height, left : left + width] = scene.masks
+    grid = image_size // patch_size
+    coverage = canvas.reshape(num_shapes, grid, patch_size, grid, patch_size).mean((2, 4)).reshape(num_shapes, -1)
+    classes = np.array(
+        [[1 + names.index(getattr(shape, name)) for name, names in ATTRIBUTES.items()] for shape in scene.shapes]
+    )
+    return np.where(coverage.max(0)[:, None] >= 0.25, classes[coverage.argmax(0)], 0)
+
+
+def collate_patches(rows: list[dict], image_processor: ReSTRImageProcessor) -> dict[str, torch.Tensor]:
+    pixel_values = image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixel_values, "labels": torch.from_numpy(np.stack([row["labels"] for row in rows]))}
+
+
 def create_processor(image_size: int) -> ReSTRProcessor:
     tokenizer = build_tokenizer(vocabulary_from_expressions(vocabulary_words()))
     return ReSTRProcessor(ReSTRImageProcessor(size={"height": image_size, "width": image_size}), tokenizer)
@@ -119,7 +176,7 @@ def create_model(args: SceneArguments, vocab_size: int) -> ReSTRForImageSegmenta
         vision_config=vision_config,
         text_config=text_config,
         num_fusion_layers=args.num_fusion_layers,
-        num_attention_heads=args.num_attention_heads,
+        num_attention_heads=args.num_fusion_attention_heads,
         patch_loss_weight=args.patch_loss_weight,
     )
     config._attn_implementation = "eager"  # for short sequences faster in training on a CPU than sdpa
@@ -138,11 +195,7 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     for module in model.model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-    vision_embeddings = model.model.vision_model.embeddings
-    nn.init.normal_(
-        vision_embeddings.patch_embedding.weight, std=vision_embeddings.patch_embedding.weight[0].numel() ** -0.5
-    )
-    nn.init.normal_(vision_embeddings.position_embeddings, std=0.5)
+    initialize_as_convolutions(model.model.vision_model)
     text_embeddings = model.model.text_model.embeddings.embed_tokens
     with torch.no_grad():
         text_embeddings.weight.normal_()[text_embeddings.padding_idx] = 0
@@ -159,21 +212,122 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     nn.init.normal_(last.weight, std=last.in_features**-0.5)
 
 
+@torch.no_grad()
+def initialize_as_convolutions(vision_model: ReSTRVisionModel, sharpness: float = 4.0) -> None:
+    """
+    Start the vision encoder with heads that look at one neighbour each, as ConViT does (d'Ascoli et al., 2021), here
+    through nothing but the values of its weights. Learning that patches have neighbours takes a transformer longer
+    than all the rest; so it learns what the shapes are five times sooner.
+
+    The last channels hold a patch's row and column as waves, and nothing else writes to them at first. A head's query
+    turns the waves by its offset, so that it is most like the key of the patch that lies there.
+    """
+    embeddings, config = vision_model.embeddings, vision_model.config
+    grid, head_dim = embeddings.grid_size, config.hidden_size // config.num_attention_heads
+    frequencies = torch.pi / grid * torch.arange(1, head_dim // 4 + 1)
+    angles = torch.arange(grid)[:, None] * frequencies
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (grid, head_dim / 2)
+    positions = torch.cat([waves.repeat_interleave(grid, 0), waves.repeat(grid, 1)], dim=1)  # (grid ** 2, head_dim)
+    nn.init.normal_(embeddings.patch_embedding.weight, std=embeddings.patch_embedding.weight[0].numel() ** -0.5)
+    embeddings.patch_embedding.weight[-head_dim:] = 0
+    embeddings.class_embedding.zero_()
+    embeddings.position_embeddings.zero_()[0, 1:, -head_dim:] = positions
+
+    reach = range(-2, 3)
+    offsets = sorted([(y, x) for y in reach for x in reach if (y, x) != (0, 0)], key=lambda offset: np.hypot(*offset))
+    for index, layer in enumerate(vision_model.layers):
+        attention = layer.self_attn
+        attention.out_proj.weight[-head_dim:] = 0
+        layer.mlp.fc2.weight[-head_dim:] = 0
+        attention.q_proj.weight *= 0.3
+        attention.k_proj.weight *= 0.3
+        # From the middle on, half of the heads start free to look anywhere.
+        num_local_heads = config.num_attention_heads // (1 if 2 * index < len(vision_model.layers) else 2)
+        for head in range(num_local_heads):
+            rows = slice(head * head_dim, (head + 1) * head_dim)
+            offset = offsets[(index * config.num_attention_heads + head) % 12]  # the 12 nearest
+            turns = torch.block_diag(*[turn_waves(frequencies * distance) for distance in offset])
+            for projection, weight in ((attention.q_proj, turns), (attention.k_proj, torch.eye(head_dim))):
+                projection.weight[rows] = 0
+                projection.weight[rows, -head_dim:] = sharpness**0.5 * weight
+
+
+def turn_waves(angles: torch.Tensor) -> torch.Tensor:
+    """(2 n, 2 n) map of n cosines, then n sines, to those of angles that are larger by `angles` (n,)."""
+    cosine, sine = torch.diag(angles.cos()), torch.diag(angles.sin())
+    return torch.cat([torch.cat([cosine, -sine], dim=1), torch.cat([sine, cosine], dim=1)])
+
+
+class VisionPretraining(nn.Module):
+    """The vision encoder and a linear map that names the attributes of what each patch shows."""
+
+    def __init__(self, vision_model: ReSTRVisionModel):
+        super().__init__()
+        self.vision_model = vision_model
+        self.head = nn.Linear(vision_model.config.hidden_size, sum(NUM_CLASSES))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        patches = self.vision_model(pixel_values).last_hidden_state[:, 1:]
+        logits = self.head(patches).float().split(NUM_CLASSES, dim=2)  # one (B, P, classes) an attribute
+        losses = [F.cross_entropy(part.transpose(1, 2), labels[..., index]) for index, part in enumerate(logits)]
+        right = [part.argmax(2) == labels[..., index] for index, part in enumerate(logits)]
+        return {"loss": torch.stack(losses).sum(), "right": torch.stack(right, dim=2)}  # (B, P, attributes)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the patches of shapes of which an attribute is named rightly."""
+    labels, right = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+    return {name: round(float(right[labels[..., 0] > 0, index].mean()), 4) for index, name in enumerate(ATTRIBUTES)}
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """
+    Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for everything else, as one optimizer. From
+    scratch it needs a fraction of the scenes that AdamW alone does.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, adamw_lr: float, weight_decay: float, betas: tuple[float, float]):
+        parameters = list(model.named_parameters())
+        matrices = [parameter for name, parameter in parameters if parameter.ndim == 2 and ".layers." in name]
+        others = [parameter for name, parameter in parameters if not (parameter.ndim == 2 and ".layers." in name)]
+        super().__init__([*matrices, *others], {})
+        self.parts = [
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=adamw_lr, weight_decay=weight_decay, betas=betas),
+        ]
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]  # schedulers write to these
+
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"]):
+            part.load_state_dict(state)
+        self._share_groups()
+
+
 @dataclass
 class DrawnTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults that made the checkpoint."""
 
     output_dir: str = field(default="runs/drawn-scenes", metadata={"help": "Checkpoints, and the model at the end."})
-    max_steps: int = field(default=4300, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
-    decay_steps: int = field(default=1250, metadata={"help": "Steps over which the learning rate falls to 0."})
-    speed_up: float = field(default=2.0, metadata={"help": "Factor of the learning rate after `speed_up_step`."})
-    speed_up_step: int = field(default=1500, metadata={"help": "When the learning rate rises by `speed_up`."})
+    max_steps: int = field(default=8000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
+    decay_steps: int = field(default=2500, metadata={"help": "Steps over which the learning rate falls to 0."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Scenes a step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Scenes a step of the evaluation."})
-    learning_rate: float = field(default=4e-4)
+    learning_rate: float = field(default=2e-3, metadata={"help": "Of the matrices of the blocks, which Muon moves."})
+    adamw_learning_rate: float = field(default=5e-4, metadata={"help": "Of everything else."})
     warmup_steps: float = field(default=200)
     weight_decay: float = field(default=0.05)
     adam_beta2: float = field(default=0.98)
+    max_grad_norm: float = field(default=1.0)
     bf16: bool = field(default=True)
     eval_strategy: str = field(default="steps")
     eval_steps: float = field(default=250)
@@ -188,24 +342,15 @@ class DrawnTrainingArguments(TrainingArguments):
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 on a CPU has to be asked for
         self.remove_unused_columns = False  # the collator takes scenes
+        self.lr_scheduler_type = "warmup_stable_decay"
+        self.lr_scheduler_kwargs = {"num_decay_steps": self.decay_steps}
         super().__post_init__()
 
-
-class DrawnTrainer(Trainer):
-    """Trainer with a learning rate that is linear between points: slow until the shapes are found, then faster."""
-
-    args: DrawnTrainingArguments
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        if self.lr_scheduler is None:
-            args = self.args
-            points = {0: 0.0, args.warmup_steps: 1.0, args.speed_up_step: 1.0, args.speed_up_step + 1: args.speed_up}
-            points |= {num_training_steps - args.decay_steps: args.speed_up, num_training_steps: 0.0}
-            steps, factors = zip(*sorted(points.items()))
-            optimizer = self.optimizer if optimizer is None else optimizer
-            assert optimizer is not None  # Trainer creates it first
-            self.lr_scheduler = LambdaLR(optimizer, lambda step: float(np.interp(step, steps, factors)))
-        return self.lr_scheduler
+    @property
+    def optimizer_and_options(self) -> tuple[Callable, dict[str, Any]]:
+        """As Trainer takes it: a function that returns the class, and what the class takes beside the model."""
+        options = {"adamw_lr": self.adamw_learning_rate, "betas": (self.adam_beta1, self.adam_beta2)}
+        return lambda: MuonWithAdamW, {"lr": self.learning_rate, "weight_decay": self.weight_decay, **options}
 
 
 class MeanIoU:
@@ -243,6 +388,44 @@ def split_backgrounds(args: SceneArguments) -> tuple[list[np.ndarray] | None, li
     return [photo for index, photo in enumerate(photographs) if index % 10], photographs[::10]
 
 
+def pretrain_vision(
+    model: ReSTRForImageSegmentation,
+    processor: ReSTRProcessor,
+    args: SceneArguments,
+    training_args: DrawnTrainingArguments,
+    photographs: tuple[list[np.ndarray] | None, list[np.ndarray] | None],
+) -> None:
+    """Teach the vision encoder what it sees before any sentence: at a third of the whole model's cost for a scene."""
+    steps = args.pretraining_steps
+    pretraining_args = replace(
+        training_args,
+        output_dir=str(Path(training_args.output_dir) / "vision"),
+        max_steps=steps,
+        decay_steps=steps // 4,
+        per_device_train_batch_size=args.pretraining_batch_size,
+        adamw_learning_rate=1e-3,
+    )
+    options = {"image_size": args.image_size, "expressions_per_scene": 1}
+    num_scenes = steps * pretraining_args.train_batch_size * pretraining_args.world_size
+    scenes = DrawnScenes(num_scenes, PRETRAINING_SEED, backgrounds=photographs[0], **options)
+    evaluation_scenes = DrawnScenes(args.num_evaluation_scenes, EVALUATION_SEED, backgrounds=photographs[1], **options)
+    trainer = Trainer(
+        model=VisionPretraining(model.model.vision_model),
+        args=pretraining_args,
+        data_collator=partial(collate_patches, image_processor=processor.image_processor),
+        train_dataset=PatchDataset(scenes, args.patch_size),
+        eval_dataset=PatchDataset(evaluation_scenes, args.patch_size),
+        compute_metrics=accuracy,
+        optimizer_cls_and_kwargs=pretraining_args.optimizer_and_options,
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(pretraining_args))
+
+
+def find_checkpoint(training_args: TrainingArguments) -> str | None:
+    folder = training_args.output_dir
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
 def main() -> None:
     parser = HfArgumentParser([SceneArguments, DrawnTrainingArguments])  # type: ignore[list-item]
     args, training_args = parser.parse_args_into_dataclasses()
@@ -252,6 +435,8 @@ def main() -> None:
     print(f"{model.num_parameters() / 1e6:.1f} M parameters")
 
     train_photographs, evaluation_photographs = split_backgrounds(args)
+    if args.pretraining_steps and find_checkpoint(training_args) is None:
+        pretrain_vision(model, processor, args, training_args, (train_photographs, evaluation_photographs))
     options = {"image_size": args.image_size, "expressions_per_scene": args.expressions_per_scene}
     num_scenes = training_args.max_steps * training_args.train_batch_size * training_args.gradient_accumulation_steps
     train_scenes = DrawnScenes(
@@ -261,7 +446,7 @@ def main() -> None:
         args.num_evaluation_scenes, EVALUATION_SEED, backgrounds=evaluation_photographs, **options
     )
     mean_iou = MeanIoU(evaluation_scenes)
-    trainer = DrawnTrainer(
+    trainer = Trainer(
         model=model,
         args=training_args,
         data_collator=SceneCollator(processor),
@@ -272,14 +457,16 @@ def main() -> None:
         },
         compute_metrics=mean_iou,
         preprocess_logits_for_metrics=mean_iou.count_pixels,
+        optimizer_cls_and_kwargs=training_args.optimizer_and_options,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
     trainer.save_state()
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
-    folder = Path(training_args.output_dir) / "model"
-    save_bundle(model, processor, folder, dtype=torch.float16)
-    print(f"Wrote {folder}")
+    if trainer.is_world_process_zero():
+        folder = Path(training_args.output_dir) / "model"
+        save_bundle(model, processor, folder, dtype=torch.float16)
+        print(f"Wrote {folder}")
 
 
 if __name__ == "__main__":

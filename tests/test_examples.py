@@ -41,9 +41,25 @@ def test_segment_writes_masks_and_an_overlay(tmp_path):
     assert changed[(masks[0] > 0) | (masks[1] > 0)].all()
 
 
+def test_segment_shows_the_photo_as_the_model_sees_it(tmp_path):
+    """A 16-bit picture is scaled, not clipped, in the overlay, too."""
+    ramp = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    done = run("segment.py", "ramp.png", "the ring", "--threshold", 0.999999, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    overlay = np.asarray(Image.open(tmp_path / "ramp_overlay.png"))[:48].astype(int)
+    untouched = np.asarray(Image.open(next(tmp_path.glob("*mask1*")))) == 0
+    assert untouched.all()
+    assert np.abs(overlay - ramp[..., None] / 257).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("absent.jpg", "the dog"), "absent.jpg"), ((EXAMPLES / "photos" / "shapes.jpg", "  "), "sentence")],
+    [
+        (("absent.jpg", "the dog"), "absent.jpg"),
+        ((__file__, "the dog"), "cannot identify image"),
+        ((EXAMPLES / "photos" / "shapes.jpg", "  "), "sentence"),
+    ],
 )
 def test_segment_explains_bad_input(tmp_path, arguments, message):
     done = run("segment.py", *arguments, cwd=tmp_path)
@@ -57,6 +73,7 @@ def test_training_on_drawn_scenes_resumes_and_ends_in_a_folder_that_loads(tmp_pa
     options += ["--num_hidden_layers", 1, "--text_num_hidden_layers", 1, "--num_fusion_layers", 1]
     options += ["--per_device_train_batch_size", 2, "--num_evaluation_scenes", 3, "--eval_steps", 4]
     options += ["--save_steps", 2, "--logging_steps", 1, "--warmup_steps", 1, "--decay_steps", 2]
+    options += ["--pretraining_steps", 2, "--pretraining_batch_size", 2]
     first = run("train_drawn_scenes.py", *options, "--max_steps", 2, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     second = run("train_drawn_scenes.py", *options, "--max_steps", 4, cwd=tmp_path)

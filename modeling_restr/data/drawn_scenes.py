@@ -32,7 +32,7 @@ MIN_SHAPES = 3
 MIN_VISIBLE_SHARE = 0.8
 
 # The radius of a shape over the image's short side. The gaps between the ranges keep the three names apart.
-SIZE_RANGES = {"small": (0.09, 0.105), "medium": (0.14, 0.16), "large": (0.20, 0.235)}
+SIZE_RANGES = {"small": (0.105, 0.12), "medium": (0.15, 0.17), "large": (0.21, 0.24)}
 
 # Two ends of the range that each name covers, in RGB.
 COLOR_RANGES = {
@@ -67,6 +67,7 @@ NOUNS = {
 }
 ANY_NOUNS = ("shape", "thing", "object")
 PLURALS = {"box": "boxes", "cross": "crosses", "plus": "pluses"}
+TEXTURES = ("plain", "noisy", "striped", "dotted")
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "large": ("large", "big")}
 TEXTURE_WORDS = {"striped": ("striped",), "dotted": ("dotted", "spotted")}
 TEXTURE_ENDINGS = {"striped": ("with stripes",), "dotted": ("with dots", "with spots")}
@@ -132,8 +133,8 @@ CLEAR_GAP = 0.12  # of the image's side, between shapes that a place, an order o
 class Shape:
     """One drawn shape: what it is called, where it is, and all that is needed to draw it again.
 
-    `kind` is a key of `NOUNS`, `color` of `COLOR_RANGES`, `size` of `SIZE_RANGES`; `texture` is "plain", "striped",
-    "dotted" or "noisy". `center` is (x, y) and `radius` is half the shape's extent, both in pixels. `rotation` and
+    `kind` is a key of `NOUNS`, `color` of `COLOR_RANGES`, `size` of `SIZE_RANGES`; `texture` one of
+    `TEXTURES`. `center` is (x, y) and `radius` is half the shape's extent, both in pixels. `rotation` and
     `texture_angle` are in radians; `shading` is the share of brightness lost from one side to the other.
     """
 
@@ -563,7 +564,7 @@ def _plan_shapes(rng: np.random.Generator, colors: Sequence[str]) -> list[_Plan]
 
     Some scenes hold a group of look-alikes, scattered or in an order; all draw the rest from a few kinds and colours.
     """
-    count = _pick_weighted(rng, {3: 0.06, 4: 0.16, 5: 0.3, 6: 0.3, 7: 0.18})
+    count = _pick_weighted(rng, {3: 0.08, 4: 0.22, 5: 0.35, 6: 0.25, 7: 0.1})
     kinds = _sample(rng, list(NOUNS), int(rng.integers(2, 5)))
     colors = _sample(rng, colors, int(rng.integers(2, 6)))
     layout = _pick_weighted(rng, {"mixed": 0.3, "twins": 0.3, "line": 0.4})
