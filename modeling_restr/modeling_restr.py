@@ -487,6 +487,13 @@ def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
             f"`input_ids` must have the shape (expressions, words) with at least one expression and one to "
             f"{config.max_position_embeddings} words, got {tuple(input_ids.shape)}."
         )
+    if torch.compiler.is_compiling():  # a look at the values would break the graph
+        return
+    if input_ids.min() < 0 or input_ids.max() >= config.vocab_size:
+        raise ValueError(
+            f"`input_ids` must be in [0, {config.vocab_size}), the size of the vocabulary, got values from "
+            f"{input_ids.min().item()} to {input_ids.max().item()}. Is the tokenizer this model's?"
+        )
 
 
 class ReSTRScoreProjection(nn.Linear):

@@ -1026,6 +1026,7 @@ def test_bad_inputs_are_refused():
         ({"vision_embeds": embeds[:, :15], "input_ids": words(2)}, "have 15 patches"),
         ({"pixel_values": images(1), "input_ids": words(1)[0]}, r"\(expressions, words\).*got \(6,\)"),
         ({"pixel_values": images(1), "input_ids": words(1)[:0]}, r"at least one expression.*got \(0, 6\)"),
+        ({"pixel_values": images(1), "input_ids": words(1) * 0 + 50}, r"in \[0, 50\), the size.*from 50 to 50"),
         ({"pixel_values": images(1), "input_ids": torch.ones(1, 7).long()}, r"one to 6 words, got \(1, 7\)"),
         (
             {"pixel_values": images(1), "input_ids": words(3) * torch.tensor([[1], [0], [1]])},

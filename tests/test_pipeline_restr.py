@@ -5,7 +5,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers.pipelines.pt_utils import KeyDataset
 
-from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRImageProcessor, ReSTRProcessor, build_tokenizer
+from modeling_restr import (
+    ReSTRConfig,
+    ReSTRForImageSegmentation,
+    ReSTRImageProcessor,
+    ReSTRProcessor,
+    build_tokenizer,
+    pipeline_restr,
+)
 from modeling_restr.pipeline_restr import ReSTRPipeline
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
@@ -109,6 +116,22 @@ def test_many_sentences_encode_the_image_once(pipe, images, seen):
     singles = [pipe(images[0], text=sentence)[0] for sentence in SENTENCES]
     assert all(agree(*pair) for pair in zip(results, singles))
     assert not agree(results[0] | {"label": ""}, results[1] | {"label": ""})
+
+
+def test_any_number_of_sentences_is_decoded_a_few_at_a_time(pipe, images, seen, monkeypatch):
+    expected = pipe(images[0], text=SENTENCES)
+    decoded = []
+    hook = pipe.model.pixel_decoder.register_forward_pre_hook(
+        lambda module, args: decoded.append(len(args[2]))  # the patch logits
+    )
+    monkeypatch.setattr(pipeline_restr, "_SENTENCES_AT_A_TIME", 3)
+    results = pipe(images[0], text=SENTENCES)
+    hook.remove()
+    assert decoded == [3, 1] and len(seen) == 2
+    for result, wanted in zip(results, expected, strict=True):
+        assert result["label"] == wanted["label"]
+        assert result["score"] == pytest.approx(wanted["score"], abs=1e-5)
+        assert (np.asarray(result["mask"]) != np.asarray(wanted["mask"])).mean() < 0.002
 
 
 def test_batches_keep_images_and_their_sentences_together(pipe, images, seen):
