@@ -8,7 +8,7 @@ checks one against its decoded image and makes the row, [`build_dataset`] a `dat
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,11 @@ FEATURES = datasets.Features(
     }
 )
 
-# Polygons as [[x0, y0, x1, y1, ...], ...], a COCO RLE (compressed or not), a list of RLEs, or a mask (height, width);
-# an empty list is an expression that refers to nothing in the image.
-Segmentation = list[list[float]] | dict[str, Any] | list[dict[str, Any]] | np.ndarray
+# A polygon [x0, y0, x1, y1, ...] or a COCO RLE (compressed or not).
+Part = list[float] | dict[str, Any]
+# An RLE, a list of parts (an empty one is an expression that refers to nothing in the image), a mask (height, width),
+# or a function that loads a mask, called when the row is built.
+Segmentation = dict[str, Any] | Sequence[Part] | np.ndarray | Callable[[], np.ndarray]
 
 
 class BadImage(ValueError):
@@ -100,16 +102,15 @@ def segmentation_to_rle(segmentation: Segmentation, size: tuple[int, int]) -> di
     Raises:
         ValueError: for a mask or RLE whose size is not the image's (height, width), and for polygons that are none.
     """
+    if callable(segmentation):
+        segmentation = segmentation()
     if isinstance(segmentation, np.ndarray):
         rles = [encode_mask(segmentation)]
-    elif isinstance(segmentation, dict):
-        rles = [_compress(segmentation)]
     elif len(segmentation) == 0:
         return encode_mask(np.zeros(size, dtype=bool))
-    elif isinstance(segmentation[0], dict):
-        rles = [_compress(part) for part in segmentation]  # type: ignore[arg-type]
     else:
-        rles = coco_mask.frPyObjects(_check_polygons(segmentation), *size)
+        parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+        rles = [_part_to_rle(part, size) for part in parts]
     for rle in rles:
         if tuple(rle["size"]) != tuple(size):
             raise ValueError(f"The mask is of size {tuple(rle['size'])} (height, width), its image of {tuple(size)}.")
@@ -124,18 +125,47 @@ def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compress(rle: dict[str, Any]) -> dict[str, Any]:
-    """COCO's crowd regions come as lists of run lengths, all else as compressed text or bytes."""
-    if isinstance(rle["counts"], list):
-        return coco_mask.frPyObjects(rle, *rle["size"])
-    return {"size": list(rle["size"]), "counts": rle["counts"]}
+def _part_to_rle(part: Part, size: tuple[int, int]) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        return coco_mask.frPyObjects([_check_polygon(part)], *size)[0]
+    if not {"size", "counts"} <= part.keys():
+        raise ValueError(f"An RLE must have size and counts, got {sorted(part)}.")
+    is_compressed = not isinstance(part["counts"], list)  # COCO's crowd regions come as lists of run lengths
+    rle = _as_text(part if is_compressed else coco_mask.frPyObjects(part, *part["size"]))
+    if (covered := _count_pixels(rle["counts"])) != rle["size"][0] * rle["size"][1]:
+        raise ValueError(f"The runs of an RLE of size {rle['size']} cover {covered} pixels.")
+    return rle
 
 
-def _check_polygons(polygons: Any) -> list[list[float]]:
-    for polygon in polygons:
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"A polygon must be [x0, y0, x1, y1, ...] of at least 3 points, got {polygon}.")
-    return [[float(number) for number in polygon] for polygon in polygons]
+def _check_polygon(polygon: Sequence[float]) -> list[float]:
+    numbers = np.asarray(polygon, dtype=np.float64)
+    if numbers.ndim != 1 or numbers.size < 6 or numbers.size % 2 or not np.isfinite(numbers).all():
+        raise ValueError(f"A polygon must be [x0, y0, x1, y1, ...] of at least 3 points, got {polygon}.")
+    return numbers.tolist()
+
+
+def _count_pixels(counts: str) -> int:
+    """
+    How many pixels the runs of a compressed RLE cover. pycocotools does not look: it decodes too few of them to
+    whatever is in memory, and merges them without end.
+
+    A run is written in digits of base 32, the lowest first; bit 5 says that another digit follows, bit 4 of the last is
+    the sign. From the fourth run on it is the change since the last but one.
+    """
+    runs: list[int] = []
+    run = shift = 0
+    for digit in (byte - 48 for byte in counts.encode()):
+        if not 0 <= digit < 64:
+            raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
+        run |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            run -= (digit & 16) << (shift - 4)
+            runs.append(run + (runs[-2] if len(runs) > 2 else 0))
+            run = shift = 0
+    if shift or min(runs, default=0) < 0:
+        raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
+    return sum(runs)
 
 
 def read_image(source: Path | ImageInDataset) -> bytes:
@@ -155,22 +185,23 @@ def build_row(annotated: AnnotatedImage, embed: bool = True) -> dict[str, Any]:
     Raises:
         BadImage: for an image that is missing, cannot be decoded, or is of another size than its annotations.
     """
+    stated = None if annotated.size is None else (annotated.size[0], annotated.size[1])
     try:
-        encoded = read_image(annotated.image)
-        encoded, size, changed = _decode_upright(encoded, annotated.size)
+        encoded, size, changed = _decode_upright(read_image(annotated.image), stated)
     except FileNotFoundError as error:
         raise BadImage(f"{annotated.file_name}: missing ({error.filename})") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise BadImage(f"{annotated.file_name}: cannot be decoded (not an image)") from None
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise BadImage(f"{annotated.file_name}: cannot be decoded ({error})") from error
-    if annotated.size is not None and size != tuple(annotated.size):
-        raise BadImage(
-            f"{annotated.file_name}: decodes to {size} (height, width), its annotations are for {annotated.size}"
-        )
-    by_path = not embed and not changed and isinstance(annotated.image, Path)
+    if stated not in (None, size):
+        raise BadImage(f"{annotated.file_name}: decodes to {size} (height, width), its annotations are for {stated}")
+    if not embed and not changed and isinstance(annotated.image, Path):
+        image: dict[str, Any] = {"bytes": None, "path": str(annotated.image.absolute())}
+    else:
+        image = {"bytes": encoded, "path": annotated.file_name}
     return {
-        "image": {"bytes": None, "path": str(annotated.image)}
-        if by_path
-        else {"bytes": encoded, "path": annotated.file_name},
+        "image": image,
         "image_id": annotated.image_id,
         "file_name": annotated.file_name,
         "references": [_build_reference(reference, size, annotated.file_name) for reference in annotated.references],
@@ -194,22 +225,23 @@ def _decode_upright(encoded: bytes, annotated_size: tuple[int, int] | None) -> t
         exif = image.getexif()
         del exif[ExifTags.Base.Orientation]
         buffer = io.BytesIO()
-        quality = {"quality": "keep"} if image.format == "JPEG" else {}
-        image.save(buffer, format=image.format, exif=exif, **quality)
+        image.save(buffer, format="TIFF" if image.mode == "CMYK" else "PNG", exif=exif)  # the same pixels
         return buffer.getvalue(), (image.height, image.width), True
 
 
 def _build_reference(reference: AnnotatedReference, size: tuple[int, int], file_name: str) -> dict[str, Any]:
     try:
         rle = segmentation_to_rle(reference.segmentation, size)
-    except ValueError as error:
+        bbox = np.asarray(coco_mask.toBbox(rle) if reference.bbox is None else reference.bbox, dtype=np.float32)
+        if bbox.shape != (4,) or not np.isfinite(bbox).all():
+            raise ValueError(f"A bbox must be [x, y, width, height], got {reference.bbox}.")
+    except (TypeError, ValueError) as error:
         raise BadImage(f"{file_name}: ref_id {reference.ref_id}: {error}") from error
-    bbox = coco_mask.toBbox(rle).tolist() if reference.bbox is None else [float(side) for side in reference.bbox]
     return {
         "ref_id": reference.ref_id,
         "ann_id": reference.ann_id,
         "category": reference.category,
-        "bbox": bbox,
+        "bbox": bbox.tolist(),
         "mask": rle,
         "expressions": [{"sent_id": sent_id, "text": text} for sent_id, text in reference.expressions],
     }
@@ -242,7 +274,7 @@ def build_dataset(images: Iterable[AnnotatedImage], skip_bad: bool = False, prog
     rows, bad = build_rows(list(images), embed=False, progress=progress)
     if bad:
         report_bad_images(bad, skip_bad)
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
 def report_bad_images(bad: Sequence[str], skip_bad: bool) -> None:
