@@ -1,0 +1,331 @@
+"""
+Copies of the RefCOCO family on the Hugging Face Hub, read as they are.
+
+A copy's layout is recognised by its columns, so mirrors of these are read as well:
+
+- jxu124/refcoco, refcocoplus, refcocog: one reference a row, COCO's annotation as JSON, images by path only. The test
+  split of refcoco and refcocoplus is testA, refcocog is the UMD split.
+- jxu124/refcoco-benchmark: one image a row, eleven evaluation splits by names such as refcoco_unc_val.
+- lmms-lab/RefCOCO, RefCOCOplus, RefCOCOg: one reference a row, its outline flattened to one polygon; evaluation only.
+- moondream/refcoco-m: one image a row, RefCOCO's UNC validation split with masks drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import numpy as np
+from tqdm.auto import tqdm
+
+from .canonical import AnnotatedImage, AnnotatedReference, ImageInDataset, Segmentation
+
+
+logger = datasets.logging.get_logger(__name__)
+
+# COCO's 80 categories by id; ten of the ids 1 to 90 were never used.
+_COCO_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+_COCO_NAMES = """
+    person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,
+    bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,
+    snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,
+    fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
+    potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,
+    refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush
+"""
+_COCO_CATEGORIES = dict(
+    zip(
+        (category_id for category_id in range(1, 91) if category_id not in _COCO_UNUSED_IDS),
+        (name.strip() for name in _COCO_NAMES.split(",")),
+        strict=True,
+    )
+)
+# COCO_train2014_000000581857_16.jpg: REFER's name of object 16 on image 581857.
+_COCO_FILE_NAME = re.compile(r"(?P<stem>COCO_[a-z]+\d{4}_(?P<image_id>\d{12}))(?:_\d+)?(?P<suffix>\.\w+)")
+_OTHER_NAMES = {"val": "validation", "validation": "val", "testA": "test"}
+# References of the val splits of RefCOCO (UNC), RefCOCO+ (UNC) and RefCOCOg (UMD), each by itself.
+_NUM_VAL_REFERENCES = {3811, 3805, 2573}
+
+
+def read_hub_copy(
+    path_or_id: str | Path, split: str, image_dir: str | Path | None = None, revision: str | None = None
+) -> list[AnnotatedImage]:
+    """
+    Read one split of a copy of RefCOCO, RefCOCO+ or RefCOCOg on the Hub; only the files of that split are fetched.
+
+    The texts are the `sent` of the copies that keep REFER's sentences. Ids that a copy does not keep are counted from
+    0 in its order (lmms-lab: `ref_id`, `sent_id`; refcoco-m: `sent_id`); a category that it does not keep is "".
+
+    Args:
+        path_or_id (`str` or `Path`): What `datasets.load_dataset` takes: a Hub id or a local folder.
+        split (`str`): The copy's own name of a split; val and validation stand for each other, and testA for a test
+            beside which there is a testB.
+        image_dir (`str` or `Path`, *optional*): For copies without images: the folder that has COCO's train2014
+            images, in itself or in train2014 or coco/train2014.
+        revision (`str`, *optional*): A branch, tag or commit on the Hub.
+
+    Returns:
+        The images in the copy's order, each with all references to it. Images that `image_dir` lacks are among them.
+
+    Raises:
+        `ValueError`: The split or the columns are none of those expected, a row is not of its layout, or an image
+            folder is needed and not given.
+    """
+    split, dataset = _load_split(str(path_or_id), split, revision)
+    layout = _recognise_layout(dataset.column_names, path_or_id)
+    images = list(layout.read(dataset, _find_images(dataset, image_dir, path_or_id)))
+    if layout.flattened:
+        _warn_of_flattened_polygons(dataset, split, path_or_id)
+    _warn_of_repeated_references(images, path_or_id)
+    return _unite_rows(images)
+
+
+def _load_split(path_or_id: str, split: str, revision: str | None) -> tuple[str, datasets.Dataset]:
+    data_files = datasets.load_dataset_builder(path_or_id, revision=revision).config.data_files
+    name = _resolve_split(split, list(data_files), path_or_id)
+    # Without `data_files`, the files of all splits would be fetched.
+    dataset = datasets.load_dataset(
+        path_or_id, data_files={name: list(data_files[name])}, split=name, revision=revision
+    )
+    return name, dataset
+
+
+def _resolve_split(split: str, available: Sequence[str], path_or_id: str) -> str:
+    if split in available:
+        return split
+    other = _OTHER_NAMES.get(split, split)
+    if other in available and (split != "testA" or "testB" in available):
+        return other
+    raise ValueError(f"{path_or_id} has no split {split!r}, it has {', '.join(sorted(available))}.")
+
+
+ImageSource = Callable[[int, dict[str, Any]], Path | ImageInDataset]  # of a row, by its number and its columns
+
+
+def _find_images(dataset: datasets.Dataset, image_dir: str | Path | None, path_or_id: str | Path) -> ImageSource:
+    if "image" in dataset.column_names:
+        images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        return lambda index, row: ImageInDataset(images, index)
+    if image_dir is None or not Path(image_dir).is_dir():
+        given = "none was given" if image_dir is None else f"{image_dir} is not a folder"
+        raise ValueError(
+            f"{path_or_id} holds no images: expected an image_dir with COCO's train2014 images, {given}. They are at "
+            "http://images.cocodataset.org/zips/train2014.zip."
+        )
+    return lambda index, row: _locate_image(Path(image_dir), PurePosixPath(row["image_path"]))
+
+
+def _locate_image(image_dir: Path, image_path: PurePosixPath) -> Path:
+    """coco/train2014/name, train2014/name or name in `image_dir`, the first that exists; the last if none does."""
+    parts = [part for part in image_path.parts if part not in ("/", "..")]  # never outside of `image_dir`
+    candidates = [image_dir.joinpath(*parts[start:]) for start in range(len(parts))]
+    return next((path for path in candidates if path.is_file()), candidates[-1])
+
+
+def _iterate_rows(dataset: datasets.Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, columns) of all rows; without the image, which is read when it is needed."""
+    columns = [name for name in dataset.column_names if name != "image"]
+    yield from enumerate(tqdm(dataset.select_columns(columns), desc="Annotations", unit="row", leave=False))
+
+
+def _read_reference_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
+    """jxu124/refcoco, refcocoplus and refcocog. The column `bbox` is [x0, y0, x1, y1], the annotation's is COCO's."""
+    for index, row in _iterate_rows(dataset):
+        annotation = _parse_json(row, index, "raw_anns", ("segmentation", "bbox", "category_id"))
+        info = _parse_json(row, index, "raw_image_info", ("height", "width"))
+        yield AnnotatedImage(
+            image_id=row["image_id"],
+            file_name=PurePosixPath(row["image_path"]).name,
+            image=find_image(index, row),
+            references=(_build_refer_reference(row, annotation),),
+            size=(info["height"], info["width"]),
+        )
+
+
+def _parse_json(row: dict[str, Any], index: int, column: str, expected: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        value = json.loads(row[column])
+    except (TypeError, json.JSONDecodeError):  # some mirrors hold objects instead of JSON
+        value = row[column]
+    if not isinstance(value, dict) or not value.keys() >= set(expected):
+        raise ValueError(
+            f"Row {index}: expected {column} to be a JSON object with {', '.join(expected)}, got {str(value)[:100]!r}."
+        )
+    return value
+
+
+def _read_benchmark(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
+    """jxu124/refcoco-benchmark."""
+    for index, row in _iterate_rows(dataset):
+        info = row["image_info"]
+        yield AnnotatedImage(
+            image_id=info["id"],
+            file_name=info["file_name"],
+            image=find_image(index, row),
+            references=tuple(_build_refer_reference(ref["ref_info"], ref["ann_info"]) for ref in row["ref_list"]),
+            size=(info["height"], info["width"]),
+        )
+
+
+def _build_refer_reference(ref: dict[str, Any], annotation: dict[str, Any]) -> AnnotatedReference:
+    """Of REFER's own `ref` and COCO's annotation."""
+    return AnnotatedReference(
+        ref_id=ref["ref_id"],
+        ann_id=ref["ann_id"],
+        category=_COCO_CATEGORIES.get(annotation["category_id"], ""),
+        segmentation=_require_outline(annotation["segmentation"]),
+        expressions=tuple((sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]),
+        bbox=annotation["bbox"],
+    )
+
+
+def _require_outline(segmentation: list[list[float]] | dict[str, Any]) -> Segmentation:
+    """An outline that a copy lost is a polygon of no points, an error: no polygons would mean "nothing to see"."""
+    return segmentation if len(segmentation) else [[]]
+
+
+def _read_question_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
+    """lmms-lab/RefCOCO, RefCOCOplus and RefCOCOg. `question_id` is the id of COCO's annotation."""
+    sent_ids = count()
+    for index, row in _iterate_rows(dataset):
+        match = _COCO_FILE_NAME.fullmatch(row["file_name"])
+        if match is None or not str(row["question_id"]).isdigit():
+            raise ValueError(
+                f"Row {index}: expected a file_name such as COCO_train2014_000000581857_16.jpg and a number as "
+                f"question_id, got {row['file_name']!r} and {row['question_id']!r}."
+            )
+        reference = AnnotatedReference(
+            ref_id=index,
+            ann_id=int(row["question_id"]),
+            category="",
+            segmentation=[_restore_decimals(row["segmentation"])],
+            expressions=_count_texts(row["answer"], sent_ids),
+            bbox=row["bbox"],
+        )
+        file_name = match["stem"] + match["suffix"]
+        yield AnnotatedImage(int(match["image_id"]), file_name, find_image(index, row), (reference,))
+
+
+def _count_texts(texts: str | Sequence[str], sent_ids: Iterator[int]) -> tuple[tuple[int, str], ...]:
+    return tuple((next(sent_ids), text) for text in ([texts] if isinstance(texts, str) else texts))
+
+
+def _restore_decimals(numbers: Sequence[float]) -> list[float]:
+    """
+    The decimal numbers that were stored as float32. Polygons are filled on a grid of fifths of a pixel: 10.1 and its
+    nearest float32 may come to lie on different points of it.
+    """
+    return [float(str(np.float32(number))) for number in numbers]
+
+
+def _read_mask_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
+    """moondream/refcoco-m. A sample's `id` is the only one it has."""
+    sent_ids = count()
+    for index, row in _iterate_rows(dataset):
+        references = tuple(
+            AnnotatedReference(
+                ref_id=sample["id"],
+                ann_id=sample["id"],
+                category=sample["category"],
+                segmentation=sample["mask"],
+                expressions=_count_texts(sample["sentences"], sent_ids),
+                bbox=sample["bbox"],
+            )
+            for sample in row["samples"]
+        )
+        sizes = [(height, width) for height, width in (sample["mask"]["size"] for sample in row["samples"])]
+        yield AnnotatedImage(
+            row["image_id"], row["file_name"], find_image(index, row), references, sizes[0] if sizes else None
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    copies: str
+    columns: tuple[str, ...]
+    read: Callable[[datasets.Dataset, ImageSource], Iterator[AnnotatedImage]]
+    flattened: bool = False
+
+
+_LAYOUTS = (
+    _Layout(
+        "jxu124/refcoco",
+        ("ref_id", "ann_id", "image_id", "sentences", "raw_anns", "raw_image_info", "image_path"),
+        _read_reference_rows,
+    ),
+    _Layout("jxu124/refcoco-benchmark", ("image", "image_info", "ref_list"), _read_benchmark),
+    _Layout(
+        "lmms-lab/RefCOCO",
+        ("image", "file_name", "question_id", "answer", "segmentation", "bbox"),
+        _read_question_rows,
+        flattened=True,
+    ),
+    _Layout("moondream/refcoco-m", ("image", "image_id", "file_name", "samples"), _read_mask_rows),
+)
+
+
+def _recognise_layout(columns: Sequence[str], path_or_id: str | Path) -> _Layout:
+    for layout in _LAYOUTS:
+        if set(layout.columns) <= set(columns):
+            return layout
+    expected = "\n".join(f"  {', '.join(layout.columns)} (as {layout.copies})" for layout in _LAYOUTS)
+    raise ValueError(
+        f"{path_or_id} has the columns {', '.join(columns)}. Expected those of one of these layouts:\n{expected}"
+    )
+
+
+def _unite_rows(images: Sequence[AnnotatedImage]) -> list[AnnotatedImage]:
+    """One image for all rows about it, at the place of the first."""
+    references: dict[tuple[int, str], list[AnnotatedReference]] = {}
+    firsts: dict[tuple[int, str], AnnotatedImage] = {}
+    for image in images:
+        key = (image.image_id, image.file_name)
+        firsts.setdefault(key, image)
+        references.setdefault(key, []).extend(image.references)
+    return [replace(first, references=tuple(references[key])) for key, first in firsts.items()]
+
+
+def _warn_of_flattened_polygons(dataset: datasets.Dataset, split: str, path_or_id: str | Path) -> None:
+    rows = dataset.select_columns(["segmentation", "bbox"])
+    num_short = sum(not _spans_box(row["segmentation"], row["bbox"]) for row in rows)
+    logger.warning(
+        f"{path_or_id}: this copy has one polygon for each object, also for those that COCO draws in several parts: "
+        f"their masks are wrong. {num_short} of {len(dataset)} polygons do not reach the edges of their boxes. "
+        "jxu124/refcoco-benchmark has the same splits with all parts."
+    )
+    if split in ("val", "validation") and len(dataset) not in _NUM_VAL_REFERENCES:
+        logger.warning(
+            f"{path_or_id}: the {split} split of this copy has {len(dataset)} references. lmms-lab's val splits of "
+            "RefCOCO and RefCOCOg mix those of two splits (3,811 UNC and 5,000 Google; 2,573 UMD and 5,000 Google): "
+            "results on them cannot be compared with published ones on either."
+        )
+
+
+def _spans_box(polygon: Sequence[float], box: Sequence[float], tolerance: float = 1.0) -> bool:
+    """Whether [x0, y0, x1, y1, ...] reaches all edges of the box [x, y, width, height], to `tolerance` pixels."""
+    if len(polygon) < 2:
+        return False
+    x, y, width, height = box
+    horizontal, vertical = polygon[0::2], polygon[1::2]
+    edges = [min(horizontal), min(vertical), max(horizontal), max(vertical)]
+    return np.allclose(edges, [x, y, x + width, y + height], rtol=0, atol=tolerance)
+
+
+def _warn_of_repeated_references(images: Sequence[AnnotatedImage], path_or_id: str | Path) -> None:
+    counts = Counter(reference.ref_id for image in images for reference in image.references)
+    repeated = [ref_id for ref_id, number in counts.items() if number > 1]
+    if repeated:
+        logger.warning(
+            f"{path_or_id}: {len(repeated)} references stand in this copy more than once (ref_id "
+            f"{', '.join(map(str, repeated[:10]))}{', ...' if len(repeated) > 10 else ''}) and count as often."
+        )
+
+
+__all__ = ["read_hub_copy"]
