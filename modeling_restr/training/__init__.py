@@ -1,0 +1,1 @@
+"""Training: recipe, batches, augmentation and checkpoints; never imported by the model files."""
