@@ -318,8 +318,8 @@ class DrawnTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults that made the checkpoint."""
 
     output_dir: str = field(default="runs/drawn-scenes", metadata={"help": "Checkpoints, and the model at the end."})
-    max_steps: int = field(default=8000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
-    decay_steps: int = field(default=2500, metadata={"help": "Steps over which the learning rate falls to 0."})
+    max_steps: int = field(default=4000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
+    decay_steps: int = field(default=1500, metadata={"help": "Steps over which the learning rate falls to 0."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Scenes a step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Scenes a step of the evaluation."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of the matrices of the blocks, which Muon moves."})
@@ -337,6 +337,7 @@ class DrawnTrainingArguments(TrainingArguments):
     # Every scene is another one and is drawn once: their order is that of their numbers, so that a run that was
     # stopped, or goes on for longer, sees the scenes it would have seen.
     train_sampling_strategy: str = field(default="sequential")
+    ddp_find_unused_parameters: bool | None = field(default=False)
     report_to: str | None = field(default="none")
 
     def __post_init__(self):
