@@ -1,1 +1,57 @@
-"""Data for training and evaluation; never imported by the model files."""
+"""
+Data for training and evaluation; never imported by the model files.
+
+The readers need `datasets` and `pycocotools` (`pip install "modeling-restr[train]"`). What this package exports is
+imported when it is first asked for, so that the modules that need neither can be used without them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .canonical import build_dataset, decode_mask, encode_mask
+    from .coco import read_coco
+    from .grefcoco import read_grefcoco
+    from .hub_copies import read_hub_copy
+    from .refer import load_refer, read_refer
+    from .referit import read_referit
+
+_MODULES = {
+    "build_dataset": "canonical",
+    "decode_mask": "canonical",
+    "encode_mask": "canonical",
+    "load_refer": "refer",
+    "read_coco": "coco",
+    "read_grefcoco": "grefcoco",
+    "read_hub_copy": "hub_copies",
+    "read_refer": "refer",
+    "read_referit": "referit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f".{_MODULES[name]}", __name__)
+    except ImportError as error:
+        raise ImportError(f'{name} cannot be imported ({error}): `pip install "modeling-restr[train]"`.') from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
+__all__ = [
+    "build_dataset",
+    "decode_mask",
+    "encode_mask",
+    "load_refer",
+    "read_coco",
+    "read_grefcoco",
+    "read_hub_copy",
+    "read_refer",
+    "read_referit",
+]

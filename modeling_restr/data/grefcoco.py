@@ -1,0 +1,85 @@
+"""
+gRefCOCO (Liu et al., "GRES: Generalized Referring Expression Segmentation", CVPR 2023): expressions that refer to
+one object, to several, or to nothing in the image. REFER's layout, with `grefs(unc).json` instead of a pickle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .canonical import AnnotatedImage, AnnotatedReference
+from .refer import (
+    Instances,
+    check_refs,
+    expressions_of,
+    find_annotation_dir,
+    group_by_image,
+    parts_of,
+    read_json,
+    select_split,
+)
+
+
+FOLDERS = ("grefcoco", "gRefCOCO")
+NO_TARGET = -1  # in gRefCOCO the id of the annotation and the category of what is not there
+
+
+def read_grefcoco(
+    annotation_dir: str | Path, image_dir: str | Path, split_by: str = "unc", split: str = "val"
+) -> list[AnnotatedImage]:
+    """
+    Read the annotations of gRefCOCO. Images and references are in the order of the file, the text is `sent`.
+
+    The mask of a reference is the union of its objects; with none it is empty, its `ann_id` -1 and its category "".
+    Of several objects, `ann_id` is the first's, `category` all their different names, joined by ", ", and `bbox` the
+    mask's.
+
+    Args:
+        annotation_dir (`str` or `Path`): The folder of `grefs(SPLITBY).json` and `instances.json`, or the one above
+            it, when it is named grefcoco or gRefCOCO.
+        image_dir (`str` or `Path`): The folder of COCO's images; see [`read_refer`].
+        split_by (`str`, defaults to `"unc"`): "unc", the only one there is.
+        split (`str`, defaults to `"val"`): One of the file's splits: "train", "val", "testA" or "testB".
+
+    Returns:
+        `list[AnnotatedImage]`: Images without pixels, for [`build_dataset`].
+
+    Raises:
+        `ValueError`: A file or the split does not exist (the message lists what does), or the files are not what they
+            should be.
+    """
+    folder = find_annotation_dir(annotation_dir, FOLDERS)
+    path = folder / f"grefs({split_by}).json"
+    if not path.is_file():
+        present = ", ".join(sorted(file.name for file in folder.glob("grefs(*).json"))) or "none"
+        raise ValueError(f"Expected {path.name} in {folder}, got {present}.")
+    refs = select_split(check_refs(read_json(path), path), split, path)
+    return group_by_image(refs, Instances.read(folder / "instances.json"), image_dir, _build_reference)
+
+
+def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedReference:
+    ann_ids = _targets(ref, "ann_id")
+    if ref.get("no_target", not ann_ids) == bool(ann_ids):
+        raise ValueError(f"ref_id {ref['ref_id']}: no_target is {ref['no_target']}, but ann_id {ref['ann_id']}.")
+    annotations = [instances.annotation_of(ref, ann_id) for ann_id in ann_ids]
+    names = [instances.category_of(ref, category_id) for category_id in _targets(ref, "category_id")]
+    return AnnotatedReference(
+        ref_id=ref["ref_id"],
+        ann_id=ann_ids[0] if ann_ids else NO_TARGET,
+        category=", ".join(dict.fromkeys(names)),
+        segmentation=[part for annotation in annotations for part in parts_of(annotation)],
+        expressions=expressions_of(ref),
+        bbox=annotations[0].get("bbox") if len(annotations) == 1 else None,
+    )
+
+
+def _targets(ref: dict[str, Any], field: str) -> list[int]:
+    """The ids of a field that is a list, or a number where there is one; none of -1."""
+    ids = ref[field] if isinstance(ref[field], list) else [ref[field]]
+    if NO_TARGET in ids and len(set(ids)) > 1:
+        raise ValueError(f"ref_id {ref['ref_id']}: {field} has both objects and no target: {ids}.")
+    return [number for number in ids if number != NO_TARGET]
+
+
+__all__ = ["read_grefcoco"]

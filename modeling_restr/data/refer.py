@@ -1,0 +1,340 @@
+"""
+The layout of REFER (https://github.com/lichengunc/refer), in which RefCOCO, RefCOCO+, RefCOCOg and RefCLEF are
+published: `refs(SPLITBY).p`, a pickle of references, beside `instances.json`, the objects in COCO's format.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .canonical import AnnotatedImage, AnnotatedReference, build_dataset
+
+
+# dataset -> who split it
+DATASETS = {
+    "refcoco": ("unc", "google"),
+    "refcoco+": ("unc",),
+    "refcocog": ("umd", "google"),
+    "refclef": ("unc", "berkeley"),
+}
+
+# Where images lie below the folder that is given, as COCO's archives and REFER's own instructions lay them out.
+IMAGE_FOLDERS = (
+    ".",
+    "train2014",
+    "images/train2014",
+    "mscoco/images/train2014",
+    "images/mscoco/images/train2014",
+    "saiapr_tc-12",
+    "images/saiapr_tc-12",
+    "train2017",
+)
+
+_REF_FIELDS = {"ref_id", "ann_id", "image_id", "category_id", "split", "sentences"}
+_SENTENCE_FIELDS = {"sent_id", "sent"}
+_INSTANCES_FIELDS = {
+    "images": {"id", "file_name", "height", "width"},
+    "annotations": {"id", "image_id", "segmentation"},
+    "categories": {"id", "name"},
+}
+
+
+def load_refer(
+    annotation_dir: str | Path,
+    image_dir: str | Path,
+    dataset: str = "refcoco",
+    split_by: str = "unc",
+    split: str = "val",
+    skip_bad: bool = False,
+) -> datasets.Dataset:
+    """
+    A dataset of the RefCOCO family in the canonical form, one row an image; see [`read_refer`] for the arguments.
+
+    Raises:
+        `ValueError`: As [`read_refer`], and for images that are missing, damaged or of another size than the
+            annotations say: the message lists them. `skip_bad=True` leaves them out with a warning.
+    """
+    return build_dataset(read_refer(annotation_dir, image_dir, dataset, split_by, split), skip_bad=skip_bad)
+
+
+def read_refer(
+    annotation_dir: str | Path,
+    image_dir: str | Path,
+    dataset: str = "refcoco",
+    split_by: str = "unc",
+    split: str = "val",
+) -> list[AnnotatedImage]:
+    """
+    Read the annotations of a dataset in REFER's layout. Images and references are in the order of the file.
+
+    The text of an expression is its `sent`: REFER's cleaned form, in lower case and without punctuation, on which the
+    published numbers are; `raw` is what was typed. Nothing in the pickle is run: it may hold containers, numbers and
+    text only.
+
+    Args:
+        annotation_dir (`str` or `Path`): The folder that holds `DATASET/refs(SPLITBY).p` and
+            `DATASET/instances.json`, or the dataset's folder itself.
+        image_dir (`str` or `Path`): The folder of the images, or one above it: `train2014/` and the folders that
+            REFER's instructions name are looked into. COCO 2017's names (without `COCO_train2014_`) are found, too.
+        dataset (`str`, defaults to `"refcoco"`): "refcoco", "refcoco+", "refcocog" or "refclef".
+        split_by (`str`, defaults to `"unc"`): Who split it: "unc", "google" (refcoco and refcocog), "umd" (refcocog)
+            or "berkeley" (refclef).
+        split (`str`, defaults to `"val"`): One of the file's splits. As in REFER, "testA" is also what belongs to
+            several test sets ("testAB"), and "test" is all of them.
+
+    Returns:
+        `list[AnnotatedImage]`: Images without pixels, for [`build_dataset`].
+
+    Raises:
+        `ValueError`: The dataset, its file or the split does not exist (the message lists what does), or the files
+            are not what they should be.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"Expected a dataset of {', '.join(DATASETS)}, got {dataset!r}.")
+    if split_by not in DATASETS[dataset]:
+        raise ValueError(f"{dataset} was split by {' and '.join(DATASETS[dataset])}, got split_by={split_by!r}.")
+    folder = find_annotation_dir(annotation_dir, [dataset])
+    path = folder / f"refs({split_by}).p"
+    if not path.is_file():
+        present = ", ".join(sorted(file.name for file in folder.glob("refs(*).p"))) or "none"
+        raise ValueError(f"Expected {path.name} in {folder}, got {present}.")
+    refs = select_split(check_refs(load_plain_pickle(path), path), split, path)
+    return group_by_image(refs, Instances.read(folder / "instances.json"), image_dir, _build_reference)
+
+
+def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedReference:
+    annotation = instances.annotation_of(ref, ref["ann_id"])
+    return AnnotatedReference(
+        ref_id=ref["ref_id"],
+        ann_id=ref["ann_id"],
+        category=instances.category_of(ref, ref["category_id"]),
+        segmentation=parts_of(annotation),
+        expressions=expressions_of(ref),
+        bbox=annotation.get("bbox"),
+    )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Without classes and functions, a pickle can build nothing but containers, numbers and text."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which annotations have no use for: do not trust it"
+        )
+
+
+def _decode_as_windows_1252(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
+
+
+codecs.register_error("restr_windows_1252", _decode_as_windows_1252)
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """
+    Load a pickle of plain containers, numbers and text; nothing in it is run.
+
+    Python 2 wrote two kinds of text: `unicode`, which needs no care, and `str`, bytes without an encoding. Those are
+    read as UTF-8, and what is not UTF-8 in them as Windows-1252.
+
+    Raises:
+        `ValueError`: The pickle asks for anything else (the message says for what), or is damaged.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _PlainUnpickler(file, encoding="utf-8", errors="restr_windows_1252").load()
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise ValueError(f"{path} was refused: {error}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """
+    Read a JSON file.
+
+    Raises:
+        `ValueError`: The file is missing or no JSON.
+    """
+    if not path.is_file():
+        raise ValueError(f"Expected a file {path}, found none.")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Path:
+    """
+    The folder of a dataset that goes by one of several names: below `annotation_dir`, or that folder itself.
+
+    Raises:
+        `ValueError`: There is none, or the folder is named after another dataset.
+    """
+    folder = Path(annotation_dir)
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    if not (folder / "instances.json").is_file() or folder.absolute().name in DATASETS.keys() - set(names):
+        raise ValueError(f"Expected {folder} to be the folder of {names[0]}, with instances.json, or to hold it.")
+    return folder
+
+
+def check_refs(refs: Any, path: Path) -> list[dict[str, Any]]:
+    """
+    The references of a file, as they are.
+
+    Raises:
+        `ValueError`: The file holds something else.
+    """
+    if not isinstance(refs, list):
+        raise ValueError(f"Expected {path} to hold a list of references, got {type(refs).__name__}.")
+    for index, ref in enumerate(refs):
+        if not _has_fields(ref, _REF_FIELDS):
+            raise ValueError(
+                f"{path}, reference {index}: expected the fields {sorted(_REF_FIELDS)}, got {ref!r:.200}."
+            )
+        if not all(_has_fields(sentence, _SENTENCE_FIELDS) for sentence in ref["sentences"]):
+            raise ValueError(f"{path}, ref_id {ref['ref_id']}: expected sentences with sent_id and sent.")
+    return refs
+
+
+def _has_fields(record: Any, fields: set[str]) -> bool:
+    return isinstance(record, dict) and record.keys() >= fields
+
+
+def select_split(refs: Iterable[dict[str, Any]], split: str, path: Path) -> list[dict[str, Any]]:
+    """
+    The references of a split.
+
+    Raises:
+        `ValueError`: There are none; the message lists the splits that the file has.
+    """
+    refs = list(refs)
+    selected = [ref for ref in refs if _belongs_to(ref["split"], split)]
+    if not selected:
+        found = ", ".join(sorted({ref["split"] for ref in refs}))
+        raise ValueError(f"{path} has no split {split!r}; it has: {found}.")
+    return selected
+
+
+def _belongs_to(ref_split: str, split: str) -> bool:
+    """RefCLEF (unc) has references of several test sets, such as "testAB"; REFER counts them in each of these."""
+    if split == "test":
+        return ref_split.startswith("test")
+    if split in ("testA", "testB", "testC"):
+        return ref_split.startswith("test") and split[-1] in ref_split.removeprefix("test")
+    return ref_split == split
+
+
+def expressions_of(ref: dict[str, Any]) -> tuple[tuple[int, str], ...]:
+    """(sent_id, sent) of all sentences."""
+    return tuple((sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"])
+
+
+def parts_of(annotation: dict[str, Any]) -> list[Any]:
+    """The polygons or RLEs of an annotated object; one without any has a part that is none, and is a bad image's."""
+    segmentation = annotation["segmentation"] or [[]]
+    return segmentation if isinstance(segmentation, list) else [segmentation]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The content of an `instances.json` by id, asked for on behalf of a reference."""
+
+    path: Path
+    images: dict[int, dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    categories: dict[int, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Instances:
+        content = read_json(path)
+        try:
+            tables = {name: {record["id"]: record for record in content[name]} for name in _INSTANCES_FIELDS}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not in COCO's format: images, annotations and categories with ids."
+            ) from error
+        return cls(path, **tables)
+
+    def _find(self, table: str, key: int, ref: dict[str, Any]) -> dict[str, Any]:
+        records = getattr(self, table)
+        if key not in records:
+            raise ValueError(f"ref_id {ref['ref_id']}: {key} is not among the {table} of {self.path}.")
+        if not _has_fields(records[key], _INSTANCES_FIELDS[table]):
+            raise ValueError(
+                f"{self.path}: {table} need the fields {sorted(_INSTANCES_FIELDS[table])}, {key} lacks some."
+            )
+        return records[key]
+
+    def image_of(self, ref: dict[str, Any]) -> dict[str, Any]:
+        return self._find("images", ref["image_id"], ref)
+
+    def annotation_of(self, ref: dict[str, Any], ann_id: int) -> dict[str, Any]:
+        annotation = self._find("annotations", ann_id, ref)
+        if annotation["image_id"] != ref["image_id"]:
+            raise ValueError(
+                f"ref_id {ref['ref_id']} is about image {ref['image_id']}, but its annotation {ann_id} in {self.path} "
+                f"about image {annotation['image_id']}."
+            )
+        return annotation
+
+    def category_of(self, ref: dict[str, Any], category_id: int) -> str:
+        return self._find("categories", category_id, ref)["name"]
+
+
+def group_by_image(
+    refs: Iterable[dict[str, Any]],
+    instances: Instances,
+    image_dir: str | Path,
+    build_reference: Callable[[dict[str, Any], Instances], AnnotatedReference],
+) -> list[AnnotatedImage]:
+    """The images in the order in which `refs` first name them, each with its references."""
+    find_image = image_finder(image_dir)
+    records: dict[int, dict[str, Any]] = {}
+    references: dict[int, list[AnnotatedReference]] = {}
+    for ref in refs:
+        records.setdefault(ref["image_id"], instances.image_of(ref))
+        references.setdefault(ref["image_id"], []).append(build_reference(ref, instances))
+    return [
+        AnnotatedImage(
+            image_id=image_id,
+            file_name=record["file_name"],
+            image=find_image(record["file_name"]),
+            references=tuple(references[image_id]),
+            size=(record["height"], record["width"]),
+        )
+        for image_id, record in records.items()
+    ]
+
+
+def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
+    """
+    A function that finds an image by its name in `image_dir` or a usual folder below it (`IMAGE_FOLDERS`), under
+    COCO 2014's name or 2017's. Of an image that is nowhere, it returns where it was expected.
+
+    Raises:
+        `ValueError`: `image_dir` is no folder.
+    """
+    if not Path(image_dir).is_dir():
+        raise ValueError(f"Expected a folder of images, got {image_dir}.")
+    folders = [folder for name in IMAGE_FOLDERS if (folder := Path(image_dir, name)).is_dir()]
+
+    def find_image(file_name: str) -> Path:
+        names = dict.fromkeys([file_name, Path(file_name).name, Path(file_name).name.removeprefix("COCO_train2014_")])
+        candidates = (folder / name for name in names for folder in folders)
+        return next((path for path in candidates if path.is_file()), folders[:2][-1] / file_name)
+
+    return find_image
+
+
+__all__ = ["load_refer", "read_refer"]

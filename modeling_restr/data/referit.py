@@ -1,0 +1,114 @@
+"""
+ReferIt (Kazemzadeh et al., EMNLP 2014) on the photos of SAIAPR TC-12, in the layout of its first use for
+segmentation (Hu et al., "Segmentation from Natural Language Expressions", ECCV 2016): `referit_query_SPLIT.json`, one
+MATLAB mask an object, and the images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .canonical import AnnotatedImage, AnnotatedReference
+from .refer import read_json
+
+
+MASK_KEY = "segimg_t"
+_NAME = re.compile(r"(\d+)_(\d+)")
+_STRIDE = 1000  # more than an image has objects, and an object expressions
+
+
+def read_referit(
+    annotation_dir: str | Path, mask_dir: str | Path, image_dir: str | Path, split: str = "test"
+) -> list[AnnotatedImage]:
+    """
+    Read the annotations of ReferIt. Images and references are in the order of the file.
+
+    The files number images and their objects only. `ref_id` and `ann_id` are `1000 * image + object` and `sent_id` is
+    `1000 * ref_id + index`, so that an expression has the same numbers in every split's file that holds it. There are
+    no categories: `category` is "". Masks are read when the rows are built.
+
+    Args:
+        annotation_dir (`str` or `Path`): The folder of `referit_query_SPLIT.json`: {"IMAGE_OBJECT": [text, ...]}.
+        mask_dir (`str` or `Path`): The folder of `IMAGE_OBJECT.mat`; the object is where `segimg_t` is 0.
+        image_dir (`str` or `Path`): The folder of `IMAGE.jpg`.
+        split (`str`, defaults to `"test"`): "train", "val", "trainval" or "test".
+
+    Returns:
+        `list[AnnotatedImage]`: Images without pixels, for [`build_dataset`].
+
+    Raises:
+        `ValueError`: The split's file does not exist (the message lists those that do) or is not as above.
+        `ImportError`: SciPy is not installed; it reads the masks.
+    """
+    _import_loadmat()
+    path = Path(annotation_dir) / f"referit_query_{split}.json"
+    if not path.is_file():
+        present = ", ".join(sorted(file.name for file in path.parent.glob("referit_query_*.json"))) or "none"
+        raise ValueError(f"Expected {path.name} in {path.parent}, got {present}.")
+    references: dict[int, list[AnnotatedReference]] = {}
+    for name, texts in _read_queries(path).items():
+        image_id, reference = _build_reference(name, texts, Path(mask_dir))
+        references.setdefault(image_id, []).append(reference)
+    return [
+        AnnotatedImage(image_id, f"{image_id}.jpg", Path(image_dir, f"{image_id}.jpg"), tuple(references[image_id]))
+        for image_id in references
+    ]
+
+
+def _read_queries(path: Path) -> dict[str, list[str]]:
+    queries = read_json(path)
+    if not isinstance(queries, dict):
+        raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got a {type(queries).__name__}.')
+    for name, texts in queries.items():
+        is_named = (numbers := _NAME.fullmatch(name)) and int(numbers[2]) < _STRIDE
+        is_texts = isinstance(texts, list) and len(texts) < _STRIDE and all(isinstance(text, str) for text in texts)
+        if not (is_named and is_texts):
+            raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got {name!r}: {texts!r:.200}.')
+    return queries
+
+
+def _build_reference(name: str, texts: list[str], mask_dir: Path) -> tuple[int, AnnotatedReference]:
+    image_id, object_id = map(int, name.split("_"))
+    ref_id = _STRIDE * image_id + object_id
+    return image_id, AnnotatedReference(
+        ref_id=ref_id,
+        ann_id=ref_id,
+        category="",
+        segmentation=partial(load_mask, mask_dir / f"{name}.mat"),
+        expressions=tuple((_STRIDE * ref_id + index, text) for index, text in enumerate(texts)),
+    )
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """
+    The mask of an object, (height, width) bool.
+
+    Raises:
+        `ValueError`: The file is missing, damaged or without `segimg_t`.
+    """
+    loadmat = _import_loadmat()
+    if not path.is_file():
+        raise ValueError(f"The mask {path} is missing.")
+    try:
+        return loadmat(path, variable_names=[MASK_KEY])[MASK_KEY] == 0
+    except Exception as error:  # SciPy raises nearly anything on a damaged file
+        raise ValueError(f"The mask {path} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _import_loadmat() -> Callable[..., Any]:
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ImportError(
+            'ReferIt\'s masks are MATLAB files, which SciPy reads: `pip install "modeling-restr[train]"`.'
+        ) from error
+    return loadmat
+
+
+__all__ = ["read_referit"]

@@ -1,0 +1,452 @@
+"""REFER's layout, in files as Python 2 and 3 write them, against pycocotools and the tests' own reading."""
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from modeling_restr.data import decode_mask, load_refer, read_refer
+from modeling_restr.data.canonical import FEATURES, BadImage
+from modeling_restr.data.refer import load_plain_pickle
+
+
+HEIGHT, WIDTH = 24, 32
+BOX = [3.0, 5.0, 13.0, 5.0, 13.0, 17.0, 3.0, 17.0]
+TRIANGLE = [18.5, 4.0, 30.0, 20.5, 16.0, 21.0]
+FILE_NAMES = {581857: "COCO_train2014_000000581857.jpg", 9: "COCO_train2014_000000000009.jpg"}
+
+
+def compressed_rle(seed, text=True):
+    mask = np.random.default_rng(seed).random((HEIGHT, WIDTH)) < 0.3
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode() if text else rle["counts"]}
+
+
+def make_annotation(ann_id, image_id, segmentation, category_id=1, iscrowd=0):
+    bbox = [ann_id + 0.5, 1.0, 2.0, 3.25]
+    fields = {"id": ann_id, "image_id": image_id, "category_id": category_id, "iscrowd": iscrowd, "area": 10.0}
+    return fields | {"bbox": bbox, "segmentation": segmentation}
+
+
+def make_ref(ref_id, ann_id, image_id, split="val", category_id=1, sentences=("the dog",)):
+    sentences = [
+        {"tokens": text.split(), "raw": f"{text.upper()}!", "sent": text, "sent_id": 10 * ref_id + index}
+        for index, text in enumerate(sentences)
+    ]
+    return {
+        "sent_ids": [sentence["sent_id"] for sentence in sentences],
+        "file_name": FILE_NAMES.get(image_id, f"{image_id}.jpg").replace(".jpg", f"_{ref_id}.jpg"),
+        "ann_id": ann_id,
+        "ref_id": ref_id,
+        "image_id": image_id,
+        "split": split,
+        "sentences": sentences,
+        "category_id": category_id,
+    }
+
+
+def default_refs():
+    return [
+        make_ref(4, 40, 581857, category_id=18, sentences=("the dog", "left dog")),
+        make_ref(2, 20, 9),
+        make_ref(1, 10, 9, split="train"),
+        make_ref(3, 30, 581857, sentences=("crowd",)),
+        make_ref(5, 50, 9, split="testA"),
+    ]
+
+
+def default_instances():
+    crowd = {"size": [HEIGHT, WIDTH], "counts": [30, 40, 100, 8, HEIGHT * WIDTH - 178]}
+    return {
+        "info": {"description": "made by a test"},
+        "images": [
+            {"id": key, "file_name": name, "height": HEIGHT, "width": WIDTH} for key, name in FILE_NAMES.items()
+        ],
+        "annotations": [
+            make_annotation(10, 9, [BOX]),
+            make_annotation(20, 9, [BOX, TRIANGLE]),
+            make_annotation(30, 581857, crowd, iscrowd=1),
+            make_annotation(40, 581857, compressed_rle(0), category_id=18),
+            make_annotation(50, 9, [compressed_rle(1), compressed_rle(2)]),
+        ],
+        "categories": [{"id": 1, "name": "person"}, {"id": 18, "name": "dog", "supercategory": "animal"}],
+    }
+
+
+def write_refer(folder, refs=None, instances=None, split_by="unc"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(default_refs() if refs is None else refs, protocol=2))
+    (folder / "instances.json").write_text(json.dumps(default_instances() if instances is None else instances))
+    return folder
+
+
+def write_images(folder, names=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(names or FILE_NAMES.values()):
+        pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_refer(tmp_path / "data" / "refcoco")
+    write_images(tmp_path / "train2014")
+    return tmp_path
+
+
+class Python2:
+    """Writes the pickle that Python 2's cPickle writes with protocol 2: `bytes` here are its `str`."""
+
+    def __init__(self):
+        self.memo_size = 0
+
+    def dumps(self, value):
+        return b"\x80\x02" + self.opcodes(value) + b"."
+
+    def opcodes(self, value):
+        if isinstance(value, bool):
+            return b"\x88" if value else b"\x89"
+        if isinstance(value, int):
+            return b"J" + struct.pack("<i", value)
+        if isinstance(value, float):
+            return b"G" + struct.pack(">d", value)
+        if isinstance(value, bytes):
+            short = b"U" + bytes([len(value)]) if len(value) < 256 else b"T" + struct.pack("<i", len(value))
+            return short + value + self.put()
+        if isinstance(value, str):
+            encoded = value.encode()
+            return b"X" + struct.pack("<i", len(encoded)) + encoded + self.put()
+        if isinstance(value, list):
+            return b"]" + self.put() + b"(" + b"".join(map(self.opcodes, value)) + b"e"
+        items = [self.opcodes(part) for item in value.items() for part in item]
+        return b"}" + self.put() + b"(" + b"".join(items) + b"u"
+
+    def put(self):
+        self.memo_size += 1
+        return b"r" + struct.pack("<i", self.memo_size - 1)
+
+
+def as_python2_str(value):
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, list):
+        return [as_python2_str(part) for part in value]
+    if isinstance(value, dict):
+        return {as_python2_str(key): as_python2_str(part) for key, part in value.items()}
+    return value
+
+
+# The references
+
+
+def test_what_is_read(data):
+    images = read_refer(data / "data", data / "train2014")
+    assert [(image.image_id, image.file_name) for image in images] == list(FILE_NAMES.items())  # in the file's order
+    assert [[reference.ref_id for reference in image.references] for image in images] == [[4, 3], [2]]
+    assert all(image.size == (HEIGHT, WIDTH) for image in images)
+    assert images[1].image == data / "train2014" / FILE_NAMES[9]
+    dog, crowd = images[0].references
+    assert (dog.ann_id, dog.category, dog.bbox) == (40, "dog", [40.5, 1.0, 2.0, 3.25])
+    assert dog.expressions == ((40, "the dog"), (41, "left dog"))
+    assert (crowd.category, crowd.expressions) == ("person", ((30, "crowd"),))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_are_the_same(data, protocol):
+    expected = read_refer(data / "data", data / "train2014")
+    (data / "data/refcoco/refs(unc).p").write_bytes(pickle.dumps(default_refs(), protocol=protocol))
+    assert read_refer(data / "data", data / "train2014") == expected
+
+
+@pytest.mark.parametrize("convert", [as_python2_str, lambda refs: refs], ids=["str", "unicode"])
+def test_pickles_of_python_2_are_the_same(data, convert):
+    expected = read_refer(data / "data", data / "train2014")
+    (data / "data/refcoco/refs(unc).p").write_bytes(Python2().dumps(convert(default_refs())))
+    assert read_refer(data / "data", data / "train2014") == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("café, naïve 犬", "café, naïve 犬"),
+        ("café, naïve 犬".encode(), "café, naïve 犬"),
+        ("café".encode("latin-1"), "café"),
+        ("the man\u2019s café".encode("cp1252"), "the man\u2019s café"),
+        ("é".encode() + "é".encode("latin-1"), "éé"),
+        (300 * "é".encode(), 300 * "é"),
+    ],
+)
+def test_accents_of_python_2_are_not_mangled(tmp_path, written, text):
+    path = tmp_path / "text.p"
+    path.write_bytes(Python2().dumps([written, {b"raw": written}, b"plain", 3, -1, 2.5, True]))
+    assert load_plain_pickle(path) == [text, {"raw": text}, "plain", 3, -1, 2.5, True]
+
+
+class Malicious:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_malicious_pickles_are_refused(data, protocol):
+    path = data / "data/refcoco/refs(unc).p"
+    marker = data / "marker"
+    refs = default_refs()
+    refs[0]["sentences"][0]["sent"] = Malicious(open, str(marker), "w")
+    path.write_bytes(pickle.dumps(refs, protocol=protocol))
+    pickle.loads(path.read_bytes())
+    assert marker.exists()  # it is malicious
+    marker.unlink()
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p was refused: it asks for (io|_io)\.open"):
+        read_refer(data / "data", data / "train2014")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"(S'true'\nios\nsystem\n.", r"os\.system"),
+        (b"cos\nsystem\n(S'true'\ntR.", r"os\.system"),
+        (b"\x80\x02c__builtin__\neval\nU\x03__1\x85R.", r"__builtin__\.eval"),
+        (pickle.dumps(np.float64(1)), r"numpy.*scalar"),
+        (pickle.dumps([complex(1, 2)]), r"builtins\.complex"),
+        (b"\x80\x02U\x01xQ.", "persistent"),
+        (b"", "Ran out of input"),
+        (pickle.dumps(default_refs())[:-20], "truncated|Ran out"),
+        (b"<html>Not found</html>", "invalid load key, '<'"),
+    ],
+)
+def test_pickles_of_anything_else_are_refused(tmp_path, content, named):
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"refs\(unc\)\.p was refused: .*{named}"):
+        load_plain_pickle(path)
+
+
+# Folders, datasets and splits
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split_by"),
+    [
+        ("refcoco", "google"),
+        ("refcoco+", "unc"),
+        ("refcocog", "umd"),
+        ("refcocog", "google"),
+        ("refclef", "unc"),
+        ("refclef", "berkeley"),
+    ],
+)
+@pytest.mark.parametrize("own_folder", [True, False])
+def test_datasets_and_their_folders(tmp_path, dataset, split_by, own_folder):
+    folder = write_refer(tmp_path / dataset, split_by=split_by)
+    images = write_images(tmp_path / "images")
+    read = read_refer(folder if own_folder else tmp_path, images, dataset, split_by, "train")
+    assert [reference.ref_id for image in read for reference in image.references] == [1]
+
+
+@pytest.mark.parametrize("below", [".", "train2014", "images/train2014", "images/mscoco/images/train2014"])
+def test_images_are_found_where_they_usually_are(tmp_path, below):
+    folder = write_images(tmp_path / "coco" / below)
+    write_refer(tmp_path / "refcoco")
+    read = read_refer(tmp_path, tmp_path / "coco")
+    assert [image.image for image in read] == [folder / name for name in FILE_NAMES.values()]
+    (folder / FILE_NAMES[9]).unlink()
+    assert read_refer(tmp_path, tmp_path / "coco")[1].image == folder / FILE_NAMES[9]  # to be named as missing
+
+
+def test_images_are_found_under_other_names(tmp_path):
+    write_refer(tmp_path / "refcoco")
+    folder = write_images(tmp_path / "coco" / "train2017", ["000000581857.jpg", "000000000009.jpg"])
+    images = read_refer(tmp_path, tmp_path / "coco")
+    assert [image.image.relative_to(folder).name for image in images] == ["000000581857.jpg", "000000000009.jpg"]
+    assert [image.file_name for image in images] == list(FILE_NAMES.values())
+
+    instances = default_instances()
+    instances["images"][0]["file_name"] = "02/images/2043.jpg"
+    write_refer(tmp_path / "refclef", instances=instances)
+    nested = write_images(tmp_path / "saiapr_tc-12" / "02" / "images", ["2043.jpg"])
+    flat = write_images(tmp_path / "flat", ["2043.jpg"])
+    assert read_refer(tmp_path, tmp_path, "refclef")[0].image == nested / "2043.jpg"
+    assert read_refer(tmp_path, flat, "refclef")[0].image == flat / "2043.jpg"
+
+
+def read_split(folder, split):
+    images = read_refer(folder, folder, "refclef", "unc", split)
+    return [reference.ref_id for image in images for reference in image.references]
+
+
+def test_splits_of_several_test_sets(tmp_path):
+    splits = ["train", "val", "testA", "testB", "testAB", "testC", "testBC"]
+    refs = [make_ref(index, 10, 9, split) for index, split in enumerate(splits)]
+    write_refer(tmp_path / "refclef", refs)
+    expected = {"train": [0], "val": [1], "testA": [2, 4], "testB": [3, 4, 6], "testC": [5, 6], "testAB": [4]}
+    for split, ref_ids in {**expected, "test": [2, 3, 4, 5, 6]}.items():
+        assert read_split(tmp_path, split) == ref_ids
+    for split in ("tes", "A", "", "testD", "trainval"):
+        with pytest.raises(ValueError, match=rf"no split '{split}'; it has: testA, .*, testC, train, val\."):
+            read_split(tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("refcoko",), r"Expected a dataset of refcoco, refcoco\+, refcocog, refclef, got 'refcoko'"),
+        (("refcocog",), "refcocog was split by umd and google, got split_by='unc'"),
+        (("refcoco", "google"), r"Expected refs\(google\)\.p in .*refcoco, got refs\(unc\)\.p"),
+        (("refcoco", "unc", "test_a"), r"no split 'test_a'; it has: testA, train, val\."),
+        (("refcoco+",), r"data to be the folder of refcoco\+, with instances\.json, or to hold it"),
+    ],
+)
+def test_what_does_not_exist_is_explained(data, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read_refer(data / "data", data / "train2014", *arguments)
+
+
+def test_folders_that_do_not_exist_are_explained(data):
+    for folder in (data / "nowhere", data / "train2014"):
+        with pytest.raises(ValueError, match=r"Expected .* to be the folder of refcoco"):
+            read_refer(folder, data / "train2014")
+    with pytest.raises(ValueError, match=r"to be the folder of refcoco\+"):  # another dataset's, with the same files
+        read_refer(data / "data" / "refcoco", data / "train2014", "refcoco+")
+    with pytest.raises(ValueError, match=r"Expected a folder of images, got .*nowhere"):
+        read_refer(data / "data", data / "nowhere")
+    (data / "data/refcoco/instances.json").unlink()
+    with pytest.raises(ValueError, match=r"Expected a file .*instances\.json, found none"):
+        read_refer(data / "data", data / "train2014")
+
+
+# Files that do not fit together
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ann_id": 999}, "ref_id 2: 999 is not among the annotations of .*instances.json"),
+        ({"image_id": 999}, "ref_id 2: 999 is not among the images of"),
+        ({"category_id": 999}, "ref_id 2: 999 is not among the categories of"),
+        ({"ann_id": 30}, "ref_id 2 is about image 9, but its annotation 30 in .* about image 581857"),
+        ({"sentences": [{"sent": "the dog"}]}, "ref_id 2: expected sentences with sent_id and sent"),
+        ({"sentences": ["the dog"]}, "ref_id 2: expected sentences with sent_id and sent"),
+    ],
+)
+def test_references_that_do_not_fit_are_named(data, changes, message):
+    refs = default_refs()
+    refs[1].update(changes)
+    write_refer(data / "data/refcoco", refs)
+    with pytest.raises(ValueError, match=message):
+        read_refer(data / "data", data / "train2014")
+
+
+def test_files_of_something_else_are_explained(data):
+    folder = data / "data/refcoco"
+    for refs, message in (
+        ({"refs": []}, "to hold a list of references, got dict"),
+        ([{"ref_id": 1}], r"reference 0: expected the fields \['ann_id', .*\], got \{'ref_id': 1\}"),
+    ):
+        write_refer(folder, refs)
+        with pytest.raises(ValueError, match=message):
+            read_refer(data / "data", data / "train2014")
+    instances = default_instances()
+    del instances["images"][0]["height"]
+    for content, message in (
+        ("[", r"instances\.json is not JSON"),
+        ("[]", r"instances\.json is not in COCO's format"),
+        ('{"images": []}', r"instances\.json is not in COCO's format"),
+        (json.dumps(instances), r"instances\.json: images need the fields .*'height'.*, 581857 lacks some"),
+    ):
+        write_refer(folder)
+        (folder / "instances.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_refer(data / "data", data / "train2014")
+
+
+# The dataset
+
+
+def expected_mask(segmentation):
+    coco = COCO()
+    coco.imgs = {1: {"height": HEIGHT, "width": WIDTH}}
+    parts = (
+        [part if isinstance(part, dict) else [part] for part in segmentation]
+        if isinstance(segmentation, list)
+        else [segmentation]
+    )
+    return np.any([coco.annToMask({"image_id": 1, "segmentation": part}) for part in parts], axis=0)
+
+
+def test_dataset_has_the_masks_that_pycocotools_makes(data):
+    annotations = {annotation["id"]: annotation for annotation in default_instances()["annotations"]}
+    num_references = 0
+    for split in ("train", "val", "testA"):
+        dataset = load_refer(data / "data", data / "train2014", split=split)
+        assert dataset.features == FEATURES
+        for row in dataset:
+            stored = Image.open(data / "train2014" / FILE_NAMES[row["image_id"]])
+            assert np.array_equal(np.asarray(row["image"]), np.asarray(stored))
+            for reference in row["references"]:
+                annotation = annotations[reference["ann_id"]]
+                mask = decode_mask(reference["mask"])
+                assert mask.any()
+                assert np.array_equal(mask, expected_mask(annotation["segmentation"]))
+                assert reference["bbox"] == annotation["bbox"]
+                num_references += 1
+    assert num_references == len(default_refs())
+
+
+def test_bad_images_of_a_dataset_stop_it_or_are_left_out(data):
+    (data / "train2014" / FILE_NAMES[9]).unlink()
+    with pytest.raises(BadImage, match=rf"1 images cannot be used.*\n  {FILE_NAMES[9]}: missing"):
+        load_refer(data / "data", data / "train2014")
+    dataset = load_refer(data / "data", data / "train2014", skip_bad=True)
+    assert dataset["image_id"][:] == [581857]
+
+
+def test_object_without_a_segmentation_is_no_expression_about_nothing(data):
+    instances = default_instances()
+    instances["annotations"][1]["segmentation"] = []
+    write_refer(data / "data/refcoco", instances=instances)
+    with pytest.raises(BadImage, match=rf"{FILE_NAMES[9]}: ref_id 2: A polygon must be .* got \[\]"):
+        load_refer(data / "data", data / "train2014")
+
+
+# The package
+
+
+def test_readers_are_imported_when_asked_for():
+    code = """
+import sys
+import modeling_restr.data
+from modeling_restr.data import drawn_scenes, word_vectors
+assert "load_refer" in dir(modeling_restr.data)
+present = {"datasets", "pycocotools", "pyarrow"} & sys.modules.keys()
+assert not present, present
+
+sys.modules["pycocotools"] = None  # as if it were not installed
+try:
+    from modeling_restr.data import load_refer
+except ImportError as error:
+    assert 'load_refer cannot be imported' in str(error), error
+    assert 'pip install "modeling-restr[train]"' in str(error), error
+else:
+    raise AssertionError("imported without pycocotools")
+
+del sys.modules["pycocotools"]
+from modeling_restr.data import load_refer
+assert load_refer is modeling_restr.data.refer.load_refer
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(ImportError, match="cannot import name 'load_reefer'"):
+        from modeling_restr.data import load_reefer  # noqa: F401
