@@ -1,0 +1,139 @@
+"""
+The paper's recipe (section 4.1 of arXiv 2203.16768, and where it is silent the authors' code) as data, optimizer and
+schedule: 400,000 steps of 8 (image, expression) pairs, AdamW with two learning rates, warm-up and polynomial decay.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_polynomial_decay_schedule_with_warmup
+
+
+RECIPE_NAME = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    All that decides on the weights a run ends in, for its model card and to resume it as it began. The defaults are
+    the paper's.
+    """
+
+    max_steps: int = 400_000
+    images_per_step: int = 8  # over all processes and accumulated batches
+    expressions_per_image: int = 1
+    learning_rate: float = 1e-5  # of fusion, decoder and language encoder
+    vision_learning_rate_ratio: float = 0.1
+    weight_decay: float = 5e-4  # on every parameter, biases and normalisations included
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    schedule: str = "polynomial"  # to 0
+    power: float = 0.9
+    warmup: float = 0.1  # share of the steps, linear
+    max_grad_norm: float = 0.0  # 0 clips nothing
+    image_size: int = 480
+    max_words: int = 20
+    patch_loss_weight: float = 0.1
+    drop_path_rate: float = 0.1
+    augmentation: str = "none"
+    precision: str = "float32"
+    start: str = "google/vit-base-patch16-384"
+    dataset: str = ""
+    split: str = "train"
+    num_expressions: int | None = None  # in the split; None for a stream
+    seed: int = 42
+
+    def deviations(self) -> dict[str, tuple[Any, Any]]:
+        """Field -> (the paper's, this run's) where they differ; what the paper does not fix is left out."""
+        ours, papers = asdict(self), asdict(Recipe())
+        unfixed = {"dataset", "split", "num_expressions", "seed"}
+        return {
+            name: (papers[name], ours[name]) for name in papers if name not in unfixed and papers[name] != ours[name]
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write `recipe.json` into a folder."""
+        Path(folder, RECIPE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def check_same(self, folder: str | Path) -> None:
+        """
+        Make sure that a run goes on as it began.
+
+        Raises:
+            ValueError: the folder's `recipe.json` is of another recipe; the message names the differences.
+        """
+        earlier = json.loads(Path(folder, RECIPE_NAME).read_text(encoding="utf-8"))
+        now = asdict(self)
+        different = [field.name for field in fields(self) if earlier.get(field.name) != now[field.name]]
+        if different:
+            listing = "\n".join(f"  {name}: {earlier.get(name)} there, {now[name]} now" for name in different)
+            raise ValueError(
+                f"{folder} is of a run with another recipe. Resume with the same one, or choose another output_dir and"
+                f" start from its weights:\n{listing}"
+            )
+
+
+def create_parameter_groups(
+    model: nn.Module,
+    learning_rate: float = 1e-5,
+    vision_learning_rate_ratio: float = 0.1,
+    weight_decay: float = 5e-4,
+) -> list[dict[str, Any]]:
+    """
+    The parameters that are trained, in two groups: "fusion and language" with `learning_rate`, "vision" with its share
+    of it. Weight decay is on every parameter.
+
+    Raises:
+        ValueError: the model has no `vision_model`.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if not any(_is_vision(name) for name in names):
+        raise ValueError(f"Expected a model with a `vision_model`, got a {type(model).__name__} with {names[:3]}, ...")
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = {False: learning_rate, True: learning_rate * vision_learning_rate_ratio}
+    return [
+        {
+            "name": "vision" if is_vision else "fusion and language",
+            "params": [parameter for name, parameter in trained if _is_vision(name) == is_vision],
+            "lr": rate,
+            "weight_decay": weight_decay,
+        }
+        for is_vision, rate in rates.items()
+    ]
+
+
+def _is_vision(name: str) -> bool:
+    return "vision_model" in name.split(".")  # DDP, FSDP and torch.compile put their own names in front
+
+
+def create_optimizer(model: nn.Module, recipe: Recipe | None = None) -> torch.optim.AdamW:
+    """AdamW over [`create_parameter_groups`]."""
+    recipe = recipe or Recipe()
+    groups = create_parameter_groups(
+        model, recipe.learning_rate, recipe.vision_learning_rate_ratio, recipe.weight_decay
+    )
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2))
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe | None = None) -> LambdaLR:
+    """
+    Linear warm-up from 0, then `learning_rate * (1 - (step - warmup_steps) / (max_steps - warmup_steps)) ** power`,
+    alike in every group of the optimizer. It is stepped once an optimizer step, however many processes there are.
+    """
+    recipe = recipe or Recipe()
+    return get_polynomial_decay_schedule_with_warmup(
+        optimizer,
+        num_warmup_steps=math.ceil(recipe.warmup * recipe.max_steps),
+        num_training_steps=recipe.max_steps,
+        lr_end=0.0,
+        power=recipe.power,
+    )
+
+
+__all__ = ["RECIPE_NAME", "Recipe", "create_optimizer", "create_parameter_groups", "create_scheduler"]

@@ -1,0 +1,100 @@
+"""The recipe against the paper's formulas, and as a record of a run."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import make_model, make_processor
+
+from modeling_restr.training.recipe import Recipe, create_optimizer, create_parameter_groups, create_scheduler
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(make_processor())
+
+
+def learning_rate(step, peak, max_steps):
+    """The paper's: linear over the first 10 %, then polynomial with power 0.9, to 0."""
+    warmup = max_steps // 10
+    return peak * step / warmup if step < warmup else peak * ((max_steps - step) / (max_steps - warmup)) ** 0.9
+
+
+def test_the_schedule_of_both_groups_is_the_formula(model):
+    optimizer = create_optimizer(model, Recipe(max_steps=200))
+    scheduler = create_scheduler(optimizer, Recipe(max_steps=200))
+    rates = []
+    for _ in range(201):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    expected = [[learning_rate(step, peak, 200) for peak in (1e-5, 1e-6)] for step in range(201)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12, atol=0)
+    assert rates[0] == rates[200] == [0, 0]
+    np.testing.assert_allclose(rates[20], [1e-5, 1e-6])
+
+
+def test_400000_steps_of_8_pairs_by_default():
+    recipe = Recipe()
+    assert (recipe.max_steps, recipe.images_per_step * recipe.expressions_per_image) == (400_000, 8)
+    assert (recipe.image_size, recipe.max_words, recipe.patch_loss_weight, recipe.max_grad_norm) == (480, 20, 0.1, 0)
+
+
+def test_every_parameter_is_in_one_group_with_weight_decay(model):
+    groups = {group["name"]: group for group in create_parameter_groups(model)}
+    vision = {id(parameter) for parameter in model.model.vision_model.parameters()}
+    assert {id(parameter) for parameter in groups["vision"]["params"]} == vision
+    others = {id(parameter) for parameter in model.parameters()} - vision
+    assert {id(parameter) for parameter in groups["fusion and language"]["params"]} == others
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+    assert all(group["weight_decay"] == 5e-4 for group in groups.values())
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "fusion and language": 1e-5,
+        "vision": pytest.approx(1e-6),
+    }
+
+
+def test_groups_of_wrapped_and_frozen_models(model):
+    wrapped = torch.nn.ModuleDict({"_orig_mod": model})
+    count = [len(group["params"]) for group in create_parameter_groups(model)]
+    assert [len(group["params"]) for group in create_parameter_groups(wrapped)] == count
+    model.model.vision_model.requires_grad_(False)
+    try:
+        assert [len(group["params"]) for group in create_parameter_groups(model)] == [count[0], 0]
+        create_scheduler(create_optimizer(model))
+    finally:
+        model.model.vision_model.requires_grad_(True)
+    with pytest.raises(ValueError, match="vision_model"):
+        create_parameter_groups(torch.nn.Linear(2, 2))
+
+
+def test_one_step_is_adamw_by_its_definition(model):
+    """Kingma and Ba; Loshchilov and Hutter: after one step both moments are the gradient's own."""
+    recipe = Recipe()
+    optimizer = create_optimizer(model, recipe)
+    before = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    gradients = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        rate = 1e-6 if "vision_model" in name else 1e-5
+        expected = before[name] * (1 - rate * 5e-4) - rate * gradients[name] / (gradients[name].abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=1e-7)
+    model.zero_grad()
+
+
+def test_a_run_goes_on_with_its_own_recipe_only(tmp_path):
+    recipe = Recipe(max_steps=10, dataset="squares", expressions_per_image=4)
+    recipe.save(tmp_path)
+    Recipe(max_steps=10, dataset="squares", expressions_per_image=4).check_same(tmp_path)
+    with pytest.raises(ValueError, match=r"expressions_per_image: 4 there, 1 now\n  seed: 42 there, 7 now"):
+        Recipe(max_steps=10, dataset="squares", seed=7).check_same(tmp_path)
+
+
+def test_deviations_from_the_paper():
+    assert Recipe(dataset="squares", split="small", seed=3).deviations() == {}
+    assert Recipe(learning_rate=3e-5, precision="bfloat16").deviations() == {
+        "learning_rate": (1e-5, 3e-5),
+        "precision": ("float32", "bfloat16"),
+    }
