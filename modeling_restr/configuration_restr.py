@@ -1,5 +1,6 @@
 """ReSTR model configuration."""
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,6 +16,14 @@ else:
     _Config, _Int, _Float = dict | PreTrainedConfig | None, int | None, float | int | None
 
 FUSION_TYPES = ("coupled", "independent", "vanilla")
+
+# Where the classes are in a folder or Hub repository that carries the code.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_restr.ReSTRConfig",
+    "AutoModel": "modeling_restr.ReSTRModel",
+    "AutoModelForImageSegmentation": "modeling_restr.ReSTRForImageSegmentation",
+}
+_PIPELINE = {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
 
 # Keys that are no fields of a config and still come through `config.json` or `from_pretrained`; so do private ones.
 _KEYS_HANDLED_BY_TRANSFORMERS = frozenset(
@@ -266,6 +275,16 @@ class ReSTRConfig(PreTrainedConfig):
             self.patch_loss_weight = 0.1 if self.use_pixel_decoder else 0.0
         self.validate_architecture()
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        As in transformers, which names the one class that is saved with its code: here every class that the code has
+        is named, so that `AutoModel` and `pipeline` find theirs, too.
+        """
+        if self._auto_class is not None:
+            self.auto_map = {**_AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+            self.custom_pipelines = {"image-segmentation": dict(_PIPELINE)}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @staticmethod
     def _resolve_vision_config(vision_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
+
+
+if TYPE_CHECKING:  # transformers saves and loads a model's code with all that it imports: so the pipeline comes along
+    from .pipeline_restr import ReSTRPipeline  # noqa: F401
 
 
 @dataclass

@@ -27,6 +27,15 @@ def register() -> None:
     AutoModelForImageSegmentation.register(ReSTRConfig, ReSTRForImageSegmentation, exist_ok=True)
     AutoImageProcessor.register(ReSTRConfig, image_processor_classes={"pil": ReSTRImageProcessor}, exist_ok=True)
     AutoProcessor.register(ReSTRConfig, ReSTRProcessor, exist_ok=True)
+    # What `save_pretrained` and `push_to_hub` write then carries its code, and loads where this package is not installed.
+    for code_class, auto_class in (
+        (ReSTRConfig, "AutoConfig"),
+        (ReSTRModel, "AutoModel"),
+        (ReSTRForImageSegmentation, "AutoModelForImageSegmentation"),
+        (ReSTRImageProcessor, "AutoImageProcessor"),
+        (ReSTRProcessor, "AutoProcessor"),
+    ):
+        code_class.register_for_auto_class(auto_class)
     _register_pipeline()
 
 

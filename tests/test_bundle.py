@@ -25,6 +25,7 @@ from modeling_restr import (
     build_tokenizer,
 )
 from modeling_restr.hub import save_bundle
+from modeling_restr.hub.bundle import add_code
 
 
 PACKAGE = Path(modeling_restr.__file__).parent
@@ -176,6 +177,26 @@ def test_second_call_gives_identical_bytes(bundle, tmp_path):
     save_bundle(*loaded, bundle)
     assert read_files(bundle) == first
     assert read_files(save_bundle(*loaded, tmp_path / "new" / "folder")) == first
+
+
+def test_parts_that_are_saved_alone_bring_the_same_code(bundle, tmp_path):
+    build_model().save_pretrained(tmp_path / "parts")
+    build_processor().save_pretrained(tmp_path / "parts")
+    parts = read_files(tmp_path / "parts")
+    assert parts.keys() == CODE_FILES | OTHER_FILES
+    assert all(parts[name] == (PACKAGE / name).read_bytes() for name in CODE_FILES)
+    for key in ("auto_map", "custom_pipelines"):
+        saved = [json.loads((folder / "config.json").read_text())[key] for folder in (tmp_path / "parts", bundle)]
+        assert saved[0] == saved[1]
+
+
+def test_code_is_added_to_a_folder_without_it(bundle, tmp_path):
+    whole = read_files(bundle)
+    model, processor = ReSTRForImageSegmentation.from_pretrained(bundle), ReSTRProcessor.from_pretrained(bundle)
+    plain = save_bundle(model, processor, tmp_path / "plain", dtype="float16", include_code=False)
+    add_code(plain, tmp_path / "code")
+    added = read_files(tmp_path / "code")
+    assert added == {name: content for name, content in whole.items() if name != "model.safetensors"}
 
 
 def test_without_code_nothing_refers_to_it(bundle, tmp_path):

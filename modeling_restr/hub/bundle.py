@@ -1,35 +1,24 @@
 """Save a model with everything that a machine without this package needs to run it."""
 
 import copy
-import inspect
+import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_restr import ReSTRConfig
-from ..image_processing_restr import ReSTRImageProcessor
-from ..modeling_restr import ReSTRForImageSegmentation, ReSTRModel
-from ..pipeline_restr import ReSTRPipeline
+from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 
 
-_CODE_CLASSES = (
-    ReSTRConfig,
-    ReSTRModel,
-    ReSTRForImageSegmentation,
-    ReSTRImageProcessor,
-    ReSTRProcessor,
-    ReSTRPipeline,
-)
 _WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # What a reloaded tokenizer would save of how it was loaded.
 _LOADING_KEYS = ("is_local", "local_files_only")
+_CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
 def save_bundle(
@@ -75,11 +64,10 @@ def save_bundle(
     with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
         staging = Path(temporary) / folder.name
         staging.mkdir()
-        model.save_pretrained(staging, state_dict=state_dict)
-        _bundle_config(model, include_code).save_pretrained(staging)
-        _bundle_processor(processor, include_code).save_pretrained(staging)
-        for path in _code_files() if include_code else ():
-            shutil.copyfile(path, staging / path.name)
+        _with_own_config(model).save_pretrained(staging, state_dict=state_dict)
+        _normalize_processor(processor).save_pretrained(staging)
+        if not include_code:
+            _remove_code(staging)
         _move_into_place(staging, folder)
     return folder
 
@@ -120,50 +108,43 @@ def _cast_state_dict(model: ReSTRForImageSegmentation, dtype: torch.dtype | str 
     return state_dict
 
 
-def _reference(code_class: type) -> str:
-    """`module.Class`, as an `auto_map` names it."""
-    return f"{code_class.__module__.rpartition('.')[2]}.{code_class.__name__}"
+def add_code(folder: Path, output: Path) -> None:
+    """Write to `output` the code for a folder that was saved without it, and the configs that refer to the code."""
+    ReSTRConfig.from_pretrained(folder).save_pretrained(output)
+    _normalize_processor(ReSTRProcessor.from_pretrained(folder)).save_pretrained(output)
+    custom_object_save(ReSTRForImageSegmentation, output)
 
 
-def _bundle_config(model: ReSTRForImageSegmentation, include_code: bool) -> PreTrainedConfig:
+def _with_own_config(model: ReSTRForImageSegmentation) -> ReSTRForImageSegmentation:
+    """The same model with a config of its own, for transformers to change while it saves."""
+    model = copy.copy(model)
     config: Any = copy.deepcopy(model.config)
     for part in (config, config.vision_config, config.text_config):
         part.dtype = model.dtype  # as `from_pretrained` sets them, so that a reloaded model is saved the same
-    for key in ("auto_map", "custom_pipelines"):  # those of a bundle that the model was loaded from
+    for key in _CODE_KEYS:  # those of a bundle that the model was loaded from
         config.__dict__.pop(key, None)
-    if not include_code:
-        return config
-    config.auto_map = {
-        "AutoConfig": _reference(ReSTRConfig),
-        "AutoModel": _reference(ReSTRModel),
-        "AutoModelForImageSegmentation": _reference(ReSTRForImageSegmentation),
-    }
-    config.custom_pipelines = {
-        "image-segmentation": {
-            "impl": _reference(ReSTRPipeline),
-            "pt": ["AutoModelForImageSegmentation"],
-        }
-    }
-    return config
+    model.config = config
+    return model
 
 
-def _bundle_processor(processor: Any, include_code: bool) -> ReSTRProcessor:
+def _normalize_processor(processor: Any) -> ReSTRProcessor:
     processor = copy.deepcopy(processor)
-    for key in _LOADING_KEYS:
+    for key in (*_LOADING_KEYS, *_CODE_KEYS):
         processor.tokenizer.init_kwargs.pop(key, None)
     for part in (processor, processor.image_processor):
         part.__dict__.pop("auto_map", None)
-    if not include_code:
-        return processor
-    processor.auto_map = {"AutoProcessor": _reference(ReSTRProcessor)}
-    processor.image_processor.auto_map = {"AutoImageProcessor": _reference(ReSTRImageProcessor)}
     return processor
 
 
-def _code_files() -> list[Path]:
-    """The files of the classes in the bundle and, through all levels, of what they import from this package."""
-    files = {inspect.getfile(code_class) for code_class in _CODE_CLASSES}
-    return sorted({Path(path) for file in files for path in (file, *get_relative_import_files(file))})
+def _remove_code(folder: Path) -> None:
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for path in folder.glob("*config.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for part in (values, values.get("image_processor", {})):
+            for key in _CODE_KEYS:
+                part.pop(key, None)
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _move_into_place(staging: Path, folder: Path) -> None:
