@@ -1,0 +1,178 @@
+"""
+Augmentation of an image with its masks and its expressions: scale, crop, colour and mirror, each off by default.
+
+The paper uses none: a mirror image makes "left" wrong. Here an image is changed only in ways that leave every sentence
+drawn for it true, as `expression_rules.py` judges by the words.
+
+    augment = Augmentation(crop=0.5, mirror=0.5)
+    image, masks, texts = augment(image, masks, texts, np.random.default_rng((seed, epoch, index)))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from ..image_processing_restr import ReSTRImageProcessor
+from .expression_rules import mirror_expression, names_color, needs_whole_image
+
+
+_CROP_MARGIN = 0.1  # of the targets' extent, on each side: what somebody wears or holds stays in the picture
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """
+    Random changes of an image, with its masks and expressions kept true to it. All are off by default.
+
+    Args:
+        scale: probability of showing everything smaller: the image is centred on a larger black canvas, its pixels
+            untouched. (Resizing it would do nothing: the processor's letterbox resizes it back.)
+        crop: probability of cutting out a part around the masks, all of which stay whole. An image is cropped only if
+            none of its sentences depends on what else is in the frame ([`needs_whole_image`]).
+        color: probability of changing brightness and contrast, and saturation and hue unless a sentence names a colour
+            ([`names_color`]).
+        mirror: probability of turning image and masks round and swapping left and right in the words. An image is
+            mirrored only if all its sentences can be ([`mirror_expression`]).
+        scale_range: range of the factor by which things become smaller, in (0, 1].
+        crop_range: range of the cropped share of each side, in (0, 1]; more where the masks need it.
+        brightness: largest change of the brightness, as a share of it; so are `contrast` and `saturation`.
+        hue: largest turn of the hue, as a share of the colour wheel.
+
+    Raises:
+        ValueError: for a probability, a range or a strength outside its bounds.
+    """
+
+    scale: float = 0.0
+    crop: float = 0.0
+    color: float = 0.0
+    mirror: float = 0.0
+    scale_range: tuple[float, float] = (0.5, 1.0)
+    crop_range: tuple[float, float] = (0.6, 1.0)
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "crop", "color", "mirror", "brightness", "contrast", "saturation", "hue"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Expected {name} from 0 to 1, got {getattr(self, name)}.")
+        for name in ("scale_range", "crop_range"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"Expected {name} as (low, high) with 0 < low <= high <= 1, got {(low, high)}.")
+
+    def __call__(
+        self, image: Image.Image, masks: Sequence[np.ndarray], texts: Sequence[str], rng: np.random.Generator
+    ) -> tuple[Image.Image, list[np.ndarray], list[str]]:
+        """
+        Change one image.
+
+        Args:
+            image: of any mode.
+            masks: one a text, (height, width) bool, of the image as a viewer shows it (its EXIF orientation applied).
+            texts: the expressions drawn for this image.
+            rng: the source of all chance; equal states give equal results.
+
+        Returns:
+            The image, the masks and the texts, as given where nothing is changed. A changed image is RGB, as the
+            processor would read it, and the masks are of its size. No mask loses a pixel.
+
+        Raises:
+            ValueError: for masks that are not one a text, or not bool of the image's size.
+        """
+        masks, texts = list(masks), list(texts)
+        if len(masks) != len(texts):
+            raise ValueError(f"Expected one mask a text, got {len(masks)} masks and {len(texts)} texts.")
+        color, mirror, crop, scale = rng.random(4) < (self.color, self.mirror, self.crop, self.scale)
+        mirrored = [mirror_expression(text) for text in texts] if mirror else []
+        crop = crop and not any(needs_whole_image(text) for text in texts)
+        mirror = mirror and None not in mirrored
+        if not (color or mirror or crop or scale):
+            return image, masks, texts
+        image = _to_upright_rgb(image)
+        _check_masks(masks, image)
+        if color:
+            image = self._change_color(image, any(names_color(text) for text in texts), rng)
+        if mirror:
+            image = ImageOps.mirror(image)
+            masks = [np.ascontiguousarray(mask[:, ::-1]) for mask in masks]  # tensors have no negative strides
+            texts = [text for text in mirrored if text is not None]
+        if crop:
+            image, masks = self._crop(image, masks, rng)
+        if scale:
+            image, masks = self._shrink(image, masks, rng)
+        return image, masks, texts
+
+    def _change_color(self, image: Image.Image, keep_hue: bool, rng: np.random.Generator) -> Image.Image:
+        brightness, contrast, saturation, hue = rng.uniform(-1, 1, 4)
+        image = ImageEnhance.Brightness(image).enhance(1 + brightness * self.brightness)
+        image = ImageEnhance.Contrast(image).enhance(1 + contrast * self.contrast)
+        if keep_hue:
+            return image
+        image = ImageEnhance.Color(image).enhance(1 + saturation * self.saturation)
+        return _turn_hue(image, round(hue * self.hue * 256))
+
+    def _crop(
+        self, image: Image.Image, masks: list[np.ndarray], rng: np.random.Generator
+    ) -> tuple[Image.Image, list[np.ndarray]]:
+        share = rng.uniform(*self.crop_range)
+        covered = np.zeros((image.height, image.width), dtype=bool)
+        for mask in masks:
+            covered |= mask
+        top, bottom = _draw_interval(np.flatnonzero(covered.any(axis=1)), image.height, share, rng)
+        left, right = _draw_interval(np.flatnonzero(covered.any(axis=0)), image.width, share, rng)
+        return image.crop((left, top, right, bottom)), [mask[top:bottom, left:right].copy() for mask in masks]
+
+    def _shrink(
+        self, image: Image.Image, masks: list[np.ndarray], rng: np.random.Generator
+    ) -> tuple[Image.Image, list[np.ndarray]]:
+        factor = rng.uniform(*self.scale_range)
+        width, height = round(image.width / factor), round(image.height / factor)
+        left, top = (width - image.width) // 2, (height - image.height) // 2
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(image, (left, top))
+        margins = ((top, height - image.height - top), (left, width - image.width - left))
+        return canvas, [np.pad(mask, margins) for mask in masks]
+
+
+@cache
+def _get_image_processor() -> ReSTRImageProcessor:
+    return ReSTRImageProcessor()
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as the processor reads it. It loses its EXIF data, which would turn it once more."""
+    channels = _get_image_processor().process_image(image, do_convert_rgb=True, do_rescale=True)
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(channels, 0, -1)))
+
+
+def _check_masks(masks: list[np.ndarray], image: Image.Image) -> None:
+    for mask in masks:
+        if mask.shape != (image.height, image.width) or mask.dtype != bool:
+            raise ValueError(
+                f"Expected masks of bool at their image's size, (height, width) {(image.height, image.width)}, got"
+                f" {mask.dtype} of {mask.shape}."
+            )
+
+
+def _turn_hue(image: Image.Image, steps: int) -> Image.Image:
+    """Turns the hue by `steps` of 256."""
+    if steps == 0:
+        return image
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(level + steps) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _draw_interval(covered: np.ndarray, size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
+    """A random interval of at least `share` of a side that holds all that is covered, and a little more."""
+    first, stop = (int(covered[0]), int(covered[-1]) + 1) if covered.size else (size, 0)
+    margin = round(_CROP_MARGIN * max(stop - first, 0))
+    first, stop = max(first - margin, 0), min(stop + margin, size)
+    length = max(round(share * size), stop - first, 1)
+    start = int(rng.integers(max(stop - length, 0), min(first, size - length), endpoint=True))
+    return start, start + length

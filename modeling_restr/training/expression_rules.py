@@ -1,0 +1,268 @@
+"""
+What becomes of an expression when its image is mirrored, cropped or recoloured, judged by its words.
+
+The rules know English. Where they are in doubt they say so and the image is left alone: no sentence may become untrue.
+What no word gives away they cannot know, such as a brand whose name a mirror reverses.
+"""
+
+import difflib
+import re
+from functools import cache
+
+
+def _word_set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_SIDE_PAIRS = {
+    "left": "right",
+    "leftmost": "rightmost",
+    "leftest": "rightest",
+    "lefthand": "righthand",
+    "lefthanded": "righthanded",
+    "leftside": "rightside",
+    "leftward": "rightward",
+    "leftwards": "rightwards",
+    "lefty": "righty",
+    "lhs": "rhs",
+    "lft": "rt",  # "lt" is light as often as left
+}
+_OTHER_SIDE = _SIDE_PAIRS | {right: left for left, right in _SIDE_PAIRS.items()}
+# The names that others are compared with; close matches of the short ones are words of their own: "last", "art".
+_SIDE_NAMES = ["left", "right", "leftmost", "rightmost", "lefthand", "righthand", "leftside", "rightside"]
+# Words that hold or resemble such a name. All others that do may be slips ("lwft", "rigth") or two words written as one
+# ("theleft"), whose side is not guessed.
+_NOT_SIDES = _word_set(
+    """
+    alright bright brighten brighter brightest brightly brights eft eight fight freight frightened frightening hight
+    leaf leftover leftovers lent lest let lets lift light loft might night outright rig sight straight tight upright
+    """
+)
+
+# "Left" and "right" are sides after these words ("on" is in doubt in "lamp on right behind the bed") ...
+_PLACE_BEFORE = re.compile(r"\b(?:on|far|(?:on|to|at|in|from|of|towards?)\s+the(?:\s+(?:very|far|extreme))?)[\s-]+$")
+_ON_BEFORE = re.compile(r"\bon[\s-]+$")
+_COUNT_BEFORE = re.compile(r"(?:\b(?:first|second|third|fourth|fifth)|\d(?:st|nd|rd|th))\b.*\b(?:from|to)\s+$")
+# ... and between all others but these, where "left" may be what remains and "right" may be "just": "slice left", "bag
+# left behind", "man right in front".
+_UNCLEAR_BEFORE = _word_set(
+    """
+    all any are be been being bit bits few food had has have he he's i is it it's its little more much nothing one ones
+    only s she she's some that that's thats there there's they up was we were what what's whats which who who's whos you
+    you're two three four five six seven eight nine ten eleven twelve
+    apple apples bagel banana bananas beer bite bites bread broccoli bun burger cake candle candles carrot carrots coffee
+    cookie cookies crust dish dog donut donuts doughnut doughnuts drink egg eggs fries fruit half hotdog hotdogs meal meat
+    orange oranges part pasta pastry pie piece pieces pizza portion portions rice salad sandwich slice slices soup stuff
+    veggies water wine
+    """
+)
+_UNCLEAR_AFTER = _word_set(
+    """
+    a about above across after against ahead alone along alongside amid among amongst an around as at away before behind
+    below beneath beside besides between beyond blank by close dab dead down empty for from hanging her here his in inside
+    into its laying lying my near next off on onto open opposite our out outside past sitting smack square standing that
+    the their there this through to toward towards unattended uncovered under underneath uneaten unfinished until
+    untouched upon when where within your
+    """
+)
+_NEVER_A_SIDE_BEFORE = _word_set("amount angle angled angles kind now over overs size time up way")
+# The one use that is no side beyond doubt: "standing right behind".
+_ADVERB_BEFORE = re.compile(r"\b(?:sits?|sitting|seated|stands?|standing|parked|is|are|was|were)\s+$")
+_ADVERB_AFTER = re.compile(
+    r"\s+(?:next\s+to|behind|in\s+front\s+of|above|below|under|underneath|beneath|beside|(?:in\s+)?between|on\s+top\s+of"
+    r"|in\s+the\s+(?:middle|center|centre))\b"
+)
+
+_HOURS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_HOUR_NAMES = "|".join(_HOURS)
+_CLOCK_POSITION = re.compile(
+    rf"(?<![\w:.])(1[0-2]|[1-9]|{_HOUR_NAMES})(?::00\b|[\s-]*o'?[\s-]?clock\b)(?!\s*[ap]\.?m)"
+)
+_CLOCK_WORDS = _word_set("clock clocks digital time watch watches")  # they show a time, which is no position
+
+# What a mirror makes untrue though no side is named: what is printed in the image is reversed ...
+_TEXT_WORDS = _word_set(
+    """
+    brand branded caption digit digits initials inscribed inscription label labeled labelled labels letter lettered
+    lettering letters license logo logos marked name named names number numbered numbers numeral numerals read reading
+    reads said saying say says sign signs slogan spell spelled spelling spells text texts title titled word wording
+    words write writing writings written wrote
+    """
+)
+_UNPRINTED_CAPITALS = {"RV", "SUV", "TV"}  # other words in capitals may stand on a shirt
+# ... and some words have a side of their own.
+_HANDED_WORDS = _word_set(
+    """
+    after anticlockwise base baseman basemen before clockwise counterclockwise lef lt port quadrant rite shortstop
+    southpaw starboard
+    east eastern eastward ne northeast northwest nw se southeast southwest sw west western westward
+    """
+)
+_UNMIRRORED = re.compile(
+    r"[\"`#<>\\|]|(?<!\w)'\w"  # quotes and arrows
+    r"|\d(?!\d*(?:st|nd|rd|th)\b)"
+    # Letters that are others in a mirror, and "s" unless it is what cleaning leaves of "'s".
+    r"|(?<![\w'])[bcdefgjklnpqrz](?![\w'])|\b(?:an?|the|with|of)\s+s\b|\b[a-z][\s-]shape"
+    rf"|\b(?:bus|car|horse|jersey|player|rider|shirt|train|uniform)\s+(?:{_HOUR_NAMES})\b"
+    rf"|\b(?:{_HOUR_NAMES})\W*(?:and|or|to)?\W*~"  # "two or three o'clock", where the second is blotted out
+    r"|right[\s-]?side[\s-]?up|\b(?:driver|passenger)(?:'?\s?s)?\s+side|\b(?:left|right|lft|rt)\s*\?"
+    r"|\bnext\b(?!\s+to\b)"  # "the next one" counts from somewhere
+)
+_SIDE_WORDS = "|".join(_OTHER_SIDE)
+# People count from the left unless they say otherwise, for each ordinal or for the whole sentence.
+_ORDINAL = re.compile(
+    r"\b(?:beginning|last|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|\d+(?:st|nd|rd|th))\b"
+    r"(?!\s+(?:row|rows|shelf|rack|floor|story|tier|level|layer|deck|\w+est)\b)"
+)
+_COUNTED = re.compile(
+    rf"[\s-]+(?:{_SIDE_WORDS})\b"
+    r"|(?:\s+[a-z'-]+){0,4}?\s+(?:"
+    rf"(?:from|to|on)(?:\s+the)?(?:\s+(?:very|far))?\s+(?:{_SIDE_WORDS})\b(?![\s-]+(?:hand[\s-]+)?side)"
+    r"|from(?:\s+the)?(?:\s+very)?\s+(?:top|bottom|front|back|rear|camera|viewer|us)\b)"
+)
+_READING_ORDER = re.compile(r"\b(?:left[\s-]+to[\s-]+right|right[\s-]+to[\s-]+left)\b")
+
+# Words of place, order, number, comparison and relation, and of what is visible.
+_FRAME_WORDS = _word_set(
+    """
+    above across adjacent after against ahead all alone along alongside among amongst another around away back
+    background barely before behind below beneath beside besides between beyond big border both bottom bunch by center
+    central centre close corner couple cropped crowd cut different distance distant each edge else end entire every
+    except far following foreground frame front full fully giant group half herd hidden huge image inner inside large
+    leading least less line little lone lower many medium mid middle more most near next obscured only opposite other
+    others outer outside over pair partial partially partly photo photograph pic picture pile portion rear remaining
+    rest row same seen several short showing side similar single small stack surrounded tall than tiny top under
+    underneath upper visible whole
+    bigger brighter closer darker farther fatter further higher larger lighter longer narrower nearer older shorter
+    skinnier smaller taller thicker thinner wider younger
+    l r north south two three four five six seven eight nine ten eleven twelve
+    """
+)
+_SUPERLATIVE = re.compile(r"(?!(?:almost|chest|crest|forest|guest|harvest)$)\w{2,}(?:est|most)")
+
+COLOR_WORDS = _word_set(
+    """
+    amber aqua beige black blond blue bronze brown brunette burgundy color colour copper cream crimson cyan fuchsia gold
+    gray green grey hazel indigo ivory khaki lavender lilac lime magenta maroon mauve navy neon olive orange peach pink
+    purple rainbow red rose rust salmon silver tan teal turquoise violet white yellow
+    """
+)
+_COLOR = re.compile(rf"\b(?:dark|light|multi|off)?(?:{'|'.join(sorted(COLOR_WORDS))})")
+
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+
+
+def mirror_expression(text: str) -> str | None:
+    """
+    The expression that says of the mirrored image what `text` says of the image; `None` where that is not certain.
+
+    Sides ("left", "rightmost", "rt") and positions on a clock ("3 o'clock") change places, in their own case, and
+    mirroring twice gives the text back. "Right" stays where it is an adverb beyond doubt ("standing right behind").
+
+    `None` is for sentences that can be read in two ways ("man right in front", "slice left"), that have a slip in such
+    a word, that are about text, letters or numbers, that count without saying from which side ("second guy"), and that
+    name what has a side of its own (points of the compass, "third base").
+    """
+    plain = text.replace("\u2019", "'")
+    if not plain.isascii() or "~" in plain or _may_quote(plain):
+        return None
+    lowered = plain.lower()
+    hours = list(_CLOCK_POSITION.finditer(lowered))
+    lowered = _CLOCK_POSITION.sub(lambda position: "~" * len(position[0]), lowered)
+    words = list(_WORD.finditer(lowered))
+    sides = [word for word in words if word[0] in _OTHER_SIDE]
+    if _is_unmirrored(lowered, {word[0] for word in words}, has_hour=bool(hours)):
+        return None
+    meanings = [_means_side(lowered, *word.span()) for word in sides]
+    if None in meanings:
+        return None
+    swaps = [(hour.span(1), _mirror_hour(hour[1])) for hour in hours]
+    swaps += [(word.span(), _OTHER_SIDE[word[0]]) for word, is_side in zip(sides, meanings) if is_side]
+    return _swap(text, sorted(swaps))
+
+
+def needs_whole_image(text: str) -> bool:
+    """
+    Whether a crop could make the expression untrue or unclear: it has a word of place, order, number, comparison or
+    relation, of what is visible, or one that may be a slip of "left" or "right".
+    """
+    lowered = text.lower()
+    words = _WORD.findall(lowered)
+    return (
+        bool(re.search(r"\d", lowered) or _CLOCK_POSITION.search(lowered) or _ORDINAL.search(lowered))
+        or not (_FRAME_WORDS | _HANDED_WORDS).isdisjoint(words)
+        or any(word in _OTHER_SIDE or _resembles_side(word) or _SUPERLATIVE.fullmatch(word) for word in words)
+    )
+
+
+def names_color(text: str) -> bool:
+    """Whether a word of the expression is of `COLOR_WORDS` or begins with one ("reddish", "darkblue", "goldfish")."""
+    return bool(_COLOR.search(text.lower()))
+
+
+def _may_quote(text: str) -> bool:
+    """Whether there are words in capitals in a sentence that is not."""
+    capitals = {word for word in re.findall(r"\b[A-Z]{2,}\b", text) if word.lower() not in _OTHER_SIDE}
+    return not text.isupper() and not capitals <= _UNPRINTED_CAPITALS
+
+
+def _is_unmirrored(text: str, words: set[str], has_hour: bool) -> bool:
+    """Whether a sentence (in lower case, clock positions blotted out) cannot be told of the mirrored image."""
+    return bool(
+        _UNMIRRORED.search(text)
+        or words & (_TEXT_WORDS | _HANDED_WORDS)
+        or (has_hour and words & _CLOCK_WORDS)
+        or not (_READING_ORDER.search(text) or all(_COUNTED.match(text, o.end()) for o in _ORDINAL.finditer(text)))
+        or any(word not in _OTHER_SIDE and _resembles_side(word) for word in words)
+    )
+
+
+@cache
+def _resembles_side(word: str) -> bool:
+    if word in _NOT_SIDES:
+        return False
+    return "left" in word or "right" in word or bool(difflib.get_close_matches(word, _SIDE_NAMES, 1, cutoff=0.75))
+
+
+def _means_side(text: str, start: int, end: int) -> bool | None:
+    """
+    Whether the word `text[start:end]` of `_OTHER_SIDE` means a side; `None` where it can be read in two ways.
+
+    But for the adverb, the rule is the same for left and right, so that the mirrored sentence is as clear.
+    """
+    word, head, tail = text[start:end], text[:start], text[end:]
+    if word not in ("left", "right", "lft", "rt"):
+        return True
+    before = re.search(r"([a-z']+)[\s-]+$", head)
+    after = re.match(r"[\s-]+([a-z']+)", tail)
+    if after and after[1] in _NEVER_A_SIDE_BEFORE:
+        return None
+    if _PLACE_BEFORE.search(head) and not (_ON_BEFORE.search(head) and _ADVERB_AFTER.match(tail)):
+        return True
+    if _COUNT_BEFORE.search(head):
+        return True
+    if word == "right" and _ADVERB_BEFORE.search(head) and _ADVERB_AFTER.match(tail):
+        return False
+    if re.match(r"[\s-]+to[\s-]+(?:left|right|lft|rt)\b", tail):  # "left to right"
+        after = None
+    is_unclear = (before and before[1] in _UNCLEAR_BEFORE) or (after and after[1] in _UNCLEAR_AFTER)
+    return None if is_unclear else True
+
+
+def _mirror_hour(hour: str) -> str:
+    if hour.isdigit():
+        return str(12 - int(hour) % 12)
+    return _HOURS[10 - _HOURS.index(hour)]  # the last again for twelve: its index is -1
+
+
+def _swap(text: str, swaps: list[tuple[tuple[int, int], str]]) -> str | None:
+    """Puts each new word in the place of the old one, in the old one's case; `None` for a case like "lEFt"."""
+    pieces, done = [], 0
+    for (start, end), new in swaps:
+        old = text[start:end]
+        in_case = next((case(new) for case in (str.lower, str.capitalize, str.upper) if case(old) == old), None)
+        if in_case is None:
+            return None
+        pieces += [text[done:start], in_case]
+        done = end
+    return "".join([*pieces, text[done:]])

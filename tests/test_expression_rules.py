@@ -1,0 +1,280 @@
+"""Mirrored sentences, against a table and against the geometry of drawn scenes; words that a crop or a colour upsets."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_drawn_scenes import Reader, photographs
+
+from modeling_restr.data.drawn_scenes import DrawnScenes, kind_needs_context
+from modeling_restr.training.expression_rules import mirror_expression, names_color, needs_whole_image
+
+
+MIRRORED = {
+    # Sides
+    "left guy": "right guy",
+    "guy on left": "guy on right",
+    "guy left": "guy right",
+    "Left": "Right",
+    "GUY ON THE LEFT": "GUY ON THE RIGHT",
+    "woman on Right side": "woman on Left side",
+    "man on the LEFT with a TV": "man on the RIGHT with a TV",
+    "leftmost zebra": "rightmost zebra",
+    "the right-most elephant": "the left-most elephant",
+    "Rightmost kid in blue": "Leftmost kid in blue",
+    "lefthand bear": "righthand bear",
+    "right-hand side giraffe": "left-hand side giraffe",
+    "left handed batter": "right handed batter",
+    "leftside couch": "rightside couch",
+    "dog's left ear": "dog's right ear",
+    "top left pizza": "top right pizza",
+    "bottom right corner, half a donut": "bottom left corner, half a donut",
+    "far left bus": "far right bus",
+    "far right behind the fence": "far left behind the fence",
+    "front right cow": "front left cow",
+    "upper left sandwich half": "upper right sandwich half",
+    "guy on lft": "guy on rt",
+    "rt girl": "lft girl",
+    "lhs sheep": "rhs sheep",
+    "cow facing left": "cow facing right",
+    "man looking right": "man looking left",
+    "person to the left of the bike": "person to the right of the bike",
+    "chair left of the lamp": "chair right of the lamp",
+    "cat just right of the vase": "cat just left of the vase",
+    "the left one": "the right one",
+    "left.": "right.",
+    "right/middle horse": "left/middle horse",
+    "black cat, left": "black cat, right",
+    "person cut off on the left edge": "person cut off on the right edge",
+    "second from the left": "second from the right",
+    "2nd from right": "2nd from left",
+    "third guy from left in blue": "third guy from right in blue",
+    "counting left to right, the third vase": "counting right to left, the third vase",
+    "1st zebra from right to left": "1st zebra from left to right",
+    "second person to the right of the man in the left chair": "second person to the left of the man in the right chair",
+    "guy on the right behind the counter": "guy on the left behind the counter",
+    "girl on left in white shirt": "girl on right in white shirt",
+    "third guy on right": "third guy on left",
+    "second left person": "second right person",
+    "woman on the left in front of the cake": "woman on the right in front of the cake",
+    "man on the right next to the left door": "man on the left next to the right door",
+    "hand on left that is holding phone": "hand on right that is holding phone",
+    # Positions on a clock
+    "donut at 3 o'clock": "donut at 9 o'clock",
+    "slice at 2 o'clock": "slice at 10 o'clock",
+    "broccoli at 11 oclock": "broccoli at 1 oclock",
+    "slice at 8 o clock": "slice at 4 o clock",
+    "5oclock piece": "7oclock piece",
+    "the one at 3:00": "the one at 9:00",
+    "7 o\u2019clock position": "5 o\u2019clock position",
+    "Ten o'clock slice": "Two o'clock slice",
+    "slice at one o'clock": "slice at eleven o'clock",
+    "top slice, 12 o'clock": "top slice, 12 o'clock",
+    "carrot at six o'clock": "carrot at six o'clock",
+    "cup to the left of the 4 o'clock slice": "cup to the right of the 8 o'clock slice",
+    # Nothing to swap
+    "man in red shirt": "man in red shirt",
+    "bright yellow bus under the light": "bright yellow bus under the light",
+    "person standing straight": "person standing straight",
+    "container of leftovers": "container of leftovers",
+    "couch at the bottom": "couch at the bottom",
+    "third shelf from the top": "third shelf from the top",
+    "second row, guy with t-shirt": "second row, guy with t-shirt",
+    "second tallest guy": "second tallest guy",
+    "it's the girl that isn't smiling": "it's the girl that isn't smiling",
+    "chair next to the window": "chair next to the window",
+    # "Just"
+    "man standing right next to the car": "man standing right next to the car",
+    "cat sitting right behind the left lamp": "cat sitting right behind the right lamp",
+    "the cup that is right in front of her": "the cup that is right in front of her",
+    "bird is right above the roof on the right": "bird is right above the roof on the left",
+}  # fmt: skip
+
+NOT_MIRRORED = [
+    # Two readings
+    "man right in front",
+    "right behind the fence",
+    "lamp on right behind the bed",
+    "kid sitting up right",
+    "man right by the tree",
+    "right next to the woman",
+    "girl right there",
+    "the guy right now",
+    "all right guys",
+    "standing left next to the bus",
+    "dog looking right at the camera",
+    "turtle right side up",
+    "facing the right way",
+    "right?",
+    "slice left",
+    "what is left of the cake",
+    "what's left of the pizza",
+    "the pizza that is left",
+    "bag left behind",
+    "the left over pizza",
+    "bike left on the road",
+    "umbrella left alone",
+    "bus that just left the station",
+    "guy left in blue",
+    "only one left",
+    # Slips and words written as one
+    "guy on lwft",
+    "rigth one",
+    "leht horse",
+    "theleft bus",
+    "man onleft",
+    "righr side",
+    "lt blue shirt",
+    "letfmost kid",
+    "lEFt guy",
+    # Text, letters, numbers
+    "player number 7 on left",
+    "boy with 23 on his back",
+    "#5",
+    "bus that says express",
+    "stop sign on right",
+    "shirt that reads hello",
+    'left cup "starbucks"',
+    "guy in 'obey' hat",
+    "man with NY hat",
+    "L shaped couch",
+    "s-shaped bench on left",
+    "keys j and k",
+    "player two on the left",
+    "word left of the logo",
+    "clock at 3 o'clock",
+    "train leaving at 3:00 pm",
+    # Counting from nowhere
+    "second guy",
+    "3rd from end",
+    "last horse",
+    "second row third seat",
+    "first kid, not the one on the right",
+    "second guy on left side",
+    "the next one",
+    # Sides of their own
+    "player at third base",
+    "west side of the field",
+    "pitcher in the southeast",
+    "clockwise from the fork, left slice",
+    "driver's side door",
+    "between 2 and 3 o'clock",
+    "slice between two and three o'clock",
+    "half past 3:30",
+    # No English
+    "le chat \u00e0 gauche",
+    "man \u2192",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MIRRORED)
+def test_mirrored_sentences(text):
+    assert mirror_expression(text) == MIRRORED[text]
+    assert mirror_expression(MIRRORED[text]) == text
+
+
+@pytest.mark.parametrize("text", NOT_MIRRORED)
+def test_sentences_in_doubt_are_not_mirrored(text):
+    assert mirror_expression(text) is None
+
+
+def test_a_table_worth_its_name():
+    assert len(MIRRORED) >= 60
+    assert sum(text != mirrored for text, mirrored in MIRRORED.items()) >= 50
+
+
+WORDS = [
+    "left", "right", "left", "right", "leftmost", "Right", "LEFT", "lft", "rt", "hand", "side", "of", "on", "the", "from",
+    "to", "in", "next", "behind", "front", "is", "sitting", "standing", "man", "slice", "one", "second", "2nd", "first",
+    "last", "over", "corner", "top", ",", ".", "-", "3", "o'clock", "three", "oclock", "with", "blue", "what",
+]  # fmt: skip
+
+
+def test_mirroring_twice_gives_the_sentence_back():
+    rng = np.random.default_rng(0)
+    mirrored = 0
+    for _ in range(8_000):
+        text = " ".join(rng.choice(WORDS, rng.integers(1, 8)))
+        other = mirror_expression(text)
+        if other is not None:
+            assert mirror_expression(other) == text
+            mirrored += other != text
+    assert mirrored > 800
+
+
+def test_mirrored_sentences_are_true_of_mirrored_scenes():
+    scenes = DrawnScenes(100, seed=21, backgrounds=photographs())
+    expressions = mirrored = 0
+    for scene in scenes:
+        width = scene.image.shape[1]
+        shapes = tuple(replace(shape, center=(width - shape.center[0], shape.center[1])) for shape in scene.shapes)
+        reader = Reader(replace(scene, image=scene.image[:, ::-1], masks=scene.masks[:, :, ::-1], shapes=shapes))
+        for expression in scene.expressions:
+            text = mirror_expression(expression.text)
+            expressions += 1
+            if text is not None:
+                assert reader.read(text)[0] == [expression.target], (expression.text, text)
+                assert (text != expression.text) == ("left" in expression.text or "right" in expression.text)
+                mirrored += 1
+    assert mirrored > 0.95 * expressions
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "man in red shirt",
+        "girl with the long hair holding an umbrella",
+        "the woman wearing a vest and a chest strap",
+        "zebra facing the camera",
+        "Almost naked guy",
+        "person on bike",
+        "straight yellow banana",
+    ],
+)
+def test_sentences_about_the_target_alone_allow_a_crop(text):
+    assert not needs_whole_image(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "second from the left",
+        "person on the right",
+        "lft guy",
+        "rigth guy",
+        "cow on L",
+        "east end of the train",
+        "man in the MIDDLE",
+        "biggest bear",
+        "Closest to us",
+        "taller woman",
+        "small dog",
+        "bottommost slice",
+        "cat next to the vase",
+        "horse behind fence",
+        "the other cow",
+        "both kids",
+        "three people",
+        "2 people",
+        "slice at one o'clock",
+        "blurry one in the background",
+        "person cut off by the frame",
+        "last horse",
+        "only half visible",
+    ],
+)
+def test_sentences_that_need_the_whole_image(text):
+    assert needs_whole_image(text)
+
+
+def test_sentences_about_drawn_scenes_that_need_the_whole_image():
+    for scene in DrawnScenes(60, seed=22):
+        for expression in scene.expressions:
+            assert needs_whole_image(expression.text) >= kind_needs_context(expression.kind), expression.text
+
+
+def test_names_color():
+    colored = ["red shirt", "the Greenish one", "darkblue car", "guy in gray", "multicolored kite", "blonde", "orange"]
+    plain = ["man with hat", "tired player", "colt", "third horse", "old ladies"]
+    assert [names_color(text) for text in colored] == [True] * len(colored)
+    assert [names_color(text) for text in plain] == [False] * len(plain)
