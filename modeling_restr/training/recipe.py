@@ -35,7 +35,7 @@ class Recipe:
     adam_beta2: float = 0.999
     schedule: str = "polynomial"  # to 0
     power: float = 0.9
-    warmup: float = 0.1  # share of the steps, linear
+    warmup_steps: float = 0.1  # below 1 a share of all steps; linear
     max_grad_norm: float = 0.0  # 0 clips nothing
     image_size: int = 480
     max_words: int = 20
@@ -127,9 +127,10 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe | None = N
     alike in every group of the optimizer. It is stepped once an optimizer step, however many processes there are.
     """
     recipe = recipe or Recipe()
+    warmup_steps = recipe.warmup_steps * (recipe.max_steps if recipe.warmup_steps < 1 else 1)
     return get_polynomial_decay_schedule_with_warmup(
         optimizer,
-        num_warmup_steps=math.ceil(recipe.warmup * recipe.max_steps),
+        num_warmup_steps=math.ceil(warmup_steps),
         num_training_steps=recipe.max_steps,
         lr_end=0.0,
         power=recipe.power,

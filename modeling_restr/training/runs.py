@@ -1,0 +1,328 @@
+"""What the training scripts share: their options for model and data, what a run starts from and what it ends in."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from ..configuration_restr import ReSTRConfig, ReSTRTextConfig
+from ..data.canonical import FEATURES
+from ..data.word_vectors import load_word_vectors, set_word_vectors
+from ..image_processing_restr import ReSTRImageProcessor
+from ..metrics import ReferringIoU
+from ..metrics.evaluation import check_dataset, evaluate_dataset
+from ..modeling_restr import ReSTRForImageSegmentation
+from ..processing_restr import ReSTRProcessor
+from ..tokenization_restr import build_tokenizer, read_vocabulary, vocabulary_from_expressions
+from .augmentation import Augmentation
+from .batches import ReferringDataset, ReferringStream, count_expressions
+from .checkpoints import find_last_checkpoint
+from .recipe import Recipe
+
+
+PAPER = Recipe()
+EXPRESSIONS_PER_IMAGE_IN_EVALUATION = 8
+CARD_TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
+AUGMENTATIONS = ("scale", "crop", "color", "mirror")
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """What to start from: a trained ReSTR, or a new one."""
+
+    model_name_or_path: str | None = option(None, "Folder or Hub id of a ReSTR to go on from.")
+    model_revision: str = option("main", "Its version on the Hub.")
+    vision_model_name_or_path: str = option(PAPER.start, "Of a new model: the ViT to start from. The paper's.")
+    word_vectors: str | None = option(
+        None, "Of a new model: file in GloVe's text format, as the paper starts from. Random word vectors without it."
+    )
+    vocabulary_file: str | None = option(
+        None, "Of a new model: its words, one a line. The words of the training expressions by default."
+    )
+    image_size: int = option(PAPER.image_size, "Of a new model: side of the input in pixels. The paper's.")
+    max_words: int = option(PAPER.max_words, "Of a new model: words of an expression that count. The paper's.")
+    fusion_type: str = option("coupled", "Of a new model. The paper's; its ablation: independent, vanilla.")
+    patch_loss_weight: float = option(PAPER.patch_loss_weight, "Weight of the patch loss. The paper's.")
+
+
+@dataclass
+class DataArguments:
+    """The data, and what becomes of it."""
+
+    dataset_name: str = field(metadata={"help": "Folder or Hub id of prepared data, one row an image."})
+    train_split: str = option("train", "Split to train on.")
+    validation_split: str = option("val", "Split to evaluate on; '' for none.")
+    expressions_per_image: int = option(
+        1, "Up to so many sentences of an image in an item of a batch share its encoding. 1 is the paper's batch."
+    )
+    streaming: bool = option(False, "Read the training data as a stream: nothing is downloaded or held as a whole.")
+    shuffle_buffer_size: int = option(1000, "Items of a stream in memory to draw from.")
+    max_train_samples: int | None = option(None, "Train on the first images only.")
+    max_eval_samples: int | None = option(None, "Evaluate on the first images only.")
+    augment_scale: float = option(0.0, "Probability of showing everything smaller. The paper augments nothing.")
+    augment_crop: float = option(0.0, "Probability of a crop that keeps what is referred to.")
+    augment_color: float = option(0.0, "Probability of other colours, where no sentence names one.")
+    augment_mirror: float = option(0.0, "Probability of a mirror image, with left and right swapped in the words.")
+    num_overlays: int = option(8, "Validation images to draw with their masks after each evaluation.")
+
+
+def load_split(args: DataArguments, split: str, max_images: int | None) -> datasets.Dataset:
+    """A split with random access; of a stream the first images are copied into memory, encoded."""
+    if args.streaming:
+        rows = datasets.load_dataset(args.dataset_name, split=split, streaming=True)
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+        dataset = datasets.Dataset.from_list(list(rows if max_images is None else rows.take(max_images)), FEATURES)
+    else:
+        dataset = datasets.load_dataset(args.dataset_name, split=split)
+        dataset = dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
+    check_dataset(dataset)
+    return dataset
+
+
+def load_data(
+    args: DataArguments, main_process_first: AbstractContextManager
+) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | None]:
+    """
+    The data to train on, and that to evaluate on if there is any.
+
+    Raises:
+        ValueError: it is not in the canonical form, or has expressions without words.
+    """
+    with main_process_first:  # it fills the cache of `datasets`
+        if args.streaming:
+            train_data = datasets.load_dataset(args.dataset_name, split=args.train_split, streaming=True)
+            train_data = train_data if args.max_train_samples is None else train_data.take(args.max_train_samples)
+        else:
+            train_data = load_split(args, args.train_split, args.max_train_samples)
+        if not args.validation_split:
+            return train_data, None
+        return train_data, load_split(args, args.validation_split, args.max_eval_samples)
+
+
+def iterate_sentences(data: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
+    for row in data.select_columns("references"):
+        for reference in row["references"]:
+            for expression in reference["expressions"]:
+                yield expression["text"]
+
+
+def create_model(args: ModelArguments, sentences: Iterable[str]) -> tuple[ReSTRForImageSegmentation, ReSTRProcessor]:
+    """A ViT and word vectors that are pretrained, the rest random."""
+    path = args.vocabulary_file
+    vocabulary = vocabulary_from_expressions(sentences) if path is None else read_vocabulary(path)
+    vectors = None if args.word_vectors is None else load_word_vectors(args.word_vectors, vocabulary)
+    dim = 300 if vectors is None else vectors.matrix.shape[1]
+    vision_config = AutoConfig.from_pretrained(args.vision_model_name_or_path)
+    text_config = ReSTRTextConfig(
+        vocab_size=max(vocabulary.values()) + 1,
+        hidden_size=dim,
+        num_attention_heads=max(heads for heads in range(1, 13) if dim % heads == 0),  # 12 of 25 for 300, the paper's
+        intermediate_size=4 * dim,
+        projection_dim=vision_config.hidden_size,
+        max_position_embeddings=args.max_words,
+    )
+    config = ReSTRConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        fusion_type=args.fusion_type,
+        num_attention_heads=vision_config.num_attention_heads,
+    )
+    model = ReSTRForImageSegmentation.from_vision_pretrained(
+        args.vision_model_name_or_path, config, args.image_size, dtype=torch.float32
+    )
+    if vectors is not None:
+        set_word_vectors(model, vectors)
+    image_processor = ReSTRImageProcessor(size={"height": args.image_size, "width": args.image_size})
+    return model, ReSTRProcessor(image_processor, build_tokenizer(vocabulary, args.max_words))
+
+
+def load_model(
+    args: ModelArguments, train_data: datasets.Dataset | datasets.IterableDataset
+) -> tuple[ReSTRForImageSegmentation, ReSTRProcessor]:
+    """What the run starts from, in float32."""
+    if args.model_name_or_path is None:
+        model, processor = create_model(args, iterate_sentences(train_data))
+    else:
+        options: dict[str, Any] = {"revision": args.model_revision}
+        model = ReSTRForImageSegmentation.from_pretrained(args.model_name_or_path, dtype=torch.float32, **options)
+        processor = ReSTRProcessor.from_pretrained(args.model_name_or_path, **options)
+    model.config.patch_loss_weight = args.patch_loss_weight if model.config.use_pixel_decoder else 0.0
+    return model, processor
+
+
+def count_steps(
+    train_data: datasets.Dataset | datasets.IterableDataset, args: DataArguments, epochs: float, images_per_step: int
+) -> int:
+    """
+    Steps of so many epochs, each of which has every expression once.
+
+    Raises:
+        ValueError: the data is a stream.
+    """
+    if not isinstance(train_data, datasets.Dataset):
+        raise ValueError("Expected the length of the run in steps: how long an epoch of a stream is, is not known.")
+    items = ReferringDataset(train_data, args.expressions_per_image).items_per_epoch
+    return math.ceil(epochs * items / images_per_step)
+
+
+def describe_start(
+    model: ReSTRForImageSegmentation,
+    train_data: datasets.Dataset | datasets.IterableDataset,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+) -> dict[str, Any]:
+    """The fields of a [`Recipe`] that model and data decide on."""
+    config: Any = model.config
+    probabilities = {name: getattr(data_args, f"augment_{name}") for name in AUGMENTATIONS}
+    is_stream = not isinstance(train_data, datasets.Dataset)
+    return {
+        "expressions_per_image": data_args.expressions_per_image,
+        "image_size": config.vision_config.image_size,
+        "max_words": config.text_config.max_position_embeddings,
+        "patch_loss_weight": config.patch_loss_weight,
+        "drop_path_rate": getattr(config.vision_config, "drop_path_rate", 0.0),
+        "augmentation": ", ".join(f"{name} {value}" for name, value in probabilities.items() if value) or "none",
+        "start": shorten(model_args.model_name_or_path or model_args.vision_model_name_or_path),
+        "dataset": shorten(data_args.dataset_name),
+        "split": data_args.train_split,
+        "num_expressions": None if is_stream else int(count_expressions(train_data).sum()),
+    }
+
+
+def shorten(name: str) -> str:
+    """A Hub id, or the name of a folder without where it lies."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def create_train_dataset(
+    data: datasets.Dataset | datasets.IterableDataset,
+    args: DataArguments,
+    recipe: Recipe,
+    *,
+    batch_size: int,
+    first_step: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> ReferringDataset | ReferringStream:
+    """
+    The stream of items of a whole run.
+
+    Args:
+        batch_size: Images that a process reads at a time; it divides its share of a step.
+        first_step: Where a stream begins. A dataset with random access begins with its first item, whatever it is.
+    """
+    augmentation = Augmentation(**{name: getattr(args, f"augment_{name}") for name in AUGMENTATIONS})
+    options = (args.expressions_per_image, recipe.seed, augmentation)
+    if isinstance(data, datasets.Dataset):
+        return ReferringDataset(data, *options, num_items=recipe.max_steps * recipe.images_per_step)
+    batches_per_step = recipe.images_per_step // (batch_size * num_processes)
+    return ReferringStream(
+        data,
+        *options,
+        batch_size=batch_size,
+        num_batches=recipe.max_steps * batches_per_step,
+        first_batch=first_step * batches_per_step,
+        process_index=process_index,
+        num_processes=num_processes,
+        buffer_size=args.shuffle_buffer_size,
+    )
+
+
+def create_eval_dataset(data: datasets.Dataset) -> ReferringDataset:
+    """All expressions in their order, with several of an image in an item."""
+    return ReferringDataset(data, EXPRESSIONS_PER_IMAGE_IN_EVALUATION, shuffle=False)
+
+
+def find_checkpoint(
+    output_dir: str | Path, recipe: Recipe, resume_from: str | None = None, is_main_process: bool = True
+) -> Path | None:
+    """
+    The checkpoint to go on from: `resume_from`, or else the last whole one.
+
+    Raises:
+        ValueError: it is of another recipe.
+    """
+    last = find_last_checkpoint(output_dir, remove_leftovers=is_main_process)
+    checkpoint = last if resume_from is None else Path(resume_from)
+    if checkpoint is not None:
+        recipe.check_same(checkpoint)
+    return checkpoint
+
+
+def evaluate_folder(
+    folder: str | Path,
+    data: datasets.Dataset,
+    device: torch.device | str = "cpu",
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> dict[str, Any]:
+    """The metrics of a saved model, at the images' own size; each process evaluates its share of the images."""
+    model = ReSTRForImageSegmentation.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    processor = ReSTRProcessor.from_pretrained(folder)
+    rows = data.select(range(process_index, len(data), num_processes))
+    progress = tqdm(rows, desc="Evaluation", unit="image", disable=process_index > 0)
+    counts = [
+        {name: record[name] for name in ("intersection", "union")}
+        for records in evaluate_dataset(model, processor, progress)
+        for record in records
+    ]
+    return ReferringIoU(keep_in_memory=True).compute(predictions=_gather(counts))
+
+
+def _gather(records: list[Any]) -> list[Any]:
+    """The records of all processes, in every process."""
+    if not torch.distributed.is_initialized():
+        return records
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, records)
+    return [record for part in gathered for record in part]
+
+
+def write_card(folder: Path, recipe: Recipe, metrics: dict[str, Any] | None, split: str) -> None:
+    """README.md: what the model was trained on and how, where that is not the paper's way, and what it reaches."""
+    deviations = recipe.deviations()
+    rows = [f"| {name} | {value} | {deviations.get(name, ('', ''))[0]} |" for name, value in asdict(recipe).items()]
+    training_data = "\n".join(
+        [
+            f"The split `{recipe.split}` of `{recipe.dataset}`, from `{recipe.start}`, with this recipe:",
+            "",
+            "| | this run | the paper, where it differs |",
+            "|---|---|---|",
+            *rows,
+        ]
+    )
+    evaluation = None
+    if metrics is not None:
+        results = [f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, float)]
+        evaluation = "\n".join(
+            [
+                f"The split `{split}`, {metrics['num_expressions']:,} expressions; masks at the images' own size.",
+                "",
+                "| metric | |",
+                "|---|--:|",
+                *results,
+            ]
+        )
+    card = ModelCard.from_template(
+        ModelCardData(), template_path=str(CARD_TEMPLATE), training_data=training_data, evaluation=evaluation
+    )
+    card.save(folder / "README.md")
+
+
+def push_folder(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a model's folder to a repository on the Hub, made as needed, in one commit; returns the commit's URL."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the trained model").commit_url
