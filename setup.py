@@ -4,10 +4,10 @@ from setuptools import find_packages, setup
 
 
 EXTRAS = {
-    "train": ["accelerate>=1.1", "datasets>=3.0", "evaluate>=0.4", "pycocotools>=2.0.8"],
-    "test": ["accelerate>=1.1", "parameterized", "pytest>=8.0"],
+    "train": ["accelerate>=1.1", "datasets>=4.0", "evaluate>=0.4", "pycocotools>=2.0.8", "scipy>=1.11"],
     "quality": ["mypy>=1.15", "ruff>=0.12"],
 }
+EXTRAS["test"] = [*EXTRAS["train"], "parameterized", "pytest>=8.0"]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 setup(

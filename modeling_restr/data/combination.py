@@ -1,0 +1,249 @@
+"""
+Several prepared datasets -> one, without training on what is evaluated on.
+
+RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO share their photographs: the training split of one holds images on which
+another is evaluated. Such images are dropped from training. Evaluation splits stay as they are, under names of their
+own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from .canonical import AnnotatedImage, AnnotatedReference, ImageInDataset, read_image
+from .dataset_card import Source
+from .preparation import list_shards, read_settings, read_source
+from .published_counts import Counts, count_images
+
+
+TRAIN = "train"
+
+# COCO_train2014_000000581857.jpg, COCO_train2014_000000581857_16.jpg (REFER's), 000000581857.jpg (COCO 2017's). An id
+# is that of one photograph in all of COCO's parts and years.
+_COCO_FILE_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?\.jpg")
+_THUMBNAIL_SIZE = (32, 32)
+_LARGEST_DIFFERENCE = 8  # of 255, the mean over the pixels of thumbnails: what compressing anew may change
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What is to be prepared. `notes` say what was dropped and united."""
+
+    source: Source
+    splits: Mapping[str, Sequence[AnnotatedImage]]
+    notes: tuple[str, ...]
+
+
+def combine(folders: Mapping[str, str | Path], cache_dir: str | Path | None = None) -> Combination:
+    """
+    Combine prepared folders.
+
+    A training image is dropped when any evaluation split of any folder has it; splits called "train" are for training,
+    all others for evaluation. Images are the same when their file names have the same COCO id, and otherwise when
+    their files hold the same bytes. An image in several training sets becomes one row with all references; where two
+    files of one COCO id do not show the same picture in the same size, each keeps its row.
+
+    Args:
+        folders (`Mapping[str, str | Path]`): {name: folder}; evaluation splits become NAME_SPLIT.
+        cache_dir (`str` or `Path`, *optional*): Where `datasets` unpacks the folders; its own cache by default.
+
+    Raises:
+        `ValueError`: A folder was not prepared, is not finished, or there are fewer than two.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"Expected at least two prepared folders to combine, got {len(folders)}.")
+    photos = {name: _read_photos(folder, cache_dir) for name, folder in folders.items()}
+    key_of = _key_function([photo for splits in photos.values() for split in splits.values() for photo in split])
+    evaluation = _name_evaluation_splits(photos)
+    evaluated = {key_of(photo) for split in evaluation.values() for photo in split}
+    kept: list[_Photo] = []
+    notes = []
+    for name, splits in photos.items():
+        training = splits.get(TRAIN, [])
+        dropped = [photo for photo in training if key_of(photo) in evaluated]
+        kept += [photo for photo in training if key_of(photo) not in evaluated]
+        if training:
+            notes.append(_describe_dropped(name, _count(dropped), _count(training)))
+    united = _unite(kept, key_of)
+    if kept:
+        notes.append(_describe_united(_count(kept), count_images(united)))
+    combined = {TRAIN: united} if united else {}
+    combined |= {name: [photo.image for photo in split] for name, split in evaluation.items()}
+    return Combination(_describe_source(folders), combined, tuple(notes))
+
+
+def read_prepared_images(folder: str | Path, cache_dir: str | Path | None = None) -> dict[str, list[AnnotatedImage]]:
+    """The rows of a prepared folder as annotated images again, by split."""
+    shards = list_shards(folder)
+    missing = read_settings(folder)["splits"].keys() - shards.keys()
+    if missing:
+        raise ValueError(f"{folder} is not finished: {', '.join(sorted(missing))}. Prepare it to its end first.")
+    return {split: _read_rows(paths, split, cache_dir) for split, paths in shards.items()}
+
+
+def _read_rows(paths: Sequence[Path], split: str, cache_dir: str | Path | None) -> list[AnnotatedImage]:
+    dataset: Any = datasets.load_dataset(
+        "parquet",
+        data_files={split: [str(path) for path in paths]},
+        split=split,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    images = dataset.select_columns(["image"])
+    rows = tqdm(dataset.remove_columns(["image"]), desc=f"Annotations of {split}", unit="image", leave=False)
+    return [_read_row(row, ImageInDataset(images, index)) for index, row in enumerate(rows)]
+
+
+def _read_row(row: dict[str, Any], image: ImageInDataset) -> AnnotatedImage:
+    references = tuple(
+        AnnotatedReference(
+            ref_id=reference["ref_id"],
+            ann_id=reference["ann_id"],
+            category=reference["category"],
+            segmentation=reference["mask"],
+            expressions=tuple((expression["sent_id"], expression["text"]) for expression in reference["expressions"]),
+            bbox=reference["bbox"],
+        )
+        for reference in row["references"]
+    )
+    size = tuple(row["references"][0]["mask"]["size"]) if row["references"] else None
+    return AnnotatedImage(row["image_id"], row["file_name"], image, references, size)
+
+
+class _Photo(NamedTuple):
+    image: AnnotatedImage
+    digest: bytes  # of its file
+    coco_id: int | None  # by its file name
+
+
+Key = int | bytes  # COCO's id of a photograph, or else the digest of its file
+
+
+def coco_id_of(file_name: str) -> int | None:
+    """The id in a file name that is one of COCO's."""
+    match = _COCO_FILE_NAME.fullmatch(Path(file_name).name)
+    return int(match[1]) if match else None
+
+
+def _read_photos(folder: str | Path, cache_dir: str | Path | None) -> dict[str, list[_Photo]]:
+    return {
+        split: [
+            _Photo(image, hashlib.sha256(read_image(image.image)).digest(), coco_id_of(image.file_name))
+            for image in tqdm(images, desc=f"Images of {split}", unit="image")
+        ]
+        for split, images in read_prepared_images(folder, cache_dir).items()
+    }
+
+
+def _key_function(photos: Sequence[_Photo]) -> Callable[[_Photo], Key]:
+    """Photos of equal keys are the same. A file under a name of its own has the id of a COCO file with equal bytes."""
+    ids = {photo.digest: photo.coco_id for photo in photos if photo.coco_id is not None}
+
+    def key_of(photo: _Photo) -> Key:
+        return ids.get(photo.digest, photo.digest) if photo.coco_id is None else photo.coco_id
+
+    return key_of
+
+
+def _name_evaluation_splits(photos: Mapping[str, Mapping[str, list[_Photo]]]) -> dict[str, list[_Photo]]:
+    evaluation: dict[str, list[_Photo]] = {}
+    for name, splits in photos.items():
+        for split in splits.keys() - {TRAIN}:
+            if f"{name}_{split}" in evaluation:
+                raise ValueError(f"Two evaluation splits would be called {name}_{split}: give the sets other names.")
+        evaluation |= {f"{name}_{split}": found for split, found in splits.items() if split != TRAIN}
+    return evaluation
+
+
+def _count(photos: Sequence[_Photo]) -> Counts:
+    return count_images([photo.image for photo in photos])
+
+
+def _unite(photos: Sequence[_Photo], key_of: Callable[[_Photo], Key]) -> list[AnnotatedImage]:
+    """One row for all training images that are the same, at the place of the first."""
+    groups: dict[Key, list[list[_Photo]]] = {}
+    for photo in photos:
+        rows = groups.setdefault(key_of(photo), [])
+        row = next((row for row in rows if _show_the_same(row[0], photo)), None)
+        if row is None:
+            rows.append([photo])
+        else:
+            row.append(photo)
+    return [_unite_row([photo.image for photo in row]) for rows in groups.values() for row in rows]
+
+
+def _unite_row(row: Sequence[AnnotatedImage]) -> AnnotatedImage:
+    references: list[AnnotatedReference] = []
+    for image in row:
+        references += [reference for reference in image.references if reference not in references]
+    size = next((image.size for image in row if image.size is not None), None)
+    return replace(row[0], references=tuple(references), size=size)
+
+
+def _show_the_same(first: _Photo, second: _Photo) -> bool:
+    """Whether two files hold the same picture in the same size: ids may be equal by chance, or an image resized."""
+    if first.digest == second.digest:
+        return True
+    sizes, thumbnails = zip(*(_shrink(read_image(photo.image.image)) for photo in (first, second)))
+    return sizes[0] == sizes[1] and float(np.abs(thumbnails[0] - thumbnails[1]).mean()) <= _LARGEST_DIFFERENCE
+
+
+def _shrink(encoded: bytes) -> tuple[tuple[int, int], np.ndarray]:
+    with Image.open(io.BytesIO(encoded)) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    return image.size, np.asarray(image.resize(_THUMBNAIL_SIZE, Image.Resampling.BOX), dtype=np.float32)
+
+
+def _describe_counts(counts: Counts) -> str:
+    images, references, expressions = (
+        f"{number:,} {what if number != 1 else what.removesuffix('s')}" for what, number in counts._asdict().items()
+    )
+    return f"{images}, {references} and {expressions}"
+
+
+def _describe_dropped(name: str, dropped: Counts, before: Counts) -> str:
+    before_text = f"Of the training split of {name} ({_describe_counts(before)})"
+    if not dropped.images:
+        return f"{before_text}, nothing was dropped: none of its images is in an evaluation split."
+    return f"{before_text}, {_describe_counts(dropped)} were dropped, because the images are in an evaluation split."
+
+
+def _describe_united(before: Counts, after: Counts) -> str:
+    repeated = before.references - after.references
+    text = f"The other {before.images:,} training images became {after.images:,} rows, one for each different image"
+    if repeated:
+        text += f"; {repeated:,} references that several sets have were kept once"
+    return f"{text}. `ref_id` and `sent_id` are those of the sets, so in training a number may stand for several."
+
+
+def _describe_source(folders: Mapping[str, str | Path]) -> Source:
+    sources = {name: read_source(folder) for name, folder in folders.items()}
+    titles = [source.title for source in sources.values()]
+    title = f"{', '.join(titles[:-1])} and {titles[-1]}"
+    return Source(
+        name="combined",
+        title=f"{title}, combined",
+        description=f"This is {title} in one. No image that is evaluated on is trained on.",
+        origins=tuple(dict.fromkeys(origin for source in sources.values() for origin in source.origins)),
+        options={"sets": {name: read_settings(folder)["splits"] for name, folder in folders.items()}},
+        published={
+            f"{name}_{split}": names
+            for name, source in sources.items()
+            for split, names in source.published.items()
+            if split != TRAIN
+        },
+    )
+
+
+__all__ = ["Combination", "combine", "read_prepared_images"]

@@ -1,0 +1,235 @@
+"""The card of a prepared dataset: its README.md, which also tells `datasets.load_dataset` where the splits are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from .published_counts import Counts, format_counts_as_markdown, published_counts
+
+
+NUM_LEFT_OUT_SHOWN = 50
+OTHER = "other"  # the origin of data of one's own
+
+_REFER_LICENCE = (
+    "REFER (https://github.com/lichengunc/refer), which hands out the annotations, is under the Apache License 2.0 "
+    "and names no other licence for them."
+)
+_REFERIT_CITATION = (
+    "Kazemzadeh, Ordonez, Matten, Berg: ReferItGame: Referring to Objects in Photographs of Natural Scenes, EMNLP 2014"
+)
+_REFCOCOG_CITATION = (
+    "Mao, Huang, Toshev, Camburu, Yuille, Murphy: Generation and Comprehension of Unambiguous Object Descriptions, "
+    "CVPR 2016"
+)
+_UMD_CITATION = (
+    "for the UMD split: Nagaraja, Morariu, Davis: Modeling Context Between Objects for Referring Expression "
+    "Understanding, ECCV 2016"
+)
+_IAPR_CITATION = (
+    "Escalante and others: The Segmented and Annotated IAPR TC-12 Benchmark, Computer Vision and Image Understanding, "
+    "2010"
+)
+_CONTEXT_CITATION = "Yu, Poirson, Yang, Berg, Berg: Modeling Context in Referring Expressions, ECCV 2016"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a card says of the annotations of one dataset. `images` is a key of `IMAGE_TERMS`, if there is one."""
+
+    title: str
+    images: str
+    licence: str
+    citations: tuple[str, ...]
+
+
+ORIGINS = {
+    "refcoco": Origin("RefCOCO", "coco", _REFER_LICENCE, (_REFERIT_CITATION, _CONTEXT_CITATION)),
+    "refcoco+": Origin("RefCOCO+", "coco", _REFER_LICENCE, (_REFERIT_CITATION, _CONTEXT_CITATION)),
+    "refcocog": Origin(
+        "RefCOCOg",
+        "coco",
+        "The Google Refexp annotations (https://github.com/mjhucla/Google_Refexp_toolbox) are released under CC BY "
+        f"4.0. {_REFER_LICENCE}",
+        (_REFCOCOG_CITATION, _UMD_CITATION),
+    ),
+    "refclef": Origin("RefCLEF", "iapr", _REFER_LICENCE, (_REFERIT_CITATION,)),
+    "referit": Origin(
+        "ReferIt",
+        "iapr",
+        "The expressions are those of ReferItGame; look up the terms where you had the annotations from.",
+        (_REFERIT_CITATION, _IAPR_CITATION),
+    ),
+    "grefcoco": Origin(
+        "gRefCOCO",
+        "coco",
+        "gRefCOCO (https://github.com/henghuiding/gRefCOCO) has the terms; its README names no licence.",
+        ("Liu, Ding, Jiang: GRES: Generalized Referring Expression Segmentation, CVPR 2023",),
+    ),
+    OTHER: Origin(
+        "Other data",
+        OTHER,
+        "Its terms are those of the photographs and annotations that it was made of, which this card does not know.",
+        (),
+    ),
+}
+
+IMAGE_TERMS = {
+    "coco": (
+        "The photographs are COCO's. COCO does not own them: their use must abide by the Flickr Terms of Use "
+        "(https://cocodataset.org/#termsofuse), and each has a licence of its own, some of them non-commercial, which "
+        "COCO's annotation files name. COCO's own annotations, the masks among them, are under CC BY 4.0."
+    ),
+    "iapr": "The photographs are those of IAPR TC-12; its terms are at https://www.imageclef.org/photodata.",
+}
+IMAGE_CITATIONS = {"coco": "Lin and others: Microsoft COCO: Common Objects in Context, ECCV 2014"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Where prepared data comes from.
+
+    name: A short name, of letters, digits and "_": what its splits are called after when it is combined with others.
+    title: Its name as a card shows it, such as "RefCOCO (unc)".
+    description: Sentences on what was read, and how.
+    origins: Keys of `ORIGINS`.
+    options: What else decides on the content, as JSON knows it. Data of other options never goes to the same folder.
+    published: {split: (dataset, split_by, split)}, by which [`published_counts`] finds its published counts.
+    """
+
+    name: str
+    title: str
+    description: str
+    origins: tuple[str, ...] = (OTHER,)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        unknown = set(self.origins) - ORIGINS.keys()
+        if unknown:
+            raise ValueError(f"Expected origins among {sorted(ORIGINS)}, got {sorted(unknown)}.")
+
+    def published_counts(self, split: str) -> dict[str, int]:
+        return published_counts(*self.published[split]) if split in self.published else {}
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """A finished split: what its files hold, and what is wrong with each image that was left out."""
+
+    counts: Counts
+    left_out: tuple[str, ...] = ()
+
+
+def build_card(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str] = ()) -> DatasetCard:
+    """The card of a folder whose Parquet files are data/SPLIT-*.parquet."""
+    return DatasetCard(f"---\n{_build_card_data(source, splits)}\n---\n\n{_build_text(source, splits, notes)}\n")
+
+
+def _build_card_data(source: Source, splits: Mapping[str, PreparedSplit]) -> DatasetCardData:
+    terms: dict[str, Any] = {}
+    if set(source.origins) != {OTHER}:
+        terms = {"license": "other", "license_name": "see-the-section-licences"}
+    return DatasetCardData(
+        **terms,
+        language="en",
+        pretty_name=source.title,
+        task_categories=["image-segmentation"],
+        tags=["referring-expression-segmentation", "referring-image-segmentation"],
+        size_categories=_size_category(sum(split.counts.images for split in splits.values())),
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"data/{name}-*.parquet"} for name in splits],
+            }
+        ],
+    )
+
+
+def _size_category(num_rows: int) -> str:
+    """The Hub's name of a range of numbers of rows, up to a million."""
+    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K")):
+        if num_rows < limit:
+            return name
+    return "100K<n<1M"
+
+
+def _build_text(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str]) -> str:
+    sections = [
+        f"# {source.title}, one row an image",
+        "Referring expressions, each with the mask of what it refers to. " + source.description,
+        "## Use",
+        _USE.format(split=next(iter(splits))),
+        "## Splits",
+        format_counts_as_markdown(
+            {name: split.counts for name, split in splits.items()},
+            {name: source.published_counts(name) for name in splits},
+        ),
+        "## How it was prepared",
+        _PREPARATION,
+        *notes,
+        "## What was left out",
+        *_describe_left_out(splits),
+        "## Licences",
+        *_describe_licences(source),
+    ]
+    citations = list(_list_citations(source))
+    if citations:
+        sections += ["## Whom to cite", "\n".join(f"- {citation}" for citation in citations)]
+    return "\n\n".join(sections)
+
+
+_USE = """```python
+from datasets import load_dataset
+from modeling_restr.data.canonical import decode_mask
+
+dataset = load_dataset("path/or/id", split="{split}")  # streaming=True reads no more than it needs
+row = dataset[0]
+for reference in row["references"]:
+    mask = decode_mask(reference["mask"])  # (height, width) bool, of the image's own size
+    texts = [expression["text"] for expression in reference["expressions"]]
+```
+
+`references` is a list of `ref_id`, `ann_id`, `category`, `bbox` ([x, y, width, height] in pixels), `mask` (COCO's
+compressed RLE, `pycocotools` decodes it) and `expressions` (`sent_id`, `text`)."""
+
+_PREPARATION = """By `examples/prepare_refcoco.py` of `modeling_restr`. Every image was decoded to its last pixel, and
+its masks are of the size that it decodes to. The files of the images are unchanged, but for those with an EXIF
+orientation that the annotations ignore: they were written anew without it. The parts of an object are united in one
+mask; ids are the source's."""
+
+
+def _describe_left_out(splits: Mapping[str, PreparedSplit]) -> Iterator[str]:
+    if not any(split.left_out for split in splits.values()):
+        yield "No image."
+    for name, split in splits.items():
+        if not split.left_out:
+            continue
+        lines = [f"- {problem}" for problem in split.left_out[:NUM_LEFT_OUT_SHOWN]]
+        if len(split.left_out) > NUM_LEFT_OUT_SHOWN:
+            lines.append(f"- and {len(split.left_out) - NUM_LEFT_OUT_SHOWN:,} more")
+        number = f"{len(split.left_out):,} image" + ("s" if len(split.left_out) > 1 else "")
+        yield f"{number} of the split {name}, with all references to them, since they could not be used:"
+        yield "\n".join(lines)
+
+
+def _describe_licences(source: Source) -> Iterator[str]:
+    images = dict.fromkeys(ORIGINS[origin].images for origin in source.origins)
+    yield from (IMAGE_TERMS[name] for name in images if name in IMAGE_TERMS)
+    for licence in dict.fromkeys(ORIGINS[origin].licence for origin in source.origins):
+        titles = [ORIGINS[origin].title for origin in source.origins if ORIGINS[origin].licence == licence]
+        yield f"{', '.join(titles)}: {licence}"
+
+
+def _list_citations(source: Source) -> Iterator[str]:
+    origins = [ORIGINS[origin] for origin in source.origins]
+    yield from dict.fromkeys(citation for origin in origins for citation in origin.citations)
+    images = dict.fromkeys(origin.images for origin in origins)
+    yield from (IMAGE_CITATIONS[name] for name in images if name in IMAGE_CITATIONS)
+
+
+__all__ = ["IMAGE_TERMS", "ORIGINS", "OTHER", "Origin", "PreparedSplit", "Source", "build_card"]

@@ -1,0 +1,245 @@
+"""
+Annotated images -> a folder of Parquet shards in the canonical form, with a card, as `datasets` and the Hub take it.
+
+A shard is written under a temporary name and moved when it is whole. So a preparation that was stopped goes on where
+it was: shards that are there are kept, all others are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi
+
+from .canonical import AnnotatedImage, BadImage
+from .dataset_card import PreparedSplit, Source, build_card
+from .published_counts import Counts
+from .shards import count_rows, make_shards, plan_shards, read_left_out, shard_paths
+
+
+SETTINGS_NAME = "preparation.json"
+IMAGES_PER_SHARD = 1500  # about 250 MB of COCO's images
+VERSION = 1  # of the rows that this file makes; shards of different versions are never mixed
+
+
+def prepare(
+    source: Source,
+    splits: Mapping[str, Sequence[AnnotatedImage]],
+    output_dir: str | Path,
+    *,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    num_proc: int = 1,
+    skip_bad: bool = False,
+    notes: Sequence[str] = (),
+) -> dict[str, PreparedSplit]:
+    """
+    Write data/SPLIT-00000-of-000NN.parquet, the card README.md and the settings preparation.json.
+
+    Splits that the folder has from an earlier run stay, and the card names them, too.
+
+    Args:
+        source ([`Source`]): Where the data comes from; another one in the same folder is an error.
+        splits (`Mapping[str, Sequence[AnnotatedImage]]`): The images of each split, by its name.
+        output_dir (`str` or `Path`): The folder; made as needed.
+        images_per_shard (`int`, defaults to 1500): Also fixed by the first run in the folder.
+        num_proc (`int`, defaults to 1): Processes that decode and write; the files are the same for any number.
+        skip_bad (`bool`, defaults to `False`): Leave out images that are missing, damaged or of another size than
+            their annotations say. Shards that lack images are made again as soon as this is `False`.
+        notes (`Sequence[str]`): Paragraphs for the card on how the data was made.
+
+    Returns:
+        `dict[str, PreparedSplit]`: What each split in the folder holds, counted in its files, and what it lacks.
+
+    Raises:
+        `BadImage`: For bad images, without `skip_bad`; the message lists those of all shards that were looked at. Or
+            when a split has no image that can be used.
+        `ValueError`: The folder holds something else, or an argument is out of its range.
+    """
+    output_dir = Path(output_dir)
+    _check_arguments(splits, images_per_shard, num_proc)
+    (output_dir / "data").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output_dir / ".preparation.lock", timeout=0):
+            _write_settings(output_dir, source, splits, images_per_shard, notes)
+            plans = [
+                plan_shards(output_dir / "data", name, images, images_per_shard) for name, images in splits.items()
+            ]
+            bad = make_shards(list(chain.from_iterable(plans)), num_proc, skip_bad)
+            if bad and not skip_bad:
+                listing = "\n".join(f"  {problem}" for problem in bad)
+                raise BadImage(f"Images that cannot be used (skip_bad leaves them out): {len(bad):,}\n{listing}")
+            prepared = read_prepared_splits(output_dir)
+            _check_not_empty(prepared)
+            _write_text(output_dir / "README.md", str(build_card(source, prepared, notes)))
+    except Timeout:
+        raise ValueError(f"Another process is preparing data in {output_dir}: wait for it, or stop it.") from None
+    return prepared
+
+
+def _check_not_empty(prepared: Mapping[str, PreparedSplit]) -> None:
+    for name, split in prepared.items():
+        if not split.counts.images:
+            raise BadImage(
+                f"None of the {len(split.left_out)} images of the split {name!r} can be used; the first: "
+                f"{split.left_out[0]}. Is the folder of the images the right one?"
+            )
+
+
+def _check_arguments(splits: Mapping[str, Sequence[AnnotatedImage]], images_per_shard: int, num_proc: int) -> None:
+    for name, images in splits.items():
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"A split's name must be of letters, digits and '_', got {name!r}.")
+        if not images:
+            raise ValueError(f"The split {name!r} has no images.")
+    if not splits or images_per_shard < 1 or num_proc < 1:
+        raise ValueError(
+            f"Expected at least one split, image a shard and process, got {len(splits)} splits, "
+            f"images_per_shard={images_per_shard} and num_proc={num_proc}."
+        )
+
+
+def _write_settings(
+    output_dir: Path,
+    source: Source,
+    splits: Mapping[str, Sequence[AnnotatedImage]],
+    images_per_shard: int,
+    notes: Sequence[str],
+) -> None:
+    """Write what the folder is made from, or check that it is the same as before."""
+    settings = {
+        "version": VERSION,
+        "source": json.loads(json.dumps(asdict(source))),
+        "images_per_shard": images_per_shard,
+        "notes": list(notes),
+        "splits": {},
+    }
+    if (output_dir / SETTINGS_NAME).exists():
+        settings = _check_settings(output_dir, settings)
+    elif any((output_dir / "data").glob("*.parquet")):
+        raise ValueError(f"{output_dir} has Parquet files of another origin: choose an empty folder.")
+    for name, images in splits.items():
+        content = {"num_images": len(images), "annotations": fingerprint(images)}
+        if settings["splits"].setdefault(name, content) != content:
+            raise ValueError(
+                f"The split {name!r} in {output_dir} was prepared from other annotations than those that were read "
+                "now: choose another folder, or remove this one."
+            )
+    _write_text(output_dir / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
+
+
+def _check_settings(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the folder, which must be those of this run as far as they decide on the content."""
+    earlier = read_settings(output_dir)
+    for key in ("version", "source", "images_per_shard", "notes"):
+        if earlier[key] != settings[key]:
+            raise ValueError(
+                f"{output_dir} was prepared with other settings: {key} was {earlier[key]}, and is now "
+                f"{settings[key]}. Choose another folder, or remove this one."
+            )
+    return earlier
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """
+    The settings of a prepared folder.
+
+    Raises:
+        `ValueError`: The folder was not prepared by [`prepare`].
+    """
+    path = Path(folder) / SETTINGS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} is no prepared dataset: it has no {SETTINGS_NAME}.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_source(folder: str | Path) -> Source:
+    """Where the data of a prepared folder comes from."""
+    source = read_settings(folder)["source"]
+    published = {split: tuple(names) for split, names in source["published"].items()}
+    return Source(**{**source, "origins": tuple(source["origins"]), "published": published})
+
+
+def fingerprint(images: Sequence[AnnotatedImage]) -> str:
+    """A hash of all that the annotations say; where the files lie and what they hold has no part in it."""
+    digest = hashlib.sha256()
+    for image in images:
+        references = [vars(reference) for reference in image.references]
+        content = [image.image_id, image.file_name, image.size, references]
+        digest.update(json.dumps(content, sort_keys=True, default=_to_json).encode())
+    return digest.hexdigest()
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, partial):  # loads a mask from its file
+        return list(value.args)
+    raise TypeError(f"Annotations cannot hold a {type(value).__name__}: {value!r:.100}")
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def list_shards(folder: str | Path) -> dict[str, list[Path]]:
+    """The Parquet files of each split of a prepared folder that is finished."""
+    settings = read_settings(folder)
+    paths = {
+        name: shard_paths(Path(folder) / "data", name, split["num_images"], settings["images_per_shard"])
+        for name, split in settings["splits"].items()
+    }
+    return {name: shards for name, shards in paths.items() if all(path.is_file() for path in shards)}
+
+
+def read_prepared_splits(folder: str | Path) -> dict[str, PreparedSplit]:
+    """What each finished split of a prepared folder holds, counted in its files."""
+    prepared = {}
+    for name, paths in list_shards(folder).items():
+        counts = Counts()
+        for path in paths:
+            counts = counts.plus(count_rows(path))
+        prepared[name] = PreparedSplit(counts, tuple(problem for path in paths for problem in read_left_out(path)))
+    return prepared
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """
+    Upload a prepared folder to a dataset repository on the Hub, made as needed, in one commit. Older shards of the
+    same splits are removed with it.
+
+    Returns:
+        `str`: The commit's URL.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=folder,
+        commit_message="Upload the prepared dataset",
+        allow_patterns=["README.md", SETTINGS_NAME, "data/*.parquet"],
+        delete_patterns=[f"data/{split}-*-of-*.parquet" for split in list_shards(folder)],
+    )
+    return commit.commit_url
+
+
+__all__ = ["IMAGES_PER_SHARD", "prepare", "push_to_hub", "read_prepared_splits", "read_settings", "read_source"]

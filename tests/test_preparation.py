@@ -1,0 +1,235 @@
+"""A prepared folder, as its users load it, and what may be added to it."""
+
+import dataclasses
+import json
+import re
+import runpy
+
+import datasets
+import numpy as np
+import pytest
+from annotated_images import make_images, read_rows
+from filelock import FileLock
+
+from modeling_restr.data import preparation
+from modeling_restr.data.canonical import FEATURES, AnnotatedReference, BadImage
+from modeling_restr.data.dataset_card import Source
+from modeling_restr.data.preparation import (
+    fingerprint,
+    list_shards,
+    prepare,
+    push_to_hub,
+    read_prepared_splits,
+    read_settings,
+    read_source,
+)
+from modeling_restr.data.published_counts import Counts
+
+
+SOURCE = Source(
+    name="refcoco",
+    title="RefCOCO (unc)",
+    description="Read so.",
+    origins=("refcoco",),
+    options={"seed": 0},
+    published={"val": ("refcoco", "unc", "val")},
+)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return make_images(tmp_path / "images", range(1, 8))
+
+
+def read_files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_folder_loads_with_all_splits_also_as_a_stream(tmp_path, images):
+    output = tmp_path / "output"
+    prepared = prepare(SOURCE, {"val": images[:5], "testA": images[5:]}, output, images_per_shard=2)
+    assert {name: split.counts for name, split in prepared.items()} == {
+        "val": Counts(5, 10, 15),
+        "testA": Counts(2, 4, 6),
+    }
+    loaded = datasets.load_dataset(str(output), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(split) for name, split in loaded.items()} == {"val": 5, "testA": 2}
+    assert loaded["val"].features == FEATURES
+    rows = read_rows(output, "val", tmp_path / "cache")
+    assert [row["image_id"] for row in rows] == [1, 2, 3, 4, 5]
+    stream = datasets.load_dataset(str(output), split="testA", streaming=True)
+    assert stream.features == FEATURES
+    for row, image in zip(stream, images[5:], strict=True):
+        assert row["file_name"] == image.file_name
+        assert np.asarray(row["image"]).shape == (*image.size, 3)
+    assert loaded["val"].filter(lambda row: row["image_id"] > 3).num_rows == 2
+
+
+def test_second_run_changes_nothing(tmp_path, images):
+    output = tmp_path / "output"
+    first = prepare(SOURCE, {"val": images}, output, images_per_shard=3)
+    files, times = read_files(output), {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
+    assert len(times) == 3
+    assert prepare(SOURCE, {"val": images}, output, images_per_shard=3) == first
+    assert read_files(output) == files
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")} == times
+
+
+def test_splits_can_be_added_later(tmp_path, images):
+    output = tmp_path / "output"
+    prepare(SOURCE, {"val": images[:2]}, output)
+    val = next(output.rglob("val-*.parquet")).read_bytes()
+    prepared = prepare(SOURCE, {"testA": images[2:]}, output)
+    assert list(prepared) == ["val", "testA"] and prepared == read_prepared_splits(output)
+    assert next(output.rglob("val-*.parquet")).read_bytes() == val
+    assert len(datasets.load_dataset(str(output), cache_dir=str(tmp_path / "cache"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": dataclasses.replace(SOURCE, options={"seed": 1})}, "source was"),
+        ({"images_per_shard": 4}, "images_per_shard was 3, and is now 4"),
+        ({"notes": ["Another."]}, "notes was"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_an_error(tmp_path, images, changes, message):
+    output = tmp_path / "output"
+    prepare(SOURCE, {"val": images}, output, images_per_shard=3)
+    files = read_files(output)
+    arguments = {"source": SOURCE, "splits": {"val": images}, "images_per_shard": 3, **changes}
+    with pytest.raises(ValueError, match=message):
+        prepare(output_dir=output, **arguments)
+    assert read_files(output) == files
+
+
+def test_other_annotations_in_the_same_folder_are_an_error(tmp_path, images):
+    output = tmp_path / "output"
+    prepare(SOURCE, {"val": images}, output)
+    first = images[0].references[0]
+    changed = dataclasses.replace(first, expressions=((0, "another"), *first.expressions[1:]))
+    others = [dataclasses.replace(images[0], references=(changed,)), *images[1:]]
+    with pytest.raises(ValueError, match=r"'val' in .* was prepared from other annotations"):
+        prepare(SOURCE, {"val": others}, output)
+
+
+def test_parquet_files_of_another_origin_are_left_alone(tmp_path, images):
+    (tmp_path / "output" / "data").mkdir(parents=True)
+    (tmp_path / "output" / "data" / "val.parquet").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="of another origin"):
+        prepare(SOURCE, {"val": images}, tmp_path / "output")
+    assert read_files(tmp_path / "output").keys() - {".preparation.lock"} == {"data/val.parquet"}
+
+
+def test_two_at_once_in_one_folder_are_an_error(tmp_path, images):
+    (tmp_path / "output").mkdir()
+    with FileLock(tmp_path / "output" / ".preparation.lock"), pytest.raises(ValueError, match="Another process"):
+        prepare(SOURCE, {"val": images}, tmp_path / "output")
+
+
+def test_bad_images_stop_it_and_leave_no_card_and_no_file_that_lacks_any(tmp_path, images):
+    output = tmp_path / "output"
+    images[4].image.unlink()
+    with pytest.raises(BadImage, match=f": 1\n  {images[4].file_name}: missing"):
+        prepare(SOURCE, {"val": images}, output, images_per_shard=2)
+    files = {name for name in read_files(output) if name != ".preparation.lock"}
+    assert files == {"preparation.json", *(f"data/val-0000{index}-of-00004.parquet" for index in (0, 1))}
+    assert list_shards(output) == {}
+    prepared = prepare(SOURCE, {"val": images}, output, images_per_shard=2, skip_bad=True)
+    assert prepared["val"].counts == Counts(6, 12, 18)
+    assert len(prepared["val"].left_out) == 1 and prepared["val"].left_out[0].startswith(images[4].file_name)
+    assert images[4].file_name in (output / "README.md").read_text()
+    assert str(tmp_path) not in (output / "README.md").read_text()
+    assert len(read_rows(output, "val", tmp_path / "cache")) == 6
+
+
+def test_nothing_but_bad_images_is_an_error_even_so(tmp_path, images):
+    for image in images:
+        image.image.unlink()
+    with pytest.raises(BadImage, match=r"None of the 7 images of the split 'val'.*folder of the images"):
+        prepare(SOURCE, {"val": images}, tmp_path / "output", skip_bad=True)
+    assert not (tmp_path / "output" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("splits", "arguments", "message"),
+    [
+        ({"val-1": [None]}, {}, "got 'val-1'"),
+        ({"val": []}, {}, "'val' has no images"),
+        ({}, {}, "at least one split"),
+        ({"val": [None]}, {"images_per_shard": 0}, "images_per_shard=0"),
+        ({"val": [None]}, {"num_proc": 0}, "num_proc=0"),
+    ],
+)
+def test_arguments_out_of_range_are_errors(tmp_path, splits, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(SOURCE, splits, tmp_path / "output", **arguments)
+    assert not (tmp_path / "output").exists()
+
+
+def test_source_is_read_back_as_it_was(tmp_path, images):
+    prepare(SOURCE, {"val": images}, tmp_path / "output")
+    assert read_source(tmp_path / "output") == SOURCE
+    assert str(tmp_path) not in json.dumps(read_settings(tmp_path / "output"))
+    with pytest.raises(ValueError, match="is no prepared dataset"):
+        read_settings(tmp_path)
+
+
+def test_fingerprint_is_of_the_annotations_only(tmp_path, images):
+    elsewhere = [dataclasses.replace(image, image=tmp_path / "elsewhere.jpg") for image in images]
+    assert fingerprint(images) == fingerprint(elsewhere)
+    prints = {fingerprint(images), fingerprint(images[:-1]), fingerprint(images[::-1])}
+    mask = np.zeros((3, 4), dtype=bool)
+    segmentations = [[], [[1.0, 2, 3, 4, 5, 6]], mask, ~mask, mask.T, {"size": [3, 4], "counts": b"<"}]
+    for segmentation in segmentations:
+        reference = AnnotatedReference(1, 1, "dog", segmentation, ((1, "a"),))
+        prints.add(fingerprint([dataclasses.replace(images[0], references=(reference,))]))
+    for changes in ({"ref_id": 2}, {"ann_id": 2}, {"category": "cat"}, {"bbox": [0.0, 0, 1, 1]}, {"expressions": ()}):
+        reference = dataclasses.replace(AnnotatedReference(1, 1, "dog", [], ((1, "a"),)), **changes)
+        prints.add(fingerprint([dataclasses.replace(images[0], references=(reference,))]))
+    assert len(prints) == 3 + len(segmentations) + 5
+    with pytest.raises(TypeError, match="cannot hold a set"):
+        fingerprint([dataclasses.replace(images[0], references=(dataclasses.replace(reference, bbox={1}),))])
+
+
+def write_text(path, text) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+class RecordingHub:
+    """Stands in for HfApi, and keeps what it was asked."""
+
+    calls: list
+
+    def __init__(self, token=None):
+        self.calls = type(self).calls = []
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", options.pop("repo_id"), options))
+        return type("CommitInfo", (), {"commit_url": "https://hub/commit/1"})()
+
+
+def test_push_is_one_commit_of_the_card_settings_and_shards(tmp_path, images, monkeypatch):
+    output = tmp_path / "output"
+    prepare(SOURCE, {"val": images}, output)
+    monkeypatch.setattr(preparation, "HfApi", RecordingHub)
+    assert push_to_hub(output, "me/refcoco", private=True) == "https://hub/commit/1"
+    (create, repo_id, options), (upload, uploaded_to, uploaded) = RecordingHub.calls
+    assert (create, upload, repo_id, uploaded_to) == ("create_repo", "upload_folder", "me/refcoco", "me/refcoco")
+    assert options == {"repo_type": "dataset", "private": True, "exist_ok": True}
+    assert uploaded["repo_type"] == "dataset" and uploaded["folder_path"] == output
+    assert uploaded["allow_patterns"] == ["README.md", "preparation.json", "data/*.parquet"]
+    assert uploaded["delete_patterns"] == ["data/val-*-of-*.parquet"]
+
+
+def test_loading_snippet_of_the_card_runs(tmp_path, images, monkeypatch):
+    output = tmp_path / "output"
+    prepare(SOURCE, {"val": images}, output)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)[1]
+    names = runpy.run_path(write_text(tmp_path / "snippet.py", code.replace("path/or/id", str(output))))
+    assert names["mask"].shape == images[0].size and names["texts"] == ["nothing"]
