@@ -1,0 +1,281 @@
+"""The training loop on tiny data: the same weights as with Trainer, however it is spread and wherever it is stopped."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.tracking import GeneralTracker
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_training import make_dataset
+from training_runs import (
+    EXAMPLES,
+    assert_close,
+    assert_equal,
+    kill_in_the_middle_of_a_file,
+    load_script,
+    make_inputs,
+    read_log,
+    read_weights,
+    run as run_script,
+    signal_at,
+)
+from transformers import pipeline
+
+from modeling_restr.data.canonical import decode_mask
+from modeling_restr.training.checkpoints import get_step, list_checkpoints
+from modeling_restr.training.recipe import create_parameter_groups
+
+
+script = load_script("run_referring_segmentation_no_trainer")
+OPTIONS = {
+    "max_steps": 6,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "validation_split": "",
+    "per_device_train_batch_size": 4,
+    "expressions_per_image": 3,
+    "learning_rate": 1e-2,
+    "dataloader_num_workers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run(output_dir, inputs, before=None, num_processes=1, model="drop_path", **options):
+    options = {"dataset_name": inputs, "model_name_or_path": inputs / model, **OPTIONS, **options}
+    return run_script(script, output_dir, before, num_processes, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("undisturbed")
+    assert run(output_dir, inputs) == 0, read_log(output_dir)
+    return output_dir
+
+
+def test_trainer_ends_in_the_same_weights(inputs, tmp_path):
+    loop, trainer = tmp_path / "loop", tmp_path / "trainer"
+    assert run(loop, inputs, model="plain") == 0, read_log(loop)
+    options = {"eval_strategy": "no", "optim": "adamw_torch", "disable_tqdm": True}
+    options |= {"dataset_name": inputs, "model_name_or_path": inputs / "plain", **OPTIONS}
+    assert run_script(load_script("run_referring_segmentation"), trainer, **options) == 0, read_log(trainer)
+    assert_equal(loop, trainer)
+    recipes = [(folder / "checkpoint-6" / "recipe.json").read_text() for folder in (loop, trainer)]
+    assert recipes[0] == recipes[1]
+
+
+@pytest.mark.parametrize("moment", [3, 9, 20, 31, "middle of the optimizer", "middle of the random state"])
+def test_a_run_that_was_killed_ends_in_the_same_weights(inputs, undisturbed, tmp_path, moment):
+    def before():
+        if isinstance(moment, int):
+            signal_at(moment, tmp_path, signal.SIGKILL)
+        else:  # of the second checkpoint; each has the optimizer, the random state and the schedule
+            kill_in_the_middle_of_a_file(3 if "optimizer" in moment else 4)
+
+    assert run(tmp_path, inputs, before) == -signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+    left = [get_step(path) for path in list_checkpoints(tmp_path)]
+    assert run(tmp_path, inputs) == 0, read_log(tmp_path)
+    assert_equal(tmp_path, undisturbed)
+    if isinstance(moment, str):
+        assert left == [2] and (tmp_path / "checkpoint-6").exists()
+
+
+def test_sigterm_saves_and_exits_with_143(inputs, undisturbed, tmp_path):
+    assert run(tmp_path, inputs, lambda: signal_at(5, tmp_path, signal.SIGTERM)) == 143
+    left = [get_step(path) for path in list_checkpoints(tmp_path)]
+    assert left == [2, 3] and not (tmp_path / "model").exists()  # it came while 2 was written
+    assert run(tmp_path, inputs) == 0, read_log(tmp_path)
+    assert_equal(tmp_path, undisturbed)
+
+
+def test_a_stream_that_was_killed_ends_in_the_same_weights(inputs, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    options = {"streaming": True, "dataloader_num_workers": 1, "shuffle_buffer_size": 4}
+    assert run(whole, inputs, **options) == 0, read_log(whole)
+    assert run(torn, inputs, lambda: kill_in_the_middle_of_a_file(3), **options) == -signal.SIGKILL
+    assert [get_step(path) for path in list_checkpoints(torn)] == [2]
+    assert run(torn, inputs, **options) == 0, read_log(torn)
+    assert_equal(whole, torn)
+
+
+def test_evaluation_and_checkpoints_do_not_change_the_course(inputs, undisturbed, tmp_path):
+    options = {"validation_split": "val", "eval_steps": 1, "save_steps": 5, "dataloader_num_workers": 1}
+    assert run(tmp_path, inputs, **options) == 0, read_log(tmp_path)
+    assert_equal(tmp_path, undisturbed)
+
+
+def test_recomputed_activations_give_the_same_weights(inputs, undisturbed, tmp_path):
+    assert run(tmp_path, inputs, gradient_checkpointing=True) == 0, read_log(tmp_path)
+    assert_equal(tmp_path, undisturbed)
+
+
+def use_sgd():
+    """Adam would blow up the noise of gradients that are zero."""
+
+    def create_optimizer(model, recipe):
+        return torch.optim.SGD(create_parameter_groups(model, recipe.learning_rate), lr=recipe.learning_rate)
+
+    script.create_optimizer = create_optimizer
+
+
+@pytest.fixture(scope="module")
+def large_batch(inputs, tmp_path_factory):
+    """Without drop path, which differs between batches and processes."""
+    output_dir = tmp_path_factory.mktemp("large_batch")
+    assert run(output_dir, inputs, use_sgd, model="plain", max_grad_norm=0.1) == 0, read_log(output_dir)
+    return output_dir
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_accumulated_batches_of_all_processes_are_one_large_batch(inputs, large_batch, tmp_path, num_processes):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // num_processes}
+    options |= {"model": "plain", "max_grad_norm": 0.1, "num_processes": num_processes}
+    codes = run(tmp_path, inputs, use_sgd, **options)
+    assert codes in (0, [0, 0]), read_log(tmp_path)
+    assert_close(tmp_path, large_batch, inputs / "plain")
+
+
+def test_two_processes_go_on_where_one_of_them_was_killed(inputs, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    options = {"num_processes": 2, "per_device_train_batch_size": 2, "validation_split": "val", "eval_steps": 3}
+    assert run(whole, inputs, **options) == [0, 0], read_log(whole)
+
+    def before():
+        if os.environ["RANK"] == "0":
+            signal_at(20, torn, signal.SIGKILL)
+
+    codes = run(torn, inputs, before, **options)
+    assert codes[0] == -signal.SIGKILL and codes[1] != 0
+    assert run(torn, inputs, **options) == [0, 0], read_log(torn)
+    assert_equal(whole, torn)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(inputs, tmp_path):
+    assert run(tmp_path, inputs, learning_rate=1e30, save_steps=1, warmup_steps=2) == 1
+    assert "LossNotFiniteError" in read_log(tmp_path) and "image_ids [" in read_log(tmp_path)
+    last = list_checkpoints(tmp_path)[-1]
+    assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_is_not_resumed_with_another_recipe_or_by_another_script(inputs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    assert run(tmp_path / "run", inputs, expressions_per_image=1) == 1
+    assert "expressions_per_image: 3 there, 1 now" in read_log(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    (checkpoint / "trainer_state.json").touch()
+    assert run(tmp_path / "other", inputs, resume_from_checkpoint=checkpoint) == 1
+    assert "was written by run_referring_segmentation.py" in read_log(tmp_path / "other")
+
+
+def test_a_checkpoint_is_a_model_whether_of_one_process_or_of_two(inputs, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {"model": "plain", "max_steps": 2}
+    assert run(one, inputs, **options) == 0, read_log(one)
+    assert run(two, inputs, num_processes=2, per_device_train_batch_size=2, **options) == [0, 0], read_log(two)
+    for folder in (one, two):
+        saved = load_file(folder / "checkpoint-2" / "model.safetensors")
+        final = read_weights(folder)
+        assert saved.keys() == final.keys() and all(torch.equal(saved[name], final[name]) for name in final)
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    """A tracker that keeps what it is told."""
+
+    class Recorder(GeneralTracker):
+        name = "tensorboard"
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self):
+            super().__init__()
+            self.lines = []
+
+        def store_init_configuration(self, values):
+            self.write({"config": values})
+
+        def log(self, values, step=None, **kwargs):
+            self.write({"step": step, **values})
+
+        def log_images(self, values, step=None, **kwargs):
+            self.write({"step": step, "shapes": {name: array.shape for name, array in values.items()}, **kwargs})
+
+        def write(self, line):
+            with (tmp_path / "tracked.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return Recorder
+
+
+def test_evaluation_is_logged_with_a_panel_and_ends_in_a_folder_with_a_card(inputs, tmp_path, recorder):
+    folder = tmp_path / "run"
+
+    def before():
+        create = script.create_accelerator
+
+        def create_with_recorder(args):
+            accelerator = create(args)
+            accelerator.log_with = [recorder()]
+            return accelerator
+
+        script.create_accelerator = create_with_recorder
+
+    options = {"validation_split": "val", "eval_steps": 4, "num_overlays": 3}
+    assert run(folder, inputs, before, **options) == 0, read_log(folder)
+    lines = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
+    assert lines[0]["config"]["max_steps"] == 6
+    rates = [line["train/learning_rate/vision"] for line in lines if "train/loss" in line]
+    assert rates[0] > 0 and rates[-1] == 0 and len(rates) == 6
+    (panel,) = [line for line in lines if "shapes" in line]
+    with Image.open(folder / "overlays" / "step-0000004.png") as image:
+        assert panel["shapes"] == {"eval/overlays": [1, image.height, image.width, 3]}
+        assert (panel["step"], panel["dataformats"]) == (4, "NHWC")
+    (evaluated,) = [line for line in lines if "eval/overall_iou" in line]
+    assert evaluated["eval/num_expressions"] == 11 and evaluated["step"] == 4
+    metrics = json.loads((folder / "evaluation.json").read_text())
+    assert metrics["overall_iou"] == pytest.approx(measure_overall_iou(folder / "model"), abs=1e-6)
+    card = (folder / "model" / "README.md").read_text()
+    assert f"{metrics['overall_iou']:.4f}" in card and "400000" in card
+
+
+def measure_overall_iou(model):
+    """With the pipeline, as anybody would."""
+    pipe = pipeline("image-segmentation", model=str(model))
+    intersection = union = 0
+    for row in make_dataset(5, seed=3):
+        for reference in row["references"]:
+            target = decode_mask(reference["mask"])
+            texts = [expression["text"] for expression in reference["expressions"]]
+            for result in pipe(row["image"], text=texts):
+                predicted = np.asarray(result["mask"]) > 0
+                intersection += (predicted & target).sum()
+                union += (predicted | target).sum()
+    return intersection / union
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path)).to_dict()
+    written = yaml.safe_load(path.read_text())
+    assert {name: config[name] for name in written} == written
+
+
+def test_help_names_the_papers_choices(capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("max_steps", "learning_rate", "weight_decay", "warmup_steps", "image_size", "max_grad_norm"):
+        place = text.rindex(f"--{option}")
+        assert "The paper's" in text[place : place + 400], option

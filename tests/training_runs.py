@@ -1,0 +1,132 @@
+"""Runs of the training scripts in processes of their own, which can be killed at any moment, and what they end in."""
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny_training import make_dataset, make_model, make_processor
+
+from modeling_restr.hub import save_bundle
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # its dataclasses look themselves up
+    spec.loader.exec_module(script)
+    return script
+
+
+def make_inputs(folder):
+    """A folder of data, with a tiny model with much drop path in `drop_path`, and one without any in `plain`."""
+    for split, num_images in {"train": 9, "val": 5}.items():
+        for shard in range(2):
+            rows = make_dataset(num_images, seed=len(split)).shard(2, shard)
+            (folder / "data").mkdir(exist_ok=True)
+            rows.to_parquet(folder / "data" / f"{split}-{shard:05d}-of-00002.parquet")
+    files = "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in ("train", "val"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    processor = make_processor()
+    for name, rate in {"drop_path": 0.5, "plain": 0.0}.items():
+        save_bundle(make_model(processor, rate), processor, folder / name)
+    return folder
+
+
+def start(script, arguments, log, before=None, environment=None):
+    """Run a script in a process of its own, which has everything imported."""
+
+    def child():
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (the process's own, to its end)
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        os.environ.update(environment or {})
+        torch.set_num_threads(1)
+        if before is not None:
+            before()
+        script.main(arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def run(script, output_dir, before=None, num_processes=1, **options):
+    """Exit codes of a run's processes; they find one another as torchrun has them do."""
+    arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    output_dir.mkdir(exist_ok=True, parents=True)
+    processes = [
+        start(
+            script,
+            [*arguments, f"--output_dir={output_dir}"],
+            output_dir / f"log-{rank}",
+            before,
+            {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else None,
+        )
+        for rank in range(num_processes)
+    ]
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    return codes[0] if num_processes == 1 else codes
+
+
+def read_log(output_dir):
+    return (output_dir / "log-0").read_text()
+
+
+def read_weights(output_dir):
+    return load_file(output_dir / "model" / "model.safetensors")
+
+
+def assert_equal(output_dir, other_dir):
+    """Bit for bit."""
+    one, other = read_weights(output_dir), read_weights(other_dir)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close(output_dir, other_dir, start_dir, share=1e-5):
+    """The same course up to float32 noise, as a share of how far the weights have moved."""
+    one, other, begin = read_weights(output_dir), read_weights(other_dir), load_file(start_dir / "model.safetensors")
+    moved = torch.cat([(one[name] - begin[name]).flatten() for name in one])
+    difference = torch.cat([(one[name] - other[name]).flatten() for name in one])
+    assert difference.norm() <= share * moved.norm() and moved.norm() > 0
+
+
+def signal_at(moment, output_dir, number):
+    """Send this process a signal at a change of the file system in the run's folder."""
+    changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "shutil.rmtree")
+    events = iter(range(1_000_000))
+
+    def hook(event, arguments):
+        is_change = event in changes and arguments and f"{output_dir}/" in f"{arguments[0]}/"
+        if is_change and "log-" not in str(arguments[0]) and next(events) == moment:
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+def kill_in_the_middle_of_a_file(count):
+    """The given call of torch.save writes half of its file; then the process is killed."""
+    save, calls = torch.save, iter(range(1_000_000))
+
+    def save_half(value, path, *args, **kwargs):
+        save(value, path, *args, **kwargs)
+        if next(calls) == count:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save_half
