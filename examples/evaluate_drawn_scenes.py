@@ -10,6 +10,7 @@ scene: the difference is what the words are worth.
 import argparse
 import json
 import os
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.drawn_scenes import DrawnScenes, Scene, kind_needs_context
-from modeling_restr.visualization import add_legend, draw_masks, save_image
+from modeling_restr.metrics import ReferringIoU
+from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, save_image
 
 
 THRESHOLD = 0.5
@@ -48,25 +50,24 @@ def predict(model, processor, scene: Scene, texts: list[str]) -> list[np.ndarray
     return [result["mask"].cpu().numpy() for result in results]
 
 
-def count(scene: Scene, masks: list[np.ndarray]) -> list[tuple[int, int]]:
+def count(scene: Scene, masks: list[np.ndarray]) -> list[dict[str, int]]:
     """Intersection and union in pixels of each sentence's mask with what it refers to."""
     targets = [scene.masks[expression.target] for expression in scene.expressions]
-    return [(int((mask & target).sum()), int((mask | target).sum())) for mask, target in zip(masks, targets)]
+    return [ReferringIoU.counts(mask, target) for mask, target in zip(masks, targets)]
 
 
-def summarize(kinds: list[str], counts: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+def summarize(kinds: list[str], counts: list[dict[str, int]]) -> dict[str, dict[str, float]]:
     """Mean IoU and overall IoU (sum of intersections over sum of unions), in percent, by kind of sentence."""
-    pixels = np.array(counts, dtype=np.int64)
+    metric = ReferringIoU(keep_in_memory=True)
     groups = {"all": np.ones(len(kinds), dtype=bool), NEEDS_CONTEXT: np.array([*map(kind_needs_context, kinds)])}
     groups |= {kind: np.array(kinds) == kind for kind in sorted(set(kinds))}
     summary = {}
     for name, selected in groups.items():
-        intersection, union = pixels[selected].T
-        mean_iou, overall_iou = (intersection / union).mean(), intersection.sum() / union.sum()
+        results = metric.compute(predictions=list(compress(counts, selected)))
         summary[name] = {
-            "sentences": int(selected.sum()),
-            "mean_iou": round(100 * float(mean_iou), 1),
-            "overall_iou": round(100 * float(overall_iou), 1),
+            "sentences": results["num_expressions"],
+            "mean_iou": round(100 * results["mean_iou"], 1),
+            "overall_iou": round(100 * results["overall_iou"], 1),
         }
     return summary
 
@@ -83,11 +84,7 @@ def draw_sheet(
         size = (round(image.width * 320 / image.height), 320)
         masks = [Image.fromarray(mask).resize(size) for mask in predict(model, processor, scene, texts)]
         tiles.append(add_legend(draw_masks(image.resize(size, Image.Resampling.BICUBIC), masks), texts))
-    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, ((number % columns) * width, (number // columns) * height))
-    return sheet
+    return arrange_in_grid(tiles, columns)
 
 
 def main() -> None:

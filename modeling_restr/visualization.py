@@ -86,6 +86,15 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     return lines
 
 
+def arrange_in_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Put images row by row on a white sheet of cells that hold the widest and the highest of them."""
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    sheet = Image.new("RGB", (min(columns, len(images)) * width, -(-len(images) // columns) * height), "white")
+    for number, image in enumerate(images):
+        sheet.paste(image, ((number % columns) * width, (number // columns) * height))
+    return sheet
+
+
 def save_image(image: Image.Image, path: Path) -> Path:
     """Write a PNG to a temporary name first, then move it: a picture is whole or not there. Returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_restr.visualization import add_legend, draw_masks, get_color, save_image
+from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, get_color, save_image
 
 
 def test_masks_are_tinted_in_their_colour_and_nothing_else_changes():
@@ -45,6 +45,18 @@ def test_legend_has_a_swatch_for_each_label_below_the_image():
     assert all(len(found) > 10 for found in rows)
     assert rows[0].max() < rows[1].min() < rows[1].max() < rows[2].min()
     assert rows[2].min() - rows[1].min() > rows[1].min() - rows[0].min()  # the long label takes more lines
+
+
+def test_grid_is_filled_row_by_row_and_white_elsewhere():
+    sizes = [(10, 5), (4, 8), (6, 6)]
+    images = [Image.new("RGB", size, (number, 0, 0)) for number, size in enumerate(sizes)]
+    sheet = np.asarray(arrange_in_grid(images, columns=2))
+    assert sheet.shape == (16, 20, 3)
+    expected = np.full((16, 20, 3), 255)
+    for number, ((left, top), (width, height)) in enumerate(zip([(0, 0), (10, 0), (0, 8)], sizes)):
+        expected[top : top + height, left : left + width] = (number, 0, 0)
+    assert (sheet == expected).all()
+    assert arrange_in_grid(images, columns=4).size == (30, 8)
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):

@@ -1,0 +1,172 @@
+"""
+Evaluation on a dataset in the canonical form (`data/canonical.py`): pixel counts of every expression, at the images'
+own size.
+
+    for records in evaluate_dataset(model, processor, dataset):
+        ...  # the expressions of one image
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+from ..data.canonical import FEATURES, decode_mask
+from ..tokenization_restr import split_expression
+from .referring_iou import ReferringIoU
+
+
+@torch.inference_mode()
+def predict_masks(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    texts: Sequence[str],
+    expressions_per_batch: int = 16,
+    threshold: float = 0.5,
+) -> Iterator[dict[str, Any]]:
+    """
+    Find what each expression refers to; the image is encoded once.
+
+    Args:
+        model: a [`ReSTRForImageSegmentation`], on any device and in any dtype.
+        processor: its [`ReSTRProcessor`].
+        image: the image.
+        texts: the expressions.
+        expressions_per_batch: how many expressions the model sees at a time.
+        threshold: probability above which a pixel belongs to the mask.
+
+    Yields:
+        For each expression what `post_process_referring_segmentation` returns: `mask` (bool) and `probabilities`,
+        (height, width) of the image, and `score`. Only one expression's are in memory at a time.
+    """
+    inputs = processor(images=image, text=list(texts), return_tensors="pt")
+    yield from predict_batch(model, processor, inputs, expressions_per_batch, threshold)
+
+
+@torch.inference_mode()
+def predict_batch(
+    model: Any, processor: Any, inputs: BatchFeature, expressions_per_batch: int = 16, threshold: float = 0.5
+) -> Iterator[dict[str, Any]]:
+    """[`predict_masks`] of what the processor makes of one or several images and their expressions, in their order."""
+    if expressions_per_batch < 1:
+        raise ValueError(f"Expected expressions_per_batch >= 1, got {expressions_per_batch}.")
+    inputs = inputs.to(model.device, model.dtype)
+    canvas_size = tuple(inputs["pixel_values"].shape[2:])
+    target_sizes = inputs["original_sizes"][inputs["image_indices"]].split(1)
+    vision_embeds = model.get_image_features(inputs["pixel_values"]).pooler_output  # (B, P, vision_hidden_size)
+    for start in range(0, len(target_sizes), expressions_per_batch):
+        batch = slice(start, start + expressions_per_batch)
+        names = ("input_ids", "attention_mask", "image_indices")
+        words = {name: inputs[name][batch] for name in names}
+        logits = model(vision_embeds=vision_embeds, image_size=canvas_size, **words).logits
+        for logits_of_one, size in zip(logits.split(1), target_sizes[batch]):  # (1, height, width)
+            outputs = SimpleNamespace(logits=logits_of_one)
+            yield from processor.post_process_referring_segmentation(outputs, size, threshold)
+
+
+def evaluate_image(
+    model: Any, processor: Any, row: dict[str, Any], expressions_per_batch: int = 16, threshold: float = 0.5
+) -> list[dict[str, Any]]:
+    """
+    Compare the model's mask of each expression about an image with the mask of what it refers to.
+
+    Args:
+        row: a row of a dataset in the canonical form, its image decoded.
+        (all others): as of [`predict_masks`].
+
+    Returns:
+        A dict for each expression, in the row's order: `image_id`, `ref_id`, `sent_id`, `text`, `num_words` (as the
+        tokenizer splits it), `intersection`, `union`, `predicted` and `target` in pixels of the image, and `score`,
+        the mean probability inside the predicted mask.
+
+    Raises:
+        ValueError: for masks of another size than their image.
+    """
+    image = row["image"]
+    texts = [expression["text"] for reference in row["references"] for expression in reference["expressions"]]
+    predictions = predict_masks(model, processor, image, texts, expressions_per_batch, threshold)
+    records = []
+    for reference in row["references"]:
+        if tuple(reference["mask"]["size"]) != (image.height, image.width):
+            raise ValueError(
+                f"{row['file_name']}: the mask of ref_id {reference['ref_id']} is of size {reference['mask']['size']}"
+                f" (height, width), the image of {[image.height, image.width]}. Prepare the data anew."
+            )
+        target = decode_mask(reference["mask"])
+        for expression in reference["expressions"]:
+            result = next(predictions)
+            record = {"image_id": row["image_id"], "ref_id": reference["ref_id"], **expression}
+            record["num_words"] = len(split_expression(expression["text"]))
+            records.append(
+                record | ReferringIoU.counts(result["mask"], target, areas=True) | {"score": result["score"]}
+            )
+    return records
+
+
+def evaluate_dataset(
+    model: Any,
+    processor: Any,
+    dataset: Iterable[dict[str, Any]],
+    expressions_per_batch: int = 16,
+    threshold: float = 0.5,
+) -> Iterator[list[dict[str, Any]]]:
+    """[`evaluate_image`] of each row in turn: yields the list of its records."""
+    for row in dataset:
+        yield evaluate_image(model, processor, row, expressions_per_batch, threshold)
+
+
+def check_dataset(dataset: datasets.Dataset) -> None:
+    """
+    Find before a long evaluation what would stop it.
+
+    Raises:
+        ValueError: for a dataset that is not in the canonical form, that has no expressions, or that has some without
+            words.
+    """
+    references = getattr(dataset.features.get("references"), "feature", {})
+    missing = [name for name in FEATURES if name not in dataset.features]
+    missing += [f"references.{name}" for name in FEATURES["references"].feature if name not in references]
+    if missing:
+        raise ValueError(
+            f"Expected a dataset with one row an image, as examples/prepare_refcoco.py writes it; it lacks {missing}"
+            f" and has {list(dataset.features)}."
+        )
+    expressions = [
+        expression
+        for row in dataset.select_columns("references")["references"]
+        for reference in row
+        for expression in reference["expressions"]
+    ]
+    if not expressions:
+        raise ValueError(f"Expected expressions to evaluate, got none in {len(dataset)} images.")
+    wordless = [expression["sent_id"] for expression in expressions if not split_expression(expression["text"])]
+    if wordless:
+        raise ValueError(
+            f"Expected expressions of at least one word, got {len(wordless)} of {len(expressions)} without any, of"
+            f" the sent_ids {wordless[:20]}. Leave them out when preparing the data."
+        )
+
+
+def fingerprint_rows(dataset: datasets.Dataset) -> list[str]:
+    """A hash (hexadecimal) of each row's ids, masks and expressions; the image itself is left out."""
+    digests = []
+    for row in dataset.select_columns(["image_id", "references"]):
+        references = [
+            [reference["ref_id"], reference["mask"]["size"], reference["mask"]["counts"], reference["expressions"]]
+            for reference in row["references"]
+        ]
+        content = json.dumps([row["image_id"], references], sort_keys=True)
+        digests.append(hashlib.sha256(content.encode()).hexdigest())
+    return digests
+
+
+def fingerprint(digests: Iterable[str]) -> str:
+    """One hash of all rows' hashes, whatever their order: it does not depend on how a dataset's files are sharded."""
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

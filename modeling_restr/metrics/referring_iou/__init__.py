@@ -1,0 +1,4 @@
+from .referring_iou import ReferringIoU
+
+
+__all__ = ["ReferringIoU"]

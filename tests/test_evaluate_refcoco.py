@@ -1,0 +1,395 @@
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_evaluation import make_dataset, make_model_and_processor, make_rows
+from transformers import pipeline
+
+from modeling_restr.data.canonical import decode_mask, encode_mask
+from modeling_restr.hub import save_bundle
+from modeling_restr.metrics import ReferringIoU
+from modeling_restr.visualization import get_color
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import evaluate_refcoco
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: val
+    path: data/val-*.parquet
+---
+"""
+
+
+def write_data(folder: Path, rows: list[dict], num_shards: int = 1) -> Path:
+    """Rows as examples/prepare_refcoco.py writes them."""
+    (folder / "data").mkdir(parents=True)
+    for index in range(num_shards):
+        shard = make_dataset(rows).shard(num_shards, index, contiguous=True)
+        shard.to_parquet(folder / "data" / f"val-{index:05d}-of-{num_shards:05d}.parquet")
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_traces(tmp_path_factory):
+    """No network, and no data left in the cache of `datasets`, here and in the processes that are started."""
+    folder, num_threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("PYTHONPATH", f"{EXAMPLES.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        yield
+    torch.set_num_threads(num_threads)  # the script sets them
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_bundle(*make_model_and_processor(), tmp_path_factory.mktemp("model") / "restr", include_code=False)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(12)
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory, rows):
+    return write_data(tmp_path_factory.mktemp("data") / "drawn", rows)
+
+
+@pytest.fixture(scope="module")
+def evaluate(model_folder, data_folder):
+    """Runs the script in this process; returns what it writes to results.json."""
+
+    def run(output_dir: Path, *options: object, data: Path = data_folder) -> dict:
+        arguments = [model_folder, data, "--split", "val", "--output_dir", output_dir, *options]
+        evaluate_refcoco.main([str(argument) for argument in arguments])
+        return json.loads((output_dir / "results.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory, evaluate):
+    """A finished evaluation in one process."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    evaluate(folder, "--by_length", "--bootstrap", 50)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(output_dir):
+    return json.loads((output_dir / "results.json").read_text())
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The image_ids that the model is asked about."""
+    seen = []
+    evaluate_dataset = evaluate_refcoco.evaluate_dataset
+
+    def wrapper(model, processor, dataset, *args):
+        for row, records in zip(dataset, evaluate_dataset(model, processor, dataset, *args)):
+            seen.append(row["image_id"])
+            yield records
+
+    monkeypatch.setattr(evaluate_refcoco, "evaluate_dataset", wrapper)
+    return seen
+
+
+def test_overall_iou_is_that_of_the_pipelines_masks(model_folder, rows, results):
+    pipe = pipeline("image-segmentation", model=str(model_folder), device="cpu")
+    counts = {}
+    for row in rows:
+        pairs = [(reference, one) for reference in row["references"] for one in reference["expressions"]]
+        found = pipe(Image.open(io.BytesIO(row["image"]["bytes"])), text=[one["text"] for _, one in pairs])
+        for (reference, one), result in zip(pairs, found):
+            mask, target = np.asarray(result["mask"]) > 0, decode_mask(reference["mask"])
+            counts[one["sent_id"]] = (int((mask & target).sum()), int((mask | target).sum()))
+    listed = {record["sent_id"]: (record["intersection"], record["union"]) for record in results["expressions"]}
+    assert listed == counts
+    intersection, union = np.array(list(counts.values())).sum(axis=0)
+    assert results["metrics"]["overall_iou"] == pytest.approx(intersection / union, rel=1e-12)
+    assert results["metrics"]["num_expressions"] == len(counts)
+
+
+def test_everything_is_recorded(model_folder, data_folder, rows, results):
+    assert results["model"]["name"] == str(model_folder)
+    for name, digest in results["model"]["revision"].items():
+        assert digest == hashlib.sha256((model_folder / name).read_bytes()).hexdigest()
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= {
+        *results["model"]["revision"]
+    }
+    references = [reference for row in rows for reference in row["references"]]
+    assert results["data"]["images"] == len(rows) and results["data"]["references"] == len(references)
+    assert results["data"]["expressions"] == len(results["expressions"]) == results["metrics"]["num_expressions"]
+    assert (results["split"], results["threshold"], results["dtype"]) == ("val", 0.5, "float32")
+    assert results["image_size"] == [64, 64] and results["expressions_per_batch"] == 16
+    assert {"torch", "transformers", "datasets"} <= {*results["versions"]}
+    assert "pytest" in results["command"]
+
+
+def test_a_model_on_the_hub_is_pinned_to_its_commit(tmp_path, model_folder, monkeypatch):
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--me--restr"
+    shutil.copytree(model_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert evaluate_refcoco.find_revision("me/restr", None) == commit
+    assert evaluate_refcoco.find_revision("me/restr", "main") == commit
+    (repository / "refs" / "main").write_text("f" * 40)  # pushed to in the meantime
+    model, processor = evaluate_refcoco.load_model("me/restr", commit, "float32", torch.device("cpu"))
+    assert len(model(**processor(images=Image.new("RGB", (9, 9)), text="the dog", return_tensors="pt")).logits) == 1
+
+
+def test_groups_and_intervals_are_those_of_the_metric(results):
+    records = results["expressions"]
+    expected = ReferringIoU(keep_in_memory=True).compute(
+        predictions=[{name: record[name] for name in ("intersection", "union")} for record in records],
+        num_words=[record["num_words"] for record in records],
+        image_ids=[record["image_id"] for record in records],
+        num_bootstrap=50,
+    )
+    assert results["metrics"] == expected
+    assert len(expected["by_num_words"]) == 4 and len(expected["confidence_intervals"]["overall_iou"]) == 2
+
+
+def test_two_processes_and_other_shards_give_the_same_to_the_last_pixel(tmp_path, model_folder, rows, results):
+    data = write_data(tmp_path / "data", rows[5:] + rows[:5], num_shards=3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command += [
+        EXAMPLES / "evaluate_refcoco.py",
+        model_folder,
+        data,
+        "--split",
+        "val",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    shares = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "out" / "parts").iterdir())]
+    assert shares == [6, 6]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["expressions"] == results["expressions"]
+    assert found["metrics"] == {name: results["metrics"][name] for name in found["metrics"]}
+    assert found["data"]["fingerprint"] == results["data"]["fingerprint"]
+    assert "oIoU=" in done.stderr
+
+
+def test_the_number_of_threads_is_set(tmp_path, evaluate):
+    torch.set_num_threads(2)
+    evaluate(tmp_path, "--max_images", 1)
+    assert torch.get_num_threads() == 1
+
+
+def test_goes_on_where_it_was_killed(tmp_path, model_folder, evaluate, evaluated):
+    rows = make_rows(80, seed=1)
+    data = write_data(tmp_path / "data", rows)
+    command = [sys.executable, EXAMPLES / "evaluate_refcoco.py", model_folder, data, "--split", "val"]
+    command += ["--output_dir", tmp_path / "out"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+    part = tmp_path / "out" / "parts" / "part-00000.jsonl"
+    deadline = time.monotonic() + 300
+    while not (part.exists() and part.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    content = part.read_bytes()
+    finished = content.count(b"\n")
+    assert 0 < finished < len(rows) and not (tmp_path / "out" / "results.json").exists()
+    lines = content.splitlines(keepends=True)[:finished]
+    part.write_bytes(b"".join(lines) + lines[0][:40])  # torn, as in the middle of a write
+    (part.parent / "part-00001.jsonl").write_bytes(lines[0][:40])  # that of another process
+    resumed = evaluate(tmp_path / "out", data=data)
+    assert evaluated == [row["image_id"] for row in rows[finished:]]
+    evaluated.clear()
+    whole = evaluate(tmp_path / "whole", data=data)
+    assert len(evaluated) == len(rows)
+    assert resumed["metrics"] == whole["metrics"] and resumed["expressions"] == whole["expressions"]
+
+
+def test_a_finished_evaluation_is_not_made_again(output_dir, results, evaluate, evaluated):
+    again = evaluate(output_dir, "--by_length", "--bootstrap", 50)
+    assert not evaluated
+    assert again == results
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--threshold", 0.4], "threshold: 0.5 there, 0.4 now"),
+        (["--dtype", "bfloat16"], "dtype: float32 there, bfloat16 now"),
+        (["--max_images", 3], "data_fingerprint: "),
+    ],
+)
+def test_other_settings_do_not_mix(output_dir, results, evaluate, evaluated, options, named):
+    with pytest.raises(SystemExit, match="other settings") as error:
+        evaluate(output_dir, *options)
+    assert named in str(error.value) and str(error.value).count(" there, ") == 1
+    assert not evaluated
+    assert json.loads((output_dir / "results.json").read_text()) == results
+
+
+def test_another_model_does_not_mix(tmp_path, output_dir, data_folder):
+    model, processor = make_model_and_processor()
+    next(model.parameters()).data.add_(1)
+    folder = save_bundle(model, processor, tmp_path / "other", include_code=False)
+    arguments = [str(folder), str(data_folder), "--split", "val", "--output_dir", str(output_dir)]
+    with pytest.raises(SystemExit, match="model_revision"):
+        evaluate_refcoco.main(arguments)
+
+
+def test_damaged_lines_are_named(tmp_path, output_dir, evaluate):
+    part = next((output_dir / "parts").iterdir())
+    lines = part.read_bytes().splitlines(keepends=True)
+    copy = tmp_path / "out" / "parts" / part.name
+    copy.parent.mkdir(parents=True)
+    (tmp_path / "out" / "settings.json").write_bytes((output_dir / "settings.json").read_bytes())
+    copy.write_bytes(lines[0] + b'{"row": 3,\n' + lines[2])
+    with pytest.raises(SystemExit, match="line 2 is damaged"):
+        evaluate(tmp_path / "out")
+
+
+def test_first_images_in_bfloat16(tmp_path, results, evaluate):
+    found = evaluate(tmp_path, "--max_images", 3, "--dtype", "bfloat16", "--expressions_per_batch", 2)
+    assert found["data"]["images"] == 3 and found["dtype"] == "bfloat16"
+    exact = {record["sent_id"]: record for record in results["expressions"]}
+    for record in found["expressions"]:
+        assert abs(record["union"] - exact[record["sent_id"]]["union"]) < 0.3 * exact[record["sent_id"]]["union"]
+
+
+def test_expressions_without_a_target_give_the_results_of_grefcoco(tmp_path, evaluate):
+    rows = make_rows(3, seed=2)
+    for reference in rows[1]["references"]:
+        reference["mask"] = encode_mask(np.zeros_like(decode_mask(reference["mask"])))
+    found = evaluate(tmp_path / "out", data=write_data(tmp_path / "data", rows))
+    without = [record for record in found["expressions"] if record["target"] == 0]
+    assert without and {record["image_id"] for record in without} == {1}
+    assert found["metrics"]["N-acc"] == np.mean([record["predicted"] == 0 for record in without])
+    assert {"gIoU", "T-acc"} <= found["metrics"].keys()
+    assert "N-acc" in (tmp_path / "out" / "results.md").read_text()
+
+
+def read_table(report: str) -> dict[str, dict[str, str]]:
+    """The cells of the first table by the label of the row and the title of the column."""
+    lines = [line for line in report.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    columns = rows[0]
+    return {row[0]: dict(zip(columns, row)) for row in rows[2:]}
+
+
+def test_report_shows_the_papers_numbers_as_the_papers(output_dir, results, model_folder, data_folder):
+    report = (output_dir / "results.md").read_text()
+    table = read_table(report)
+    ours = table.pop(f"{model_folder} on {data_folder}, val")
+    assert ours["overall IoU"].startswith(f"{100 * results['metrics']['overall_iou']:.2f} [")
+    assert ours["expressions"] == str(len(results["expressions"]))
+    paper = {label: row["overall IoU"] for label, row in table.items() if "paper" in label}
+    assert len(paper) == 7 and paper["*the paper's ReSTR on RefCOCO+, testB*"] == "48.27"
+    assert all(not row["mean IoU"] and not row["P@0.5"] for label, row in table.items() if "paper" in label)
+    groups = results["metrics"]["by_num_words"]
+    assert table["3"]["expressions"] == str(groups["3"]["num_expressions"])
+    assert "--benchmark" in report
+
+
+def test_report_names_what_cannot_be_compared(tmp_path, results, evaluate):
+    found = evaluate(tmp_path, "--benchmark", "refcoco")
+    report = (tmp_path / "results.md").read_text()
+    paper = [label for label in read_table(report) if "paper" in label]
+    assert paper == ["*the paper's ReSTR on RefCOCO, val*"]
+    assert "images: 12, published 1,500 (1,488 fewer)" in report
+    assert found["data"]["differences"] and not results["data"]["differences"]
+
+
+def test_examples_are_the_best_median_and_worst():
+    records = [
+        (number, {"image_id": number, "sent_id": number, "intersection": number, "union": 20}) for number in range(21)
+    ]
+    records[20][1].update(intersection=0, union=0)  # rightly empty: IoU 1
+    chosen = evaluate_refcoco.choose_examples(records, number=3)
+    numbers = {name: [index for index, _ in items] for name, items in chosen.items()}
+    assert numbers == {"best": [20, 19, 18], "median": [10, 11, 9], "worst": [0, 1, 2]}
+    one_image = evaluate_refcoco.choose_examples([(index // 18, record) for index, record in records], number=3)
+    sent_ids = {name: [record["sent_id"] for _, record in items] for name, items in one_image.items()}
+    assert sent_ids == {"best": [20, 17, 19], "median": [10, 18, 11], "worst": [0, 18, 1]}
+    few = evaluate_refcoco.choose_examples(records[:2])
+    assert [len(items) for items in few.values()] == [1, 1, 1]
+
+
+def test_tiles_show_both_masks_in_their_colours_and_the_sentence():
+    image = Image.new("RGB", (160, 80), (128, 128, 128))
+    target, predicted = np.zeros((2, 80, 160), dtype=bool)
+    target[10:30, 10:50], predicted[50:70, 100:150] = True, True
+    masks = [Image.fromarray(mask) for mask in (target, predicted)]
+    tile = np.asarray(evaluate_refcoco.draw_tile(image, masks, "the dog", "best: IoU 0.00")).astype(int)
+    assert tile.shape[1] == 320 and tile.shape[0] > 160  # the legend is below
+    for index, (row, column) in enumerate([(40, 60), (120, 250)]):
+        expected = (np.array(get_color(index)) + 128) / 2
+        assert np.abs(tile[row, column] - expected).max() <= 2
+    other = evaluate_refcoco.draw_tile(image, masks, "the cat", "best: IoU 0.00")
+    assert (np.asarray(other)[:160] == tile[:160]).all() and (np.asarray(other)[160:] != tile[160:]).any()
+
+
+def test_contact_sheet_has_three_rows(output_dir, results):
+    sheet = Image.open(output_dir / "contact_sheet.png")
+    assert sheet.format == "PNG" and sheet.width >= 4 * 150
+    assert len(results["expressions"]) >= 12  # four in each row
+
+
+def test_data_that_was_prepared_anew_does_not_come_from_a_cache(tmp_path):
+    for number in (3, 5):
+        folder = write_data(tmp_path / str(number) / "refcoco", make_rows(number))
+        assert len(evaluate_refcoco.load_data(str(folder), "val", None)) == number
+    shutil.rmtree(folder)
+    write_data(folder, make_rows(4, seed=1))
+    assert len(evaluate_refcoco.load_data(str(folder), "val", None)) == 4
+    assert len(evaluate_refcoco.load_data(str(folder), "val", max_images=2)) == 2
+
+
+def test_an_unknown_split_is_explained(data_folder, model_folder, tmp_path):
+    with pytest.raises(SystemExit, match=f"among val in {data_folder}, got testC"):
+        evaluate_refcoco.main([str(model_folder), str(data_folder), "--split", "testC", "--output_dir", str(tmp_path)])
+
+
+def test_data_that_is_not_there_is_explained(tmp_path, evaluate):
+    with pytest.raises(SystemExit, match="no/such_data"):
+        evaluate(tmp_path, data="no/such_data")
+
+
+def test_unusable_data_is_explained(tmp_path, evaluate):
+    rows = make_rows(2)
+    rows[0]["references"][0]["expressions"][0]["text"] = "  "
+    with pytest.raises(SystemExit, match="at least one word"):
+        evaluate(tmp_path / "out", data=write_data(tmp_path / "data", rows))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--bootstrap", "--expressions_per_batch", "--max_images"])
+def test_numbers_of_things_are_positive(tmp_path, evaluate, capsys, option):
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, option, 0)
+    assert "expected 1 or more, got 0" in capsys.readouterr().err

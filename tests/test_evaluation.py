@@ -1,0 +1,259 @@
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRImageProcessor, ReSTRProcessor, build_tokenizer
+from modeling_restr.data.canonical import FEATURES, decode_mask, encode_mask
+from modeling_restr.metrics.evaluation import (
+    check_dataset,
+    evaluate_dataset,
+    evaluate_image,
+    fingerprint,
+    fingerprint_rows,
+    predict_masks,
+)
+from modeling_restr.tokenization_restr import vocabulary_from_expressions
+
+
+TEXTS = ["the dog", "left", "a red ball on the left", "man, right.", "the man behind the small red ball", "ball"]
+
+
+def make_model(vocab_size: int) -> ReSTRForImageSegmentation:
+    """A tiny random model whose weights are large enough that its masks differ by image and by expression."""
+    config = ReSTRConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 64,
+        },
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "projection_dim": 32,
+        },
+        hidden_size=32,
+        num_attention_heads=2,
+    )
+    model = ReSTRForImageSegmentation(config).eval()
+    torch.manual_seed(39)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.25)
+    return model
+
+
+def make_model_and_processor() -> tuple[ReSTRForImageSegmentation, ReSTRProcessor]:
+    vocabulary = vocabulary_from_expressions(TEXTS)
+    processor = ReSTRProcessor(ReSTRImageProcessor(size=64), build_tokenizer(vocabulary))
+    return make_model(len(vocabulary)), processor
+
+
+def make_rows(num_images: int, seed: int = 0) -> list[dict]:
+    """Rows in the canonical form: images of all sizes, each with one to three objects of one to three expressions."""
+    generator = np.random.default_rng(seed)
+    rows, sent_id = [], 0
+    for image_id in range(num_images):
+        width, height = generator.integers(30, 100, size=2).tolist()
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((width, height)).save(buffer, format="PNG")
+        references = []
+        for number in range(generator.integers(1, 4)):
+            mask = np.zeros((height, width), dtype=bool)
+            top, left = generator.integers(0, height // 2), generator.integers(0, width // 2)
+            mask[top : top + height // 2, left : left + width // 2] = True
+            expressions = []
+            for text in generator.choice(TEXTS, size=generator.integers(1, 4), replace=False).tolist():
+                expressions.append({"sent_id": sent_id, "text": text})
+                sent_id += 1
+            reference = {"ref_id": 10 * image_id + number, "ann_id": 7, "category": "thing", "bbox": [0, 0, 1, 1]}
+            references.append({**reference, "mask": encode_mask(mask), "expressions": expressions})
+        image = {"bytes": buffer.getvalue(), "path": f"{image_id}.png"}
+        rows.append({"image": image, "image_id": image_id, "file_name": f"{image_id}.png", "references": references})
+    return rows
+
+
+def make_dataset(rows: list[dict]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    return make_model_and_processor()
+
+
+@pytest.fixture(scope="module")
+def exact_model_and_processor(model_and_processor):
+    """In float64, where sums in another order cannot move a pixel over the threshold."""
+    model, processor = model_and_processor
+    return make_model(model.config.text_config.vocab_size).double(), processor
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(6)
+
+
+@pytest.fixture(scope="module")
+def dataset(rows):
+    return make_dataset(rows)
+
+
+def test_records_are_the_counts_of_masks_found_one_by_one(exact_model_and_processor, rows, dataset):
+    model, processor = exact_model_and_processor
+    found = [record for records in evaluate_dataset(model, processor, dataset) for record in records]
+    expected = []
+    for row in rows:
+        image = Image.open(io.BytesIO(row["image"]["bytes"]))
+        for reference in row["references"]:
+            target = decode_mask(reference["mask"])
+            for expression in reference["expressions"]:
+                inputs = processor(images=image, text=expression["text"], return_tensors="pt")
+                inputs["pixel_values"] = inputs["pixel_values"].double()
+                with torch.no_grad():
+                    outputs = model(**inputs)
+                size = [(image.height, image.width)]
+                (result,) = processor.post_process_referring_segmentation(outputs, size, threshold=0.5)
+                mask = result["mask"].numpy()
+                record = {"image_id": row["image_id"], "ref_id": reference["ref_id"], **expression}
+                record["intersection"] = int((mask & target).sum())
+                record["union"] = int((mask | target).sum())
+                record |= {"predicted": int(mask.sum()), "target": int(target.sum())}
+                expected.append((record, result["score"]))
+    num_words = dict(zip(TEXTS, [2, 1, 6, 3, 7, 1]))  # ", " is a piece of its own, a last "." is none
+    assert len(found) == len(expected) > 20
+    for record, (numbers, score) in zip(found, expected):
+        assert record.pop("score") == pytest.approx(score, abs=1e-5)
+        assert record.pop("num_words") == num_words[record["text"]]
+        assert record == numbers
+    ious = [record["intersection"] / record["union"] for record in found]
+    assert max(ious) - min(ious) > 0.3  # they say something
+
+
+def test_batches_do_not_change_the_numbers(exact_model_and_processor, dataset):
+    results = [
+        list(evaluate_dataset(*exact_model_and_processor, dataset, expressions_per_batch=size)) for size in (1, 2, 99)
+    ]
+    for record in (record for result in results for records in result for record in records):
+        record["score"] = round(record["score"], 5)
+    assert results[0] == results[1] == results[2]
+
+
+def test_an_image_is_encoded_once_and_sentences_go_in_batches(model_and_processor, dataset):
+    model, processor = model_and_processor
+    images, sentences = [], []
+    hooks = [
+        model.model.vision_model.register_forward_hook(lambda *args: images.append(1)),
+        model.model.text_model.register_forward_pre_hook(
+            lambda module, args, kwargs: sentences.append(len(args[0])), with_kwargs=True
+        ),
+    ]
+    row = next(row for row in dataset if len(row["references"]) == 3)
+    num_expressions = len(evaluate_image(model, processor, row, expressions_per_batch=2))
+    for hook in hooks:
+        hook.remove()
+    assert len(images) == 1
+    assert max(sentences) == 2 and sum(sentences) == num_expressions > 3
+
+
+def test_threshold_is_that_of_the_probability(model_and_processor, dataset):
+    model, processor = model_and_processor
+    row = dataset[0]
+    areas = []
+    for threshold in (0.1, 0.5, 0.9):
+        (result,) = predict_masks(model, processor, row["image"], TEXTS[:1], threshold=threshold)
+        assert (result["mask"] == (result["probabilities"] > threshold)).all()
+        areas.append(evaluate_image(model, processor, row, threshold=threshold)[0]["predicted"])
+    assert areas[0] > areas[1] > areas[2]
+
+
+def test_bfloat16(model_and_processor, dataset):
+    model, processor = model_and_processor
+    low = make_model(model.config.text_config.vocab_size).bfloat16()
+    pairs = [
+        (record, other)
+        for records, others in zip(
+            evaluate_dataset(model, processor, dataset), evaluate_dataset(low, processor, dataset)
+        )
+        for record, other in zip(records, others)
+    ]
+    assert all(abs(record["union"] - other["union"]) < 0.2 * record["union"] for record, other in pairs)
+    assert any(record["union"] != other["union"] for record, other in pairs)
+
+
+def test_an_image_without_expressions_has_no_records(model_and_processor, dataset):
+    row = {**dataset[0], "references": []}
+    assert evaluate_image(*model_and_processor, row) == []
+
+
+def test_masks_of_another_size_are_refused(model_and_processor, dataset):
+    row = dataset[0]
+    row["references"][0]["mask"] = encode_mask(np.ones((9, 8), dtype=bool))
+    with pytest.raises(ValueError, match=r"0\.png: the mask of ref_id 0 is of size \[9, 8\]"):
+        evaluate_image(*model_and_processor, row)
+
+
+def test_batches_have_at_least_one_expression(model_and_processor, dataset):
+    with pytest.raises(ValueError, match="expressions_per_batch >= 1, got 0"):
+        evaluate_image(*model_and_processor, dataset[0], expressions_per_batch=0)
+
+
+def test_fingerprint_is_of_the_content_in_any_order(rows, dataset):
+    digests = fingerprint_rows(dataset)
+    assert len(set(digests)) == len(rows)
+    assert fingerprint_rows(make_dataset(rows[::-1])) == digests[::-1]
+    assert fingerprint(digests[::-1]) == fingerprint(digests) != fingerprint(digests[:-1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.update(image_id=99),
+        lambda row: row["references"][0].update(ref_id=99),
+        lambda row: row["references"][0]["expressions"][0].update(sent_id=99),
+        lambda row: row["references"][0]["expressions"][0].update(text="the cat"),
+        lambda row: row["references"][0].update(mask=encode_mask(~decode_mask(row["references"][0]["mask"]))),
+        lambda row: row["references"].pop(),
+    ],
+)
+def test_fingerprint_tells_every_change(rows, dataset, change):
+    changed = make_rows(6)
+    assert changed == rows
+    change(changed[3])
+    assert fingerprint(fingerprint_rows(make_dataset(changed))) != fingerprint(fingerprint_rows(dataset))
+
+
+def test_data_that_cannot_be_evaluated_is_found_beforehand(dataset):
+    check_dataset(dataset)
+    with pytest.raises(ValueError, match=r"lacks \['references'"):
+        check_dataset(dataset.remove_columns("references"))
+    with pytest.raises(ValueError, match="got none in 0 images"):
+        check_dataset(dataset.select([]))
+    rows = make_rows(2)
+    rows[1]["references"][0]["expressions"][0] = {"sent_id": 77, "text": " . "}
+    with pytest.raises(ValueError, match=r"at least one word, got 1 of \d+ without any, of the sent_ids \[77\]"):
+        check_dataset(make_dataset(rows))
+
+
+def test_data_of_another_form_is_named():
+    row = dict.fromkeys(FEATURES) | {"references": [{"ref_id": 1}]}
+    with pytest.raises(ValueError, match=r"references\.mask"):
+        check_dataset(datasets.Dataset.from_list([row]))
