@@ -77,7 +77,7 @@ def test_second_run_changes_nothing(tmp_path, images):
 
 def test_splits_can_be_added_later(tmp_path, images):
     output = tmp_path / "output"
-    prepare(SOURCE, {"val": images[:2]}, output)
+    prepare(dataclasses.replace(SOURCE, description="In other words."), {"val": images[:2]}, output)
     val = next(output.rglob("val-*.parquet")).read_bytes()
     prepared = prepare(SOURCE, {"testA": images[2:]}, output)
     assert list(prepared) == ["val", "testA"] and prepared == read_prepared_splits(output)
@@ -88,9 +88,9 @@ def test_splits_can_be_added_later(tmp_path, images):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": dataclasses.replace(SOURCE, options={"seed": 1})}, "source was"),
+        ({"source": dataclasses.replace(SOURCE, options={"seed": 1})}, r"settings: seed was 0, and is now 1\. Choose"),
+        ({"source": dataclasses.replace(SOURCE, title="RefCOCO+ (unc)")}, r"now 'RefCOCO\+ \(unc\)'"),
         ({"images_per_shard": 4}, "images_per_shard was 3, and is now 4"),
-        ({"notes": ["Another."]}, "notes was"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_an_error(tmp_path, images, changes, message):

@@ -139,15 +139,26 @@ def _write_settings(
 
 
 def _check_settings(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the folder, which must be those of this run as far as they decide on the content."""
+    """The settings with the splits that the folder has; those that decide on the content must be as before."""
     earlier = read_settings(output_dir)
-    for key in ("version", "source", "images_per_shard", "notes"):
-        if earlier[key] != settings[key]:
-            raise ValueError(
-                f"{output_dir} was prepared with other settings: {key} was {earlier[key]}, and is now "
-                f"{settings[key]}. Choose another folder, or remove this one."
-            )
-    return earlier
+    before, now = _decisive(earlier), _decisive(settings)
+    differences = [
+        f"{key} was {before.get(key)!r:.100}, and is now {now.get(key)!r:.100}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{output_dir} was prepared with other settings: {'; '.join(differences)}. Choose another folder, or "
+            "remove this one."
+        )
+    return {**settings, "splits": earlier["splits"]}
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    source = settings["source"]
+    decisive = {key: settings[key] for key in ("version", "images_per_shard")}
+    return {**decisive, "source": source["title"], "name": source["name"], **source["options"]}
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
