@@ -319,7 +319,7 @@ class DrawnTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="runs/drawn-scenes", metadata={"help": "Checkpoints, and the model at the end."})
     max_steps: int = field(default=4000, metadata={"help": "Steps in all; the last `decay_steps` cool down."})
-    decay_steps: int = field(default=1500, metadata={"help": "Steps over which the learning rate falls to 0."})
+    decay_steps: int = field(default=2250, metadata={"help": "Steps over which the learning rate falls to 0."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Scenes a step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Scenes a step of the evaluation."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of the matrices of the blocks, which Muon moves."})
