@@ -20,13 +20,13 @@ def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProce
 
 def test_segment_writes_masks_and_an_overlay(tmp_path):
     photo = EXAMPLES / "photos" / "shapes.jpg"
-    sentences = ["the yellow star", "the shape on the right"]
+    sentences = ["the biggest blue thing", "the star on the right"]
     done = run("segment.py", photo, *sentences, "--output_dir", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == [
-        "shapes_mask1_the-yellow-star.png",
-        "shapes_mask2_the-shape-on-the-right.png",
+        "shapes_mask1_the-biggest-blue-thing.png",
+        "shapes_mask2_the-star-on-the-right.png",
         "shapes_overlay.png",
     ]
     size = Image.open(photo).size
