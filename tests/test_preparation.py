@@ -65,6 +65,14 @@ def test_folder_loads_with_all_splits_also_as_a_stream(tmp_path, images):
     assert loaded["val"].filter(lambda row: row["image_id"] > 3).num_rows == 2
 
 
+def test_folder_of_the_same_name_does_not_come_from_the_cache(tmp_path, images):
+    for number, part in enumerate((images[:3], images[3:6])):  # as many rows in both
+        output = tmp_path / str(number) / "output"
+        prepare(SOURCE, {"val": part}, output)
+        rows = read_rows(output, "val", tmp_path / "cache")
+        assert [row["image_id"] for row in rows] == [image.image_id for image in part]
+
+
 def test_second_run_changes_nothing(tmp_path, images):
     output = tmp_path / "output"
     first = prepare(SOURCE, {"val": images}, output, images_per_shard=3)

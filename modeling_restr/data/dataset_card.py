@@ -6,8 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import DatasetInfo
+from datasets.info import DatasetInfosDict
+from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from .canonical import FEATURES
 from .published_counts import Counts, format_counts_as_markdown, published_counts
 
 
@@ -119,10 +123,15 @@ class Source:
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """A finished split: what its files hold, and what is wrong with each image that was left out."""
+    """A finished split: what its files hold, and what is wrong with each image that was left out.
+
+    `num_bytes` is the size of its rows, `file_size` that of its files.
+    """
 
     counts: Counts
     left_out: tuple[str, ...] = ()
+    num_bytes: int = 0
+    file_size: int = 0
 
 
 def build_card(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str] = ()) -> DatasetCard:
@@ -134,7 +143,7 @@ def _build_card_data(source: Source, splits: Mapping[str, PreparedSplit]) -> Dat
     terms: dict[str, Any] = {}
     if set(source.origins) != {OTHER}:
         terms = {"license": "other", "license_name": "see-the-section-licences"}
-    return DatasetCardData(
+    card_data = DatasetCardData(
         **terms,
         language="en",
         pretty_name=source.title,
@@ -147,6 +156,25 @@ def _build_card_data(source: Source, splits: Mapping[str, PreparedSplit]) -> Dat
                 "data_files": [{"split": name, "path": f"data/{name}-*.parquet"} for name in splits],
             }
         ],
+    )
+    DatasetInfosDict({"default": _build_info(splits)}).to_dataset_card_data(card_data)
+    return card_data
+
+
+def _build_info(splits: Mapping[str, PreparedSplit]) -> DatasetInfo:
+    """
+    Features and sizes. The sizes are needed, too: `load_dataset` knows a folder by its name and its card alone, and
+    would take the rows of another, or of an earlier one, from its cache.
+    """
+    split_infos = SplitDict(dataset_name="default")
+    for name, split in splits.items():
+        split_infos.add(SplitInfo(name, num_bytes=split.num_bytes, num_examples=split.counts.images))
+    return DatasetInfo(
+        config_name="default",
+        features=FEATURES,
+        splits=split_infos,
+        download_size=sum(split.file_size for split in splits.values()),
+        dataset_size=sum(split.num_bytes for split in splits.values()),
     )
 
 

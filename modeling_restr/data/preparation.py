@@ -25,7 +25,7 @@ from huggingface_hub import HfApi
 from .canonical import AnnotatedImage, BadImage
 from .dataset_card import PreparedSplit, Source, build_card
 from .published_counts import Counts
-from .shards import count_rows, make_shards, plan_shards, read_left_out, shard_paths
+from .shards import count_bytes, count_rows, make_shards, plan_shards, read_left_out, shard_paths
 
 
 SETTINGS_NAME = "preparation.json"
@@ -228,7 +228,9 @@ def read_prepared_splits(folder: str | Path) -> dict[str, PreparedSplit]:
         counts = Counts()
         for path in paths:
             counts = counts.plus(count_rows(path))
-        prepared[name] = PreparedSplit(counts, tuple(problem for path in paths for problem in read_left_out(path)))
+        left_out = tuple(problem for path in paths for problem in read_left_out(path))
+        num_bytes, file_size = sum(map(count_bytes, paths)), sum(path.stat().st_size for path in paths)
+        prepared[name] = PreparedSplit(counts, left_out, num_bytes, file_size)
     return prepared
 
 

@@ -57,6 +57,12 @@ def count_rows(path: Path) -> Counts:
     return Counts(len(column), len(references), len(references.field("expressions").flatten()))
 
 
+def count_bytes(path: Path) -> int:
+    """The size of a shard's rows before compression."""
+    metadata = pq.read_metadata(path)
+    return sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+
+
 def read_left_out(path: Path) -> list[str]:
     """What is wrong with each image that a shard lacks."""
     return json.loads((pq.read_metadata(path).metadata or {}).get(LEFT_OUT_KEY, b"[]"))
