@@ -218,8 +218,12 @@ def report(output_dir: Path, prepared: dict[str, PreparedSplit]) -> None:
 def parse_args() -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
-    common.add_argument("--images_per_shard", type=int, default=IMAGES_PER_SHARD, help="rows of a Parquet file")
-    common.add_argument("--num_proc", type=int, default=1, help="processes that decode and write")
+    common.add_argument(
+        "--images_per_shard", type=int, default=IMAGES_PER_SHARD, help="rows of a Parquet file (default: %(default)s)"
+    )
+    common.add_argument(
+        "--num_proc", type=int, default=1, help="processes that decode and write (default: %(default)s)"
+    )
     common.add_argument(
         "--skip_bad",
         "--skip-bad",
@@ -260,7 +264,9 @@ def add_folder_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def add_refer_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dataset", default="refcoco", help="refcoco, refcoco+, refcocog or refclef")
+    command.add_argument(
+        "--dataset", default="refcoco", help="refcoco, refcoco+, refcocog or refclef (default: %(default)s)"
+    )
     command.add_argument("--split_by", help="unc, umd, google or berkeley (default: the dataset's usual one)")
     add_folder_arguments(command)
 
@@ -281,11 +287,21 @@ def add_coco_arguments(command: argparse.ArgumentParser) -> None:
         "--instances_file", type=Path, required=True, help="the JSON file with images and annotations"
     )
     command.add_argument("--image_dir", type=Path, required=True, help="the folder of the images")
-    command.add_argument("--name", default="coco", help="a short name of letters, digits and _")
-    command.add_argument("--expressions_per_instance", type=int, default=3, help="at most so many for each object")
-    command.add_argument("--seed", type=int, default=0, help="another one gives other expressions")
+    command.add_argument("--name", default="coco", help="a short name of letters, digits and _ (default: %(default)s)")
     command.add_argument(
-        "--val_share", type=float, default=0.1, help="share of the images in the split val; 0 for none"
+        "--expressions_per_instance",
+        type=int,
+        default=3,
+        help="at most so many for each object (default: %(default)s)",
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="another one gives other expressions (default: %(default)s)"
+    )
+    command.add_argument(
+        "--val_share",
+        type=float,
+        default=0.1,
+        help="share of the images in the split val; 0 for none (default: %(default)s)",
     )
 
 
