@@ -13,7 +13,6 @@ Whenever it is stopped, the same command goes on from the last whole checkpoint.
 code 143. A run ends in OUTPUT_DIR/model, a folder that `pipeline` loads, with a card; `--push_to_hub` uploads it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, send_to_device, set_seed
+from accelerate.utils import GradientAccumulationPlugin, send_to_device, set_seed
 from PIL import Image
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -35,7 +34,6 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
 from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
-from modeling_restr.hub import save_bundle
 from modeling_restr.training.batches import ReferringCollator, ReferringDataset, loss_weight, split_ids
 from modeling_restr.training.checkpoints import (
     EXIT_CODE_TERMINATED,
