@@ -10,7 +10,8 @@ How many devices and machines, and in what precision: the configuration files be
 launch`'s options; divide `--per_device_train_batch_size` by the number of devices to keep the paper's step of 8 pairs.
 
 Whenever it is stopped, the same command goes on from the last whole checkpoint. On SIGTERM it saves one and exits with
-code 143. A run ends in OUTPUT_DIR/model, a folder that `pipeline` loads, with a card; `--push_to_hub` uploads it.
+code 143. (Where `accelerate launch` starts one process only, it does not pass the signal on: send it to the script.)
+A run ends in OUTPUT_DIR/model, a folder that `pipeline` loads, with a card; `--push_to_hub` uploads it.
 """
 
 import sys
@@ -384,7 +385,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: LoopArgume
         load_checkpoint(run, checkpoint)
     validation = None if validation_data is None else Validation(run, validation_data)
     config = {name: value for name, value in asdict(recipe).items() if value is not None}
-    accelerator.init_trackers(TRACKER_PROJECT, config)
+    names = {"trackio": {"name": Path(args.output_dir).resolve().name, "resume": "allow"}}
+    accelerator.init_trackers(TRACKER_PROJECT, config, names)
     is_finished = run_steps(run, train_data, validation, 0 if checkpoint is None else get_step(checkpoint))
     if is_finished:
         finish(run, validation_data)

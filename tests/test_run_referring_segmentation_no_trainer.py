@@ -1,9 +1,11 @@
 """The training loop on tiny data: the same weights as with Trainer, however it is spread and wherever it is stopped."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 
 import datasets
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.tracking import GeneralTracker
 from hub_server import TOKEN, USER, serve
 from huggingface_hub import constants
@@ -151,9 +154,12 @@ def test_accumulated_batches_of_all_processes_are_one_large_batch(inputs, large_
     assert_close(tmp_path, large_batch, inputs / "plain")
 
 
-def test_two_processes_go_on_where_one_of_them_was_killed(inputs, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes_go_on_where_one_of_them_was_killed(inputs, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     options = {"num_processes": 2, "per_device_train_batch_size": 2, "validation_split": "val", "eval_steps": 3}
+    options |= {"streaming": streaming}
     assert run(whole, inputs, **options) == [0, 0], read_log(whole)
 
     def before():
@@ -271,10 +277,31 @@ def measure_overall_iou(model):
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_its_configurations(path):
-    config = load_config_from_file(str(path)).to_dict()
+def test_accelerate_launches_what_its_configurations_say(path, tmp_path):
     written = yaml.safe_load(path.read_text())
-    assert {name: config[name] for name in written} == written
+    read = load_config_from_file(str(path)).to_dict()
+    assert {name: read[name] for name in written} == written
+    (tmp_path / "script.py").write_text(
+        "import json, os, sys\nopen(f'{sys.argv[1]}/{os.environ.get(\"RANK\", 0)}.json', 'w').write(json.dumps({**os.environ}))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--config_file", str(path), "--main_process_port", str(port), "--num_cpu_threads_per_process", "1"]
+
+    def launch():
+        launch_command(launch_command_parser().parse_args([*arguments, str(tmp_path / "script.py"), str(tmp_path)]))
+
+    process = multiprocessing.get_context("fork").Process(target=launch)
+    process.start()
+    process.join()
+    environments = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert process.exitcode == 0 and len(environments) == written["num_processes"]
+    for environment in environments:
+        assert environment["ACCELERATE_MIXED_PRECISION"] == written["mixed_precision"]
+        for name, value in written.get("fsdp_config", {}).items():
+            name = name.replace("transformer_layer_cls", "transformer_cls").upper()
+            assert environment[name].lower() == str(value).lower()
 
 
 def test_fsdp_wraps_layers_that_there_are_and_not_what_is_wrapped_anyway(inputs):
