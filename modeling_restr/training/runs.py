@@ -1,7 +1,9 @@
 """What the training scripts share: their options for model and data, what a run starts from and what it ends in."""
 
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,16 +11,18 @@ from typing import Any
 
 import datasets
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from ..configuration_restr import ReSTRConfig, ReSTRTextConfig
 from ..data.canonical import FEATURES
 from ..data.word_vectors import load_word_vectors, set_word_vectors
+from ..hub import push_to_hub, save_bundle, write_model_card
 from ..image_processing_restr import ReSTRImageProcessor
 from ..metrics import ReferringIoU
-from ..metrics.evaluation import check_dataset, evaluate_dataset
+from ..metrics.evaluation import check_dataset, evaluate_dataset, fingerprint, fingerprint_rows
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from ..tokenization_restr import build_tokenizer, read_vocabulary, vocabulary_from_expressions
@@ -30,7 +34,6 @@ from .recipe import Recipe
 
 PAPER = Recipe()
 EXPRESSIONS_PER_IMAGE_IN_EVALUATION = 8
-CARD_TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 AUGMENTATIONS = ("scale", "crop", "color", "mirror")
 
 
@@ -261,6 +264,61 @@ def find_checkpoint(
     return checkpoint
 
 
+def gather_model(accelerator: Accelerator, model: Any) -> ReSTRForImageSegmentation | None:
+    """The trained model as one, on the main process; None on others where FSDP has spread it over all of them."""
+    unwrapped = accelerator.unwrap_model(model)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return unwrapped
+    state_dict = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return None
+    whole = ReSTRForImageSegmentation(unwrapped.config)
+    whole.load_state_dict(state_dict)
+    return whole
+
+
+def finish_run(
+    accelerator: Accelerator,
+    model: Any,
+    processor: ReSTRProcessor,
+    output_dir: str | Path,
+    recipe: Recipe,
+    args: DataArguments,
+    validation_data: datasets.Dataset | None = None,
+    repo_id: str | None = None,
+    **push_options: Any,
+) -> None:
+    """
+    Save the model in OUTPUT_DIR/model, evaluate what was saved (evaluation.json), write its card, push it.
+
+    Args:
+        model: As the accelerator prepared it; all processes call this.
+        validation_data: Of the split `args.validation_split`.
+        repo_id: Where to push the folder, if at all, with the options of [`~modeling_restr.hub.push_to_hub`].
+    """
+    folder, path = Path(output_dir) / "model", Path(output_dir) / "evaluation.json"
+    whole = gather_model(accelerator, model)
+    if whole is not None and accelerator.is_main_process:
+        save_bundle(whole, processor, folder)
+    accelerator.wait_for_everyone()
+    evaluations = []
+    if validation_data is not None:
+        evaluation = evaluate_folder(
+            folder, validation_data, accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
+        evaluation["data"]["name"], evaluation["split"] = recipe.dataset, args.validation_split
+        if accelerator.is_main_process:
+            path.write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
+            evaluations.append(path)
+            print(f"{args.validation_split}: {evaluation['metrics']}")
+    if accelerator.is_main_process:
+        write_card(folder, recipe, args, evaluations)
+        print(f"Wrote {folder}")
+        if repo_id is not None:
+            print(f"Pushed: {push_to_hub(folder, repo_id, **push_options).commit_url}")
+    accelerator.wait_for_everyone()
+
+
 def evaluate_folder(
     folder: str | Path,
     data: datasets.Dataset,
@@ -268,17 +326,38 @@ def evaluate_folder(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> dict[str, Any]:
-    """The metrics of a saved model, at the images' own size; each process evaluates its share of the images."""
+    """
+    Evaluate a saved model at the images' own size. Each process takes its share of the images; all get the same
+    results, which do not depend on the number of processes.
+
+    Returns:
+        Metrics, conditions and every expression's pixel counts, as examples/evaluate_refcoco.py writes them.
+    """
     model = ReSTRForImageSegmentation.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     processor = ReSTRProcessor.from_pretrained(folder)
     rows = data.select(range(process_index, len(data), num_processes))
     progress = tqdm(rows, desc="Evaluation", unit="image", disable=process_index > 0)
-    counts = [
-        {name: record[name] for name in ("intersection", "union")}
-        for records in evaluate_dataset(model, processor, progress)
-        for record in records
-    ]
-    return ReferringIoU(keep_in_memory=True).compute(predictions=_gather(counts))
+    records = _gather([record for records in evaluate_dataset(model, processor, progress) for record in records])
+    records.sort(key=lambda record: (record["image_id"], record["ref_id"], record["sent_id"]))
+    counts = [{name: record[name] for name in ("intersection", "union")} for record in records]
+    size = processor.image_processor.size
+    return {
+        "model": {"name": Path(folder).name, "revision": _hash_weights(Path(folder))},
+        "data": {"fingerprint": fingerprint(fingerprint_rows(data)), "benchmark": None, "differences": []},
+        "threshold": 0.5,
+        "dtype": "float32",
+        "image_size": [size["height"], size["width"]],
+        "metrics": ReferringIoU(keep_in_memory=True).compute(predictions=counts),
+        "expressions": records,
+    }
+
+
+def _hash_weights(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _gather(records: list[Any]) -> list[Any]:
@@ -290,39 +369,18 @@ def _gather(records: list[Any]) -> list[Any]:
     return [record for part in gathered for record in part]
 
 
-def write_card(folder: Path, recipe: Recipe, metrics: dict[str, Any] | None, split: str) -> None:
-    """README.md: what the model was trained on and how, where that is not the paper's way, and what it reaches."""
+def write_card(folder: Path, recipe: Recipe, args: DataArguments, evaluations: Sequence[Path] = ()) -> None:
+    """The card of a run: its recipe with what is not the paper's, its data, and its evaluations."""
     deviations = recipe.deviations()
-    rows = [f"| {name} | {value} | {deviations.get(name, ('', ''))[0]} |" for name, value in asdict(recipe).items()]
-    training_data = "\n".join(
-        [
-            f"The split `{recipe.split}` of `{recipe.dataset}`, from `{recipe.start}`, with this recipe:",
-            "",
-            "| | this run | the paper, where it differs |",
-            "|---|---|---|",
-            *rows,
-        ]
+    training = {
+        name: f"{value} (the paper: {deviations[name][0]})" if name in deviations else value
+        for name, value in asdict(recipe).items()
+    }
+    size = "a stream" if recipe.num_expressions is None else f"{recipe.num_expressions:,} expressions"
+    write_model_card(
+        folder,
+        training=training,
+        evaluations=evaluations,
+        data=f"The split `{recipe.split}` of `{recipe.dataset}`, {size}. Its terms are those of its own card.",
+        datasets=[] if Path(args.dataset_name).exists() else [args.dataset_name],
     )
-    evaluation = None
-    if metrics is not None:
-        results = [f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, float)]
-        evaluation = "\n".join(
-            [
-                f"The split `{split}`, {metrics['num_expressions']:,} expressions; masks at the images' own size.",
-                "",
-                "| metric | |",
-                "|---|--:|",
-                *results,
-            ]
-        )
-    card = ModelCard.from_template(
-        ModelCardData(), template_path=str(CARD_TEMPLATE), training_data=training_data, evaluation=evaluation
-    )
-    card.save(folder / "README.md")
-
-
-def push_folder(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload a model's folder to a repository on the Hub, made as needed, in one commit; returns the commit's URL."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the trained model").commit_url

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..metrics import ReferringIoU
-from ..modeling_restr import ReSTRForImageSegmentation
 from ..visualization import save_image
 from .batches import ReferringDataset, ReferringStream, loss_weight, split_ids
 from .checkpoints import StopSignal, check_loss, check_weights, keep_last_checkpoints, write_checkpoint
@@ -186,17 +185,6 @@ class ReferringTrainer(Trainer):
         if self.is_world_process_zero():
             best = self.state.best_model_checkpoint
             keep_last_checkpoints(output_dir, self.args.save_total_limit, protected=[best] if best else [])
-
-    def get_whole_model(self) -> ReSTRForImageSegmentation | None:
-        """The trained model as one, on the main process; None on others where FSDP has spread it over all of them."""
-        if not self.is_fsdp_enabled:
-            return self.model
-        state_dict = self.accelerator.get_state_dict(self.model)
-        if not self.is_world_process_zero():
-            return None
-        model = ReSTRForImageSegmentation(self.accelerator.unwrap_model(self.model).config)
-        model.load_state_dict(state_dict)
-        return model
 
 
 class _StepCallback(TrainerCallback):

@@ -1,0 +1,107 @@
+"""The trainer's parts: rates of both groups, pixel counts, overlays for the trackers."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_training import make_dataset, make_model, make_processor
+from transformers import TrainerCallback, TrainingArguments
+
+from modeling_restr.training.batches import ReferringCollator, ReferringDataset
+from modeling_restr.training.recipe import Recipe
+from modeling_restr.training.trainer import ReferringTrainer, count_pixels
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    processor = make_processor()
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=100,
+        learning_rate=1e-5,
+        warmup_steps=0.1,
+        lr_scheduler_type="polynomial",
+        lr_scheduler_kwargs={"power": 0.9, "lr_end": 0.0},
+        per_device_eval_batch_size=2,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    return ReferringTrainer(
+        make_model(processor),
+        args,
+        ReferringCollator(processor),
+        eval_dataset=ReferringDataset(make_dataset(5), 3, shuffle=False),
+        processor=processor,
+        recipe=Recipe(max_steps=100),
+        overlay_rows=make_dataset(2, num_expressions=lambda index: 4 - 3 * index),
+    )
+
+
+def test_both_groups_follow_the_papers_schedule(trainer):
+    trainer.create_optimizer_and_scheduler(100)
+    for step in range(101):
+        factor = step / 10 if step < 10 else ((100 - step) / 90) ** 0.9
+        rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == pytest.approx({"fusion and language": factor * 1e-5, "vision": factor * 1e-6})
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    options = [(group["weight_decay"], group["betas"]) for group in trainer.optimizer.param_groups]
+    assert options == [(5e-4, (0.9, 0.999))] * 2
+
+
+def test_pixels_are_counted_one_row_an_image():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 8, 9, generator=generator)
+    labels = (torch.rand(6, 8, 9, generator=generator) < 0.4).long()
+    labels[4] = 0
+    counts = count_pixels(logits, labels, torch.tensor([0, 1, 1, 1, 2, 2])).numpy()
+    assert counts.shape == (3, 3, 2)
+    places = [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    for (image, place), logit, label in zip(places, logits.numpy(), labels.numpy(), strict=True):
+        predicted, target = logit > 0, label > 0
+        assert counts[image, place].tolist() == [(predicted & target).sum(), (predicted | target).sum()]
+    assert (counts == -100).sum() == 2 * (3 * 3 - 6)
+
+
+def test_quick_evaluation_is_what_the_model_answers(trainer):
+    metrics = trainer.evaluate()
+    intersections, unions = [], []
+    for item in ReferringDataset(make_dataset(5), 4, shuffle=False):
+        batch = ReferringCollator(trainer.processor)([item])
+        logits = trainer.model.eval()(batch["pixel_values"], batch["input_ids"]).logits.detach().numpy()
+        for predicted, target in zip(logits > 0, batch["labels"].numpy() > 0, strict=True):
+            intersections.append((predicted & target).sum())
+            unions.append((predicted | target).sum())
+    assert metrics["eval_overall_iou"] == sum(intersections) / sum(unions)
+    assert metrics["eval_mean_iou"] == pytest.approx(np.mean(np.divide(intersections, unions)))
+    assert metrics["eval_num_expressions"] == len(unions) == 11
+
+
+def test_overlays_are_written_and_sent_to_the_trackers(trainer, tmp_path, monkeypatch):
+    pictures = {}
+
+    class TensorBoard(TrainerCallback):
+        tb_writer = SimpleNamespace(
+            add_image=lambda name, image, step, dataformats: pictures.update(
+                tensorboard=(name, image, step, dataformats)
+            )
+        )
+
+    trackio = SimpleNamespace(
+        Image=lambda image: np.asarray(image), log=lambda values, step: pictures.update(trackio=(values, step))
+    )
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    trainer.args.report_to = ["tensorboard", "trackio"]
+    trainer.add_callback(TensorBoard())
+    state = torch.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), state)
+    panel = np.asarray(Image.open(tmp_path / "overlays" / "step-0000000.png"))
+    assert pictures["tensorboard"][0] == "eval/overlays" and pictures["tensorboard"][2:] == (0, "HWC")
+    np.testing.assert_array_equal(pictures["tensorboard"][1], panel)
+    np.testing.assert_array_equal(pictures["trackio"][0]["eval/overlays"], panel)
