@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 
 EXTRAS = {
@@ -9,6 +10,16 @@ EXTRAS = {
 }
 EXTRAS["test"] = [*EXTRAS["train"], "parameterized", "pytest>=8.0"]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+
+class BuildWithModelCard(build_py):
+    """Puts the template of model cards, which lies at the repository's root, beside the module that fills it."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_file("model_card.md", str(Path(self.build_lib, "modeling_restr", "hub", "model_card.md")))
+
 
 setup(
     name="modeling-restr",
@@ -26,10 +37,12 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
+    cmdclass={"build_py": BuildWithModelCard},
     packages=find_packages(include=["modeling_restr", "modeling_restr.*"]),
     python_requires=">=3.11",
     install_requires=[
         "huggingface-hub>=1.0",
+        "jinja2>=3.0",
         "numpy>=1.26",
         "pillow>=10.0.1",
         "safetensors>=0.5",

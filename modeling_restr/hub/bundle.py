@@ -1,6 +1,7 @@
 """Save a model with everything that a machine without this package needs to run it."""
 
 import copy
+import hashlib
 import json
 import os
 import tempfile
@@ -15,7 +16,7 @@ from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 
 
-_WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # What a reloaded tokenizer would save of how it was loaded.
 _LOADING_KEYS = ("is_local", "local_files_only")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -108,6 +109,24 @@ def _cast_state_dict(model: ReSTRForImageSegmentation, dtype: torch.dtype | str 
     return state_dict
 
 
+def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
+    """
+    SHA-256 of a saved model's weights, by file name: what evaluations record, and model cards compare.
+
+    Raises:
+        `ValueError`: The folder has no weights.
+    """
+    paths = [path for path in weight_files(Path(folder)) if path.suffix == ".safetensors"]
+    if not paths:
+        raise ValueError(f"Expected the folder of a saved model, but {folder} has no weights (model.safetensors).")
+    return {path.name: hash_file(path) for path in paths}
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def add_code(folder: Path, output: Path) -> None:
     """Write to `output` the code for a folder that was saved without it, and the configs that refer to the code."""
     ReSTRConfig.from_pretrained(folder).save_pretrained(output)
@@ -151,14 +170,14 @@ def _move_into_place(staging: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(staging, folder)
         return
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         path.unlink()
-    weights = _weight_files(staging)
+    weights = weight_files(staging)
     others = sorted(set(staging.iterdir()) - set(weights))
     for path in (*others, *weights):
         os.replace(path, folder / path.name)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that `from_pretrained` may take weights from; an index comes after its parts."""
-    return sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))
+    return sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))

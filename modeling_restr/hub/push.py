@@ -1,0 +1,138 @@
+"""Push a model to the Hub with everything that a machine without this package needs to run it."""
+
+import json
+import os
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+
+from ..modeling_restr import ReSTRForImageSegmentation
+from ..processing_restr import ReSTRProcessor
+from .bundle import WEIGHT_PATTERNS, add_code, save_bundle
+from .model_card import MODEL_ID_PLACEHOLDER, build_model_card, check_card
+
+
+# What of a folder belongs to the model; not what a training left there for itself.
+_PATTERNS = ("*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.jpg", "*.jpeg", "LICENSE*")
+_REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json")
+
+
+def push_to_hub(
+    bundle: str | os.PathLike | tuple[ReSTRForImageSegmentation, ReSTRProcessor],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    tag: str | None = None,
+    commit_message: str = "Upload ReSTR",
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Push a model to the Hub in one commit: weights, config, processor, code, model card and its pictures. Then the Auto
+    classes and `pipeline` load it with `trust_remote_code=True` where this package is not installed, and without it
+    where it is. Where nothing has changed since the last push, there is no commit.
+
+    Args:
+        bundle (`str`, `os.PathLike` or `tuple`):
+            A model's folder, or a model and its processor. A folder without code, such as examples/checkpoint, is
+            pushed with this package's; its subfolders are not pushed. A folder without README.md gets a card that
+            says how to use it, unless the repository has one.
+        repo_id (`str`): The repository, made as needed.
+        private (`bool`, *optional*): Whether a new repository is private.
+        tag (`str`, *optional*): A name for this state of the repository.
+        commit_message (`str`, defaults to `"Upload ReSTR"`): The commit's title.
+        token (`str`, *optional*): A token to write with; that of `hf auth login` by default.
+
+    Returns:
+        `CommitInfo`: The commit, or the repository's last one where nothing has changed.
+
+    Raises:
+        `ValueError`: The folder lacks a part of the model, its card or that of the repository tells of other weights,
+            or the tag names another commit (then the push itself is done).
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_bundle(*bundle, Path(temporary) / "bundle") if isinstance(bundle, tuple) else Path(bundle)
+        files = _collect_files(folder, Path(temporary))
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        there = api.list_repo_files(repo_id)
+        files |= _prepare_card(folder, repo_id, "README.md" in there, Path(temporary), token)
+        # Of old weights `from_pretrained` could take these instead of the new ones.
+        stale = [name for name in there if name not in files and _matches(name, WEIGHT_PATTERNS)]
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
+                *(CommitOperationDelete(name, is_folder=False) for name in stale),
+            ],
+            commit_message=commit_message,
+        )
+    if tag is not None:
+        _add_tag(api, repo_id, tag, commit.oid)
+    return commit
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _collect_files(folder: Path, temporary: Path) -> dict[str, Path]:
+    """The files to push, by name; those that `folder` lacks are made in `temporary`."""
+    if not folder.is_dir():
+        raise ValueError(f"Expected the folder of a saved model, or a model and its processor; there is no {folder}.")
+    files = {path.name: path for path in folder.iterdir() if path.is_file() and _matches(path.name, _PATTERNS)}
+    missing = [name for name in _REQUIRED_FILES if name not in files] or _missing_weights(files)
+    if not missing:
+        if "auto_map" not in json.loads(files["config.json"].read_text(encoding="utf-8")):
+            add_code(folder, temporary / "code")
+            files |= {path.name: path for path in (temporary / "code").iterdir()}
+        missing = _missing_code(files)
+    if missing:
+        raise ValueError(f"{folder} is no whole model: it lacks {', '.join(missing)}. Save it with save_bundle.")
+    return files
+
+
+def _missing_weights(files: dict[str, Path]) -> list[str]:
+    if "model.safetensors" in files:
+        return []
+    if "model.safetensors.index.json" not in files:
+        return ["model.safetensors"]
+    index = json.loads(files["model.safetensors.index.json"].read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()) - files.keys())
+
+
+def _missing_code(files: dict[str, Path]) -> list[str]:
+    """The Python files that the configs refer to and the folder lacks."""
+    config, processor_config = (
+        json.loads(files[name].read_text(encoding="utf-8")) for name in ("config.json", "processor_config.json")
+    )
+    references = [*config["auto_map"].values(), *processor_config.get("auto_map", {}).values()]
+    references += [task["impl"] for task in config.get("custom_pipelines", {}).values()]
+    return sorted({f"{reference.partition('.')[0]}.py" for reference in references} - files.keys())
+
+
+def _prepare_card(folder: Path, repo_id: str, is_there: bool, temporary: Path, token: str | None) -> dict[str, Path]:
+    """The card as it is pushed, in which the model has its id; none where the repository's own stays."""
+    path = temporary / "README.md"
+    if (folder / "README.md").exists():
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        path.write_text(text.replace(MODEL_ID_PLACEHOLDER, repo_id), encoding="utf-8")
+    elif not is_there:
+        build_model_card(folder, model_id=repo_id).save(path)
+    card = path if path.exists() else Path(hf_hub_download(repo_id, "README.md", token=token))
+    check_card(card.read_text(encoding="utf-8"), folder)
+    return {"README.md": path} if path.exists() else {}
+
+
+def _add_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    named = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    if tag not in named:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    elif named[tag] != commit:
+        raise ValueError(
+            f"The model is pushed, as {commit}, but the tag {tag!r} of {repo_id} names {named[tag]}: choose another tag."
+        )
+
+
+__all__ = ["push_to_hub"]

@@ -1,0 +1,325 @@
+"""A model card is true: its results are those of evaluations of the very weights, its pictures what the model finds."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import serve
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+from tiny_training import make_dataset, make_model, make_processor
+
+from modeling_restr import ReSTRPipeline
+from modeling_restr.hub import Example, hash_weights, push_to_hub, save_bundle, write_model_card
+from modeling_restr.hub.model_card import PAPER_OVERALL_IOU, find_template
+from modeling_restr.visualization import add_legend, draw_masks
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXAMPLES = REPOSITORY / "examples"
+PHOTO = EXAMPLES / "photos" / "shapes.jpg"
+TEXTS = ["the red square", 'thing on the left, "blue"']
+PRECISIONS = [f"precision@0.{tenth}" for tenth in range(5, 10)]
+METRICS = ["overall_iou", "mean_iou", *PRECISIONS]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    processor = make_processor()
+    return save_bundle(make_model(processor), processor, tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def evaluation(saved, tmp_path_factory) -> dict:
+    """What examples/evaluate_refcoco.py writes of the model."""
+    root = tmp_path_factory.mktemp("evaluation")
+    (root / "squares" / "data").mkdir(parents=True)
+    make_dataset(4).to_parquet(root / "squares" / "data" / "val-00000-of-00001.parquet")
+    script = str(EXAMPLES / "evaluate_refcoco.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(root / "cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
+        command = [script, saved, root / "squares", "--split", "val", "--output_dir", root / "output"]
+        patch.setattr(sys, "argv", list(map(str, command)))
+        runpy.run_path(script, run_name="__main__")
+    return json.loads((root / "output" / "results.json").read_text())
+
+
+def write_json(path: Path, content: dict) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def drawn_scenes_evaluation(folder: Path) -> dict:
+    """In the form of examples/evaluate_drawn_scenes.py."""
+    numbers = {"all": (40, 31.2, 33.4), "place": (10, 21.5, 22.6)}
+    controls = {"all": (40, 5.1, 6.2), "place": (10, 4.3, 5.4)}
+    return {
+        "model": {"name": "model", "revision": hash_weights(folder)},
+        "data": "5 drawn scenes, seed 1, 32 pixels",
+        "photographs": False,
+        "threshold": 0.5,
+        **{
+            key: {kind: dict(zip(("sentences", "mean_iou", "overall_iou"), row)) for kind, row in rows.items()}
+            for key, rows in (("results", numbers), ("results_with_sentences_of_another_scene", controls))
+        },
+    }
+
+
+def read_tables(text: str) -> list[list[str]]:
+    """The rows of the tables in a section, without their heads' rules."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def read_sections(path: Path) -> dict[str, str]:
+    parts = re.split(r"^## (.*)$", ModelCard.load(path).text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_results_are_the_evaluation_s(folder, evaluation, tmp_path):
+    path = write_model_card(folder, model_id="me/squares", evaluations=[write_json(tmp_path / "val.json", evaluation)])
+    data = ModelCard.load(path).data
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found == {name: round(100 * evaluation["metrics"][name], 2) for name in METRICS}
+    assert data.metrics == METRICS and data.model_name == "squares"
+    for result in data.eval_results:
+        assert (result.dataset_name, result.dataset_split, result.task_type) == (
+            "squares",
+            "val",
+            "image-segmentation",
+        )
+        assert result.dataset_args == {"fingerprint": evaluation["data"]["fingerprint"]}
+        assert "images' own size, input 32x32, float32, threshold 0.5" in result.metric_name
+    head, row = read_tables(read_sections(path)["Evaluation"])
+    shown = dict(zip(head, row))
+    assert shown["overall IoU"] == f"{100 * evaluation['metrics']['overall_iou']:.2f}"
+    assert shown["mean IoU"] == f"{100 * evaluation['metrics']['mean_iou']:.2f}"
+    assert shown["Precision@0.5"] == f"{100 * evaluation['metrics']['precision@0.5']:.2f}"
+    assert shown["expressions"] == str(evaluation["metrics"]["num_expressions"]) and shown["threshold"] == "0.5"
+    assert str(folder.parent) not in path.read_text() and "pytest" not in path.read_text()  # nobody's folders
+
+
+def test_papers_numbers_stand_in_their_own_column_for_the_same_data_only(folder, evaluation, tmp_path):
+    evaluation = evaluation | {"data": evaluation["data"] | {"benchmark": "refcoco", "differences": []}}
+    path = write_model_card(folder, evaluations=[write_json(tmp_path / "val.json", evaluation)])
+    head, row = read_tables(read_sections(path)["Evaluation"])
+    assert dict(zip(head, row))["*overall IoU of the paper's own model*"] == "*67.22*"
+    assert "no result of these weights" in path.read_text()
+    assert 67.22 not in [result.metric_value for result in ModelCard.load(path).data.eval_results]
+    evaluation["data"]["differences"] = ["1 image of 1,500"]
+    path = write_model_card(folder, evaluations=[write_json(tmp_path / "val.json", evaluation)])
+    assert "paper's own model" not in path.read_text() and "67.22" not in path.read_text()
+
+
+def test_papers_numbers_are_those_of_the_evaluation_script():
+    benchmarks = runpy.run_path(str(EXAMPLES / "evaluate_refcoco.py"))["BENCHMARKS"]
+    assert {name: benchmark.overall_iou for name, benchmark in benchmarks.items()} == PAPER_OVERALL_IOU
+
+
+def test_drawn_scenes_are_shown_by_kind_and_beside_other_sentences(folder, tmp_path):
+    path = write_json(tmp_path / "drawn.json", drawn_scenes_evaluation(folder))
+    path = write_model_card(folder, evaluations=[path])
+    results = ModelCard.load(path).data.eval_results
+    assert {result.metric_type: result.metric_value for result in results} == {"overall_iou": 33.4, "mean_iou": 31.2}
+    head, *rows = read_tables(read_sections(path)["Evaluation"])
+    shown = [dict(zip(head, row)) for row in rows]
+    assert [row["split or kind"] for row in shown] == ["all", "place"]
+    assert [row["overall IoU"] for row in shown] == ["33.40", "22.60"]
+    assert [row["mean IoU, sentence of another scene"] for row in shown] == ["5.10", "4.30"]
+
+
+@pytest.mark.parametrize("change", ["weights", "processor", "more weights", "fewer weights"])
+def test_evaluation_of_another_model_is_refused(folder, evaluation, tmp_path, change):
+    recorded = dict(evaluation["model"]["revision"])
+    if change == "weights":
+        make_model(make_processor(), seed=1).save_pretrained(folder)
+    elif change == "processor":
+        (folder / "processor_config.json").write_text("{}")
+    elif change == "more weights":
+        shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    else:
+        recorded["model-00002-of-00002.safetensors"] = "0" * 64
+    path = write_json(tmp_path / "val.json", evaluation | {"model": {"name": "model", "revision": recorded}})
+    with pytest.raises(ValueError, match="is of another model than"):
+        write_model_card(folder, evaluations=[path])
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"metrics": {}, "model": {"name": "model"}}, "does not say which weights"),
+        ({"results": {}}, "does not say which weights"),
+        ({"mean_iou": 0.7}, "is no evaluation: expected a JSON file of examples/evaluate_refcoco.py"),
+    ],
+)
+def test_numbers_without_an_evaluation_of_known_weights_are_refused(folder, tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        write_model_card(folder, evaluations=[write_json(tmp_path / "val.json", content)])
+
+
+def test_two_evaluations_of_one_split_are_refused(folder, evaluation, tmp_path):
+    path = write_json(tmp_path / "val.json", evaluation)
+    with pytest.raises(ValueError, match="another evaluation on squares, val"):
+        write_model_card(folder, evaluations=[path, path])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training": {"best_mean_iou": 0.71}},
+        {"training": {"note": "reaches 71.2 oIoU"}},
+        {"data": "On RefCOCO, where it has P@0.5 = 80."},
+        {"limits": "Small things: an accuracy of 12 %."},
+    ],
+)
+def test_results_get_in_by_no_other_way(folder, options):
+    with pytest.raises(ValueError, match=r"has a result: .* through the JSON files"):
+        write_model_card(folder, **options)
+    assert not (folder / "README.md").exists()
+
+
+def test_evaluation_of_a_commit_on_the_hub_counts_for_the_same_weights(folder, evaluation, tmp_path, monkeypatch):
+    with serve() as hub:
+        hub.connect(tmp_path, monkeypatch)
+        commit = push_to_hub(folder, "restr").oid
+        evaluation = evaluation | {"model": {"name": "tester/restr", "revision": commit}}
+        path = write_json(tmp_path / "val.json", evaluation)
+        write_model_card(folder, evaluations=[path])
+        make_model(make_processor(), seed=1).save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"model\.safetensors differ"):
+            write_model_card(folder, evaluations=[path])
+
+
+def test_recipe_data_and_limits_are_shown(folder):
+    training = {"max_steps": 400_000, "learning_rate": 1e-5, "dataset": "me/refcoco", "start": "/home/me/vit|base"}
+    training |= {"metric_for_best_model": "mean_iou"}
+    path = write_model_card(
+        folder,
+        training=training,
+        data="RefCOCO, of its own terms.",
+        datasets=["me/refcoco"],
+        base_model="google/vit-base-patch16-384",
+        license="cc-by-4.0",
+        limits="It never saw a night.",
+        space="me/try-it",
+    )
+    sections = read_sections(path)
+    assert read_tables(sections["Training"].replace("\\|", "/"))[1:] == [
+        ["`max_steps`", "400000"],
+        ["`learning_rate`", "1e-05"],
+        ["`dataset`", "me/refcoco"],
+        ["`start`", "vit/base"],
+        ["`metric_for_best_model`", "mean_iou"],
+    ]
+    assert "It never saw a night." in sections["Limits"]
+    assert "32x32 pixels" in sections["Limits"] and "first 6 words" in sections["Limits"]
+    assert "RefCOCO, of its own terms." in sections["Data and licence"]
+    assert "`cc-by-4.0`" in sections["Data and licence"]
+    assert "no live widget" in sections["Use"] and "https://huggingface.co/spaces/me/try-it" in sections["Use"]
+    assert "@inproceedings{kim2022restr" in sections["Citation"]
+    data = ModelCard.load(path).data.to_dict()
+    assert data["license"] == "cc-by-4.0" and data["datasets"] == ["me/refcoco"]
+    assert data["base_model"] == "google/vit-base-patch16-384"
+
+
+def test_without_evaluation_there_is_no_result(folder):
+    path = write_model_card(folder)
+    data = ModelCard.load(path).data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-segmentation"
+    assert data["language"] == "en" and "referring-image-segmentation" in data["tags"]
+    assert not {"model-index", "metrics", "widget"} & data.keys()
+    assert read_sections(path)["Evaluation"].strip() == "Not evaluated."
+
+
+def test_example_shows_what_the_model_finds(folder):
+    path = write_model_card(folder, model_id="me/restr", example=Example(PHOTO, TEXTS, "by her, CC BY-SA 2.0"))
+    pipe = ReSTRPipeline(model=make_model(make_processor()).eval(), processor=make_processor())
+    masks = [result["mask"] for result in pipe(Image.open(PHOTO), text=TEXTS)]
+    photo = Image.open(PHOTO).convert("RGB")
+    pictures = {"example_overlay.png": add_legend(draw_masks(photo, masks), TEXTS)}
+    pictures |= {
+        f"example_{number}.png": add_legend(draw_masks(photo, [mask]), [text])
+        for number, (text, mask) in enumerate(zip(TEXTS, masks), start=1)
+    }
+    for name, picture in pictures.items():
+        assert np.array_equal(np.asarray(Image.open(folder / name)), np.asarray(picture))
+    assert (folder / "example.jpg").read_bytes() == PHOTO.read_bytes()
+    card = ModelCard.load(path)
+    assert [(entry["src"], entry["text"], entry["output"]["url"]) for entry in card.data.to_dict()["widget"]] == [
+        ("example.jpg", TEXTS[0], "example_1.png"),
+        ("example.jpg", TEXTS[1], "example_2.png"),
+    ]
+    assert "(example_overlay.png)" in card.text and "Photograph: by her, CC BY-SA 2.0." in card.text
+    code = re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1]
+    assert f"text={json.dumps(TEXTS)})" in code
+    assert f"- `model.safetensors`: SHA-256 `{hash_weights(folder)['model.safetensors']}`" in card.text
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example("photo.webp", TEXTS, "by me"), "Expected a photograph as .jpg, .jpeg or .png"),
+        (Example(PHOTO, [], "by me"), "at least one sentence"),
+        (Example(PHOTO, TEXTS, " "), "with the photograph's credit"),
+    ],
+)
+def test_bad_example_is_explained(folder, example, message):
+    with pytest.raises(ValueError, match=message):
+        write_model_card(folder, example=example)
+    assert not (folder / "README.md").exists()
+
+
+def test_snippet_without_example_runs_with_a_photograph_of_one_s_own(folder, tmp_path, monkeypatch, capsys):
+    path = write_model_card(folder)
+    code = re.search(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)[1]
+    shutil.copy(PHOTO, tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snippet.py").write_text(code.replace("path/or/id", str(folder)))
+    runpy.run_path(str(tmp_path / "snippet.py"))
+    assert Image.open("mask1.png").size == Image.open("mask2.png").size == Image.open(PHOTO).size
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no weights"):
+        write_model_card(folder, example=Example(PHOTO, TEXTS, "by me"))
+
+
+def test_template_fills_without_any_value():
+    card = ModelCard.from_template(ModelCardData(), template_path=str(REPOSITORY / "model_card.md"))
+    assert card.data.library_name == "transformers" and "Not evaluated." in card.text
+    assert 'model="path/or/id", trust_remote_code=True)' in card.text
+
+
+def test_built_package_carries_the_template(tmp_path):
+    pytest.importorskip("setuptools")
+    assert find_template() == REPOSITORY / "model_card.md"  # of a clone
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "build_py",
+        "-d",
+        tmp_path / "built",
+    ]
+    subprocess.run(list(map(str, command)), check=True, cwd=REPOSITORY, capture_output=True)
+    built = tmp_path / "built" / "modeling_restr" / "hub"
+    assert (built / "model_card.md").read_bytes() == (REPOSITORY / "model_card.md").read_bytes()
+    assert (built / "model_card.py").exists()

@@ -1,0 +1,345 @@
+"""What is pushed to a Hub loads from it where the package is not: with real HTTP, from fresh processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from annotated_images import make_images
+from datasets import load_dataset
+from hub_server import TOKEN, serve
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_training import make_model, make_processor
+
+import modeling_restr
+from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline
+from modeling_restr.data import preparation
+from modeling_restr.data.dataset_card import Source
+from modeling_restr.hub import Example, push_to_hub, save_bundle, write_model_card
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = Path(modeling_restr.__file__).parent
+PHOTO = REPOSITORY / "examples" / "photos" / "shapes.jpg"
+CODE_FILES = {
+    "configuration_restr.py",
+    "image_processing_restr.py",
+    "modeling_restr.py",
+    "pipeline_restr.py",
+    "processing_restr.py",
+}
+MODEL_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+PICTURES = {"example.jpg", "example_overlay.png", "example_1.png", "example_2.png"}
+TEXTS = ["the red square", "blue thing"]
+
+# Pushes the folder argv[1] by the script argv[2], part by part and by Trainer; each twice.
+PUSHES = """
+import runpy, sys
+from transformers import Trainer, TrainingArguments
+from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
+
+folder, script, output = sys.argv[1:]
+model, processor = ReSTRForImageSegmentation.from_pretrained(folder), ReSTRProcessor.from_pretrained(folder)
+trainer = Trainer(
+    model, TrainingArguments(f"{output}/by-trainer", use_cpu=True, report_to="none"), processing_class=processor
+)
+for _ in range(2):
+    sys.argv = [script, folder, "by-script", "--tag", "v1", "--private"]
+    runpy.run_path(script, run_name="__main__")
+    model.push_to_hub("by-parts")
+    processor.push_to_hub("by-parts")
+    trainer.push_to_hub()
+"""
+
+# Loads the dataset argv[3] and the models argv[4:] (ids or id@revision), where the package is not, and writes what it
+# reads and what the models say of the photo argv[1] to the folder argv[2]; runs the snippet of the first one's card.
+LOADS = '''
+import json, os, re, sys
+from importlib.abc import MetaPathFinder
+
+
+class Hidden(MetaPathFinder):
+    """Whatever is installed or on the path: here the package is not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_restr":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Hidden())
+import numpy as np
+import torch
+from datasets import load_dataset
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForImageSegmentation, AutoProcessor, pipeline
+
+photo, output, dataset, *names = sys.argv[1:]
+os.chdir(output)
+texts = ["the red square", "blue thing"]
+results = {}
+for name in names:
+    model, _, revision = name.partition("@")
+    if revision:
+        pipe = pipeline("image-segmentation", model=model, revision=revision, trust_remote_code=True)
+    else:
+        pipe = pipeline("image-segmentation", model=model, trust_remote_code=True)
+    options = {"trust_remote_code": True, "revision": revision or "main"}
+    inputs = AutoProcessor.from_pretrained(model, **options)(images=Image.open(photo), text=texts, return_tensors="pt")
+    with torch.inference_mode():
+        results[f"{name} logits"] = AutoModelForImageSegmentation.from_pretrained(model, **options)(**inputs).logits
+        results[f"{name} patch_logits"] = AutoModel.from_pretrained(model, **options)(**inputs).patch_logits
+    masks = [np.array(result["mask"]) for result in pipe(photo, text=texts)]
+    results[f"{name} masks"] = torch.from_numpy(np.stack(masks))
+save_file(results, "results.safetensors")
+
+with open(hf_hub_download(names[0], "README.md")) as file:
+    exec(re.search(r"```python\\n(.*?)```", file.read(), flags=re.DOTALL)[1])
+
+rows = load_dataset(dataset, split="val").to_list()
+if not os.environ.get("HF_HUB_OFFLINE"):
+    streamed = list(load_dataset(dataset, split="val", streaming=True).decode(False))
+    assert streamed == rows
+with open("rows.json", "w") as file:
+    json.dump([{**row, "image": row["image"]["bytes"].hex()} for row in rows], file)
+'''
+
+
+def run_python(code: str, *arguments: object, cwd: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, check=False, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """
+    A Hub with two states of one model, the first tagged "v1", the same model pushed in other ways, and a dataset; and
+    the folders that hold what was pushed.
+    """
+    root = tmp_path_factory.mktemp("pushed")
+    processor = make_processor()
+    folders = [
+        save_bundle(make_model(processor, seed=seed), processor, root / f"seed-{seed}", dtype=dtype, include_code=code)
+        for seed, dtype, code in ((0, None, True), (1, None, True), (2, "float16", False))
+    ]
+    source = Source(name="boxes", title="Boxes", description="Noise with boxes.")
+    preparation.prepare(source, {"val": make_images(root / "images", range(5))}, root / "data", images_per_shard=2)
+    with serve() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.connect(root / "here", patch)
+        shas = []
+        for folder, tag in ((folders[0], "v1"), (folders[1], None)):
+            write_model_card(folder, example=Example(PHOTO, TEXTS, "somebody, CC BY-SA 2.0"))
+            shas += [push_to_hub(folder, "restr", tag=tag).oid for _ in range(2)]
+        for _ in range(2):
+            preparation.push_to_hub(root / "data", "tester/boxes")
+        environment = {**hub.environment(root / "pushing"), "PYTHONPATH": str(REPOSITORY)}
+        script = REPOSITORY / "examples" / "push_to_hub.py"
+        run_python(PUSHES, folders[2], script, root, cwd=root, environment=environment)
+        yield SimpleNamespace(hub=hub, root=root, folders=folders, shas=shas)
+
+
+@pytest.fixture(scope="module")
+def names(pushed) -> dict[str, Path]:
+    """What to load, and the folder that is behind it."""
+    first, second, third = pushed.folders
+    revisions = {"tester/restr": second, "tester/restr@v1": first, f"tester/restr@{pushed.shas[0]}": first}
+    return revisions | {f"tester/by-{way}": third for way in ("script", "parts", "trainer")}
+
+
+def load(pushed, names, output: str, **environment: str) -> Path:
+    folder = pushed.root / output
+    folder.mkdir()
+    environment = pushed.hub.environment(pushed.root / "loading", **environment)
+    run_python(LOADS, PHOTO, folder, "tester/boxes", *names, cwd=folder, environment=environment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(pushed, names) -> Path:
+    return load(pushed, names, "online")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_everything_loads_at_main_at_a_tag_and_at_a_sha_and_gives_the_same(loaded, names):
+    results = load_file(loaded / "results.safetensors")
+    processor, image = make_processor(), Image.open(PHOTO)
+    inputs = processor(images=image, text=TEXTS, return_tensors="pt")
+    for name, folder in names.items():
+        model = ReSTRForImageSegmentation.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            outputs = model(**inputs)
+        answers = ReSTRPipeline(model=model, processor=processor)(image, text=TEXTS)
+        assert torch.equal(results[f"{name} logits"], outputs.logits)
+        assert torch.equal(results[f"{name} patch_logits"], outputs.patch_logits)
+        masks = np.stack([np.array(answer["mask"]) for answer in answers])
+        assert np.array_equal(results[f"{name} masks"].numpy(), masks)
+    states = {results[f"{name} logits"].numpy().tobytes() for name in names}
+    assert len(states) == 3  # or nothing would tell the revisions apart
+
+
+def test_everything_loads_offline_from_the_cache_afterwards(pushed, loaded, names):
+    before = len(pushed.hub.requests)
+    offline = load(pushed, names, "offline", HF_HUB_OFFLINE="1")
+    assert len(pushed.hub.requests) == before
+    for name in ("results.safetensors", "rows.json", "mask1.png", "mask2.png"):
+        assert (offline / name).read_bytes() == (loaded / name).read_bytes()
+
+
+def test_snippet_of_the_card_finds_what_the_pipeline_finds(loaded):
+    masks = load_file(loaded / "results.safetensors")["tester/restr masks"].numpy()
+    for number, mask in enumerate(masks, start=1):
+        assert np.array_equal(np.asarray(Image.open(loaded / f"mask{number}.png")), mask)
+
+
+@pytest.mark.parametrize("name", ["restr", "by-script", "by-parts", "by-trainer"])
+def test_code_is_the_package_s_to_the_byte(pushed, name):
+    files = pushed.hub.repositories["model", f"tester/{name}"].files()
+    assert {path for path in files if path.endswith(".py")} == CODE_FILES
+    assert all(files[path] == (PACKAGE / path).read_bytes() for path in CODE_FILES)
+
+
+def test_folder_is_pushed_whole_in_one_commit_and_the_second_time_not_at_all(pushed):
+    repository = pushed.hub.repositories["model", "tester/restr"]
+    assert repository.titles == ["Upload ReSTR"] * 2  # of four pushes
+    assert pushed.shas == [repository.commits[1].sha] * 2 + [repository.commits[2].sha] * 2
+    assert repository.tags == {"v1": pushed.shas[0]}
+    for revision, folder in (("v1", pushed.folders[0]), ("main", pushed.folders[1])):
+        expected = read_files(folder)
+        assert expected.keys() == CODE_FILES | MODEL_FILES | PICTURES | {"README.md"}
+        expected["README.md"] = expected["README.md"].replace(b"path/or/id", b"tester/restr")
+        assert repository.files(revision) == expected
+
+
+def test_script_pushes_a_folder_without_code_with_it_and_the_weights_as_they_are(pushed):
+    repository = pushed.hub.repositories["model", "tester/by-script"]
+    folder = read_files(pushed.folders[2])
+    assert folder.keys() == MODEL_FILES  # the folder itself is left alone
+    assert repository.titles == ["Upload ReSTR"] and repository.private
+    files = repository.files("v1")
+    assert files.keys() == CODE_FILES | MODEL_FILES | {"README.md"}
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert files[name] == folder[name]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-segmentation"
+    assert 'pipeline("image-segmentation", model="tester/by-script", trust_remote_code=True)' in card.text
+
+
+def test_push_to_hub_of_model_and_processor_changes_nothing_the_second_time(pushed):
+    repository = pushed.hub.repositories["model", "tester/by-parts"]
+    assert repository.titles == ["Upload ReSTRForImageSegmentation", "Upload processor"]
+    assert repository.files().keys() == CODE_FILES | MODEL_FILES | {"README.md"}
+    configs = [
+        json.loads(pushed.hub.repositories["model", f"tester/{name}"].files()["config.json"])
+        for name in ("restr", "by-parts", "by-trainer")
+    ]
+    for key in ("auto_map", "custom_pipelines"):
+        assert configs[0][key] == configs[1][key] == configs[2][key]
+
+
+def test_dataset_is_pushed_once_and_loads_by_id(pushed, loaded):
+    repository = pushed.hub.repositories["dataset", "tester/boxes"]
+    assert repository.titles == ["Upload the prepared dataset"]
+    rows = json.loads((loaded / "rows.json").read_text())
+    expected = load_dataset(str(pushed.root / "data"), split="val", cache_dir=str(pushed.root / "cache")).to_list()
+    assert rows == [{**row, "image": row["image"]["bytes"].hex()} for row in expected]
+    assert len(rows) == 5
+
+
+def test_the_hub_was_asked_nothing_that_it_does_not_know(pushed, loaded):
+    assert not [request for request in pushed.hub.unknown_requests if "tester/" in request]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serve() as hub:
+        hub.connect(tmp_path, monkeypatch)
+        yield hub
+
+
+def test_model_and_processor_are_pushed_with_a_card_that_later_pushes_keep(hub):
+    processor = make_processor()
+    push_to_hub((make_model(processor), processor), "restr")
+    repository = hub.repositories["model", "tester/restr"]
+    assert repository.files().keys() == CODE_FILES | MODEL_FILES | {"README.md"}
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="README.md", repo_id="tester/restr")
+    push_to_hub((make_model(processor, seed=1), processor), "tester/restr", commit_message="Train for longer")
+    assert repository.files()["README.md"] == b"mine"
+    assert repository.titles[-1] == "Train for longer"
+
+
+def test_old_weights_go_with_the_commit_that_brings_the_new_ones(hub, tmp_path):
+    processor = make_processor()
+    folder = save_bundle(make_model(processor), processor, tmp_path / "model")
+    push_to_hub(folder, "restr")
+    model = make_model(processor, seed=1)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="30KB")
+    (folder / "checkpoint-1").mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "checkpoint-1" / "model.safetensors")
+    torch.save({}, folder / "training_args.bin")
+    push_to_hub(folder, "restr")
+    repository = hub.repositories["model", "tester/restr"]
+    weights = {path for path in repository.files() if path not in CODE_FILES | MODEL_FILES | {"README.md"}}
+    assert "model.safetensors.index.json" in weights and len(weights) > 2
+    assert all(path.startswith("model") for path in weights) and "model.safetensors" not in repository.files()
+    assert len(repository.titles) == 2
+
+
+def test_tag_of_another_commit_is_explained(hub, tmp_path):
+    processor = make_processor()
+    first = push_to_hub((make_model(processor), processor), "restr", tag="v1")
+    with pytest.raises(ValueError, match=f"the tag 'v1' of tester/restr names {first.oid}: choose another"):
+        push_to_hub((make_model(processor, seed=1), processor), "restr", tag="v1")
+    assert hub.repositories["model", "tester/restr"].tags == {"v1": first.oid}
+
+
+def test_card_of_other_weights_is_not_pushed(hub, tmp_path):
+    processor = make_processor()
+    folder = save_bundle(make_model(processor), processor, tmp_path / "model")
+    write_model_card(folder, example=Example(PHOTO, TEXTS, "somebody"))
+    push_to_hub(folder, "restr")
+    pair = make_model(processor, seed=1), processor
+    with pytest.raises(ValueError, match="card tells of other weights"):
+        push_to_hub(pair, "restr")  # whose card is in the repository
+    save_bundle(*pair, folder)
+    with pytest.raises(ValueError, match="card tells of other weights"):
+        push_to_hub(folder, "restr")
+    assert len(hub.repositories["model", "tester/restr"].titles) == 1
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors", "pipeline_restr.py"])
+def test_folder_that_lacks_a_part_is_not_pushed(hub, tmp_path, missing):
+    processor = make_processor()
+    folder = save_bundle(make_model(processor), processor, tmp_path / "model")
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"is no whole model: it lacks {missing}"):
+        push_to_hub(folder, "restr")
+    assert not hub.repositories
+
+
+def test_what_is_no_folder_is_not_pushed(hub, tmp_path):
+    with pytest.raises(ValueError, match="there is no"):
+        push_to_hub(tmp_path / "absent", "restr")
+    assert not hub.repositories
+
+
+def test_nothing_is_pushed_without_a_token(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    processor = make_processor()
+    with pytest.raises(HfHubHTTPError, match="401"):
+        push_to_hub((make_model(processor), processor), "restr")
+    push_to_hub((make_model(processor), processor), "restr", token=TOKEN)
+    assert len(hub.repositories["model", "tester/restr"].titles) == 1
