@@ -44,7 +44,7 @@ def main() -> None:
     args = parse_args()
     if not args.photo.is_file():
         raise SystemExit(f"There is no file {args.photo}: expected the path of an image.")
-    pipe = pipeline("image-segmentation", model=args.model, device=args.device)
+    pipe: Any = pipeline("image-segmentation", model=args.model, device=args.device)
     try:
         photo = read_photo(args.photo, pipe.processor.image_processor)
         results = pipe(photo, text=args.sentences, threshold=args.threshold)

@@ -235,14 +235,15 @@ def initialize_as_convolutions(vision_model: ReSTRVisionModel, sharpness: float 
 
     reach = range(-2, 3)
     offsets = sorted([(y, x) for y in reach for x in reach if (y, x) != (0, 0)], key=lambda offset: np.hypot(*offset))
-    for index, layer in enumerate(vision_model.layers):
+    layers: Any = vision_model.layers
+    for index, layer in enumerate(layers):
         attention = layer.self_attn
         attention.out_proj.weight[-head_dim:] = 0
         layer.mlp.fc2.weight[-head_dim:] = 0
         attention.q_proj.weight *= 0.3
         attention.k_proj.weight *= 0.3
         # From the middle on, half of the heads start free to look anywhere.
-        num_local_heads = config.num_attention_heads // (1 if 2 * index < len(vision_model.layers) else 2)
+        num_local_heads = config.num_attention_heads // (1 if 2 * index < len(layers) else 2)
         for head in range(num_local_heads):
             rows = slice(head * head_dim, (head + 1) * head_dim)
             offset = offsets[(index * config.num_attention_heads + head) % 12]  # the 12 nearest
@@ -348,7 +349,7 @@ class DrawnTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     @property
-    def optimizer_and_options(self) -> tuple[Callable, dict[str, Any]]:
+    def optimizer_and_options(self) -> Any:
         """As Trainer takes it: a function that returns the class, and what the class takes beside the model."""
         options = {"adamw_lr": self.adamw_learning_rate, "betas": (self.adam_beta1, self.adam_beta2)}
         return lambda: MuonWithAdamW, {"lr": self.learning_rate, "weight_decay": self.weight_decay, **options}
@@ -423,8 +424,8 @@ def pretrain_vision(
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
-    folder = training_args.output_dir
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    folder = Path(training_args.output_dir or ".")
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def main() -> None:

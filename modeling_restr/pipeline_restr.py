@@ -133,12 +133,13 @@ class ReSTRPipeline(Pipeline):
         return torch.inference_mode
 
     def _forward(self, input_tensors: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        pixel_values = input_tensors["pixel_values"].to(self.model.dtype)
+        model: Any = self.model
+        pixel_values = input_tensors["pixel_values"].to(model.dtype)
         names = ("input_ids", "attention_mask", "image_indices")
         chunks = zip(*(input_tensors[name].split(_SENTENCES_AT_A_TIME) for name in names))
-        vision_embeds = self.model.get_image_features(pixel_values).pooler_output  # once, for all chunks
+        vision_embeds = model.get_image_features(pixel_values).pooler_output  # once, for all chunks
         options = {"vision_embeds": vision_embeds, "image_size": tuple(pixel_values.shape[2:])}
-        logits = [self.model(**options, **dict(zip(names, chunk))).logits for chunk in chunks]
+        logits = [model(**options, **dict(zip(names, chunk))).logits for chunk in chunks]
         kept = ("image_indices", "original_sizes", "text")
         return {"logits": torch.cat(logits), **{name: input_tensors[name] for name in kept}}
 
