@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from evaluate_refcoco import find_revision
 from PIL import Image
 from tqdm import tqdm
 from train_drawn_scenes import EVALUATION_SEED, SceneArguments, split_backgrounds
@@ -115,6 +116,7 @@ def main() -> None:
         )
     if args.output:
         results = {
+            "model": {"name": Path(args.model).name, "revision": find_revision(args.model, None)},
             "data": f"{args.num_scenes} drawn scenes, seed {EVALUATION_SEED}, {image_size} pixels",
             "photographs": bool(photographs),
             "threshold": THRESHOLD,

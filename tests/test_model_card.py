@@ -61,22 +61,6 @@ def write_json(path: Path, content: dict) -> Path:
     return path
 
 
-def drawn_scenes_evaluation(folder: Path) -> dict:
-    """In the form of examples/evaluate_drawn_scenes.py."""
-    numbers = {"all": (40, 31.2, 33.4), "place": (10, 21.5, 22.6)}
-    controls = {"all": (40, 5.1, 6.2), "place": (10, 4.3, 5.4)}
-    return {
-        "model": {"name": "model", "revision": hash_weights(folder)},
-        "data": "5 drawn scenes, seed 1, 32 pixels",
-        "photographs": False,
-        "threshold": 0.5,
-        **{
-            key: {kind: dict(zip(("sentences", "mean_iou", "overall_iou"), row)) for kind, row in rows.items()}
-            for key, rows in (("results", numbers), ("results_with_sentences_of_another_scene", controls))
-        },
-    }
-
-
 def read_tables(text: str) -> list[list[str]]:
     """The rows of the tables in a section, without their heads' rules."""
     lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
@@ -128,16 +112,21 @@ def test_papers_numbers_are_those_of_the_evaluation_script():
     assert {name: benchmark.overall_iou for name, benchmark in benchmarks.items()} == PAPER_OVERALL_IOU
 
 
-def test_drawn_scenes_are_shown_by_kind_and_beside_other_sentences(folder, tmp_path):
-    path = write_json(tmp_path / "drawn.json", drawn_scenes_evaluation(folder))
-    path = write_model_card(folder, evaluations=[path])
-    results = ModelCard.load(path).data.eval_results
-    assert {result.metric_type: result.metric_value for result in results} == {"overall_iou": 33.4, "mean_iou": 31.2}
+def test_card_of_the_shipped_checkpoint_shows_its_evaluation_by_kind_and_beside_other_sentences(tmp_path):
+    folder = Path(shutil.copytree(EXAMPLES / "checkpoint", tmp_path / "checkpoint"))
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    path = write_model_card(folder, evaluations=[folder / "evaluation.json"])
+    kinds, others = evaluation["results"], evaluation["results_with_sentences_of_another_scene"]
+    results = {result.metric_type: result.metric_value for result in ModelCard.load(path).data.eval_results}
+    assert results == {name: kinds["all"][name] for name in ("overall_iou", "mean_iou")}
     head, *rows = read_tables(read_sections(path)["Evaluation"])
-    shown = [dict(zip(head, row)) for row in rows]
-    assert [row["split or kind"] for row in shown] == ["all", "place"]
-    assert [row["overall IoU"] for row in shown] == ["33.40", "22.60"]
-    assert [row["mean IoU, sentence of another scene"] for row in shown] == ["5.10", "4.30"]
+    shown = {row[head.index("split or kind")]: dict(zip(head, row)) for row in rows}
+    assert shown.keys() == kinds.keys()
+    for kind, row in shown.items():
+        assert float(row["overall IoU"]) == kinds[kind]["overall_iou"]
+        assert float(row["mean IoU"]) == kinds[kind]["mean_iou"]
+        assert float(row["mean IoU, sentence of another scene"]) == others[kind]["mean_iou"]
+        assert row["expressions"] == f"{kinds[kind]['sentences']:,}"
 
 
 @pytest.mark.parametrize("change", ["weights", "processor", "more weights", "fewer weights"])
