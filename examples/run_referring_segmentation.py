@@ -12,7 +12,7 @@ number to keep the paper's step of 8 pairs.
 Whenever it is stopped, the same command goes on from the last whole checkpoint. On SIGTERM it saves one and exits with
 code 143. A run ends in OUTPUT_DIR/model, a folder that `pipeline` loads, with a card; `--push_to_hub` uploads it.
 Every other option of transformers' TrainingArguments works, too: `--bf16`, `--gradient_accumulation_steps`,
-`--activation_checkpointing`, `--torch_compile`, `--report_to tensorboard`, ...
+`--gradient_checkpointing`, `--torch_compile`, `--report_to tensorboard`, ...
 """
 
 import sys
@@ -20,10 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments, set_seed
 
-from modeling_restr.training.batches import ReferringCollator, ReferringStream
+from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
+from modeling_restr.training.batches import ReferringCollator, ReferringDataset, ReferringStream
 from modeling_restr.training.checkpoints import EXIT_CODE_TERMINATED, LossNotFiniteError, get_step
 from modeling_restr.training.recipe import Recipe
 from modeling_restr.training.runs import (
@@ -117,6 +119,34 @@ def make_recipe(args: ReferringTrainingArguments, **start: Any) -> Recipe:
     )
 
 
+def create_trainer(
+    model: ReSTRForImageSegmentation,
+    processor: ReSTRProcessor,
+    recipe: Recipe,
+    train_dataset: ReferringDataset | ReferringStream,
+    validation_data: datasets.Dataset | None,
+    num_overlays: int,
+    args: ReferringTrainingArguments,
+) -> ReferringTrainer:
+    eval_dataset, overlay_rows = None, []
+    if validation_data is None:
+        args.eval_strategy = "no"
+    else:
+        eval_dataset = create_eval_dataset(validation_data)
+        overlay_rows = list(validation_data.take(min(num_overlays, len(validation_data))))
+    args.ignore_data_skip = isinstance(train_dataset, ReferringStream)  # it begins where it has to
+    return ReferringTrainer(
+        model=model,
+        args=args,
+        data_collator=ReferringCollator(processor),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processor=processor,
+        recipe=recipe,
+        overlay_rows=overlay_rows,
+    )
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringTrainingArguments) -> None:
     set_seed(args.seed)
     train_data, validation_data = load_data(data_args, args.main_process_first(desc="loading the data"))
@@ -139,38 +169,21 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
         process_index=args.process_index,
         num_processes=args.world_size,
     )
-    args.ignore_data_skip = isinstance(train_dataset, ReferringStream)  # it begins where it has to
-    overlay_rows, eval_dataset = [], None
-    if validation_data is None:
-        args.eval_strategy = "no"
-    else:
-        overlay_rows = validation_data.take(min(data_args.num_overlays, len(validation_data)))
-        eval_dataset = create_eval_dataset(validation_data)
-    trainer = ReferringTrainer(
-        model=model,
-        args=args,
-        data_collator=ReferringCollator(processor),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processor=processor,
-        recipe=recipe,
-        overlay_rows=overlay_rows,
-    )
+    trainer = create_trainer(model, processor, recipe, train_dataset, validation_data, data_args.num_overlays, args)
     set_seed(args.seed + args.process_index)  # drop path differs between the processes
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopped:
         print("Stopped by SIGTERM, with a checkpoint: the same command goes on from there.", file=sys.stderr)
         sys.exit(EXIT_CODE_TERMINATED)
-    repo_id = args.hub_model_id or trainer.output_dir.resolve().name
     finish_run(
         trainer.accelerator,
         trainer.model,
         processor,
-        trainer.output_dir,
+        args.output_dir,
         recipe,
         data_args,
         validation_data,
-        repo_id=repo_id if args.push_folder_to_hub else None,
+        repo_id=(args.hub_model_id or trainer.output_dir.resolve().name) if args.push_folder_to_hub else None,
         private=args.hub_private_repo,
         token=args.hub_token,
     )

@@ -98,3 +98,10 @@ def test_deviations_from_the_paper():
         "learning_rate": (1e-5, 3e-5),
         "precision": ("float32", "bfloat16"),
     }
+
+
+def test_a_warm_up_takes_less_than_the_run():
+    assert [Recipe(max_steps=25, warmup_steps=steps).num_warmup_steps for steps in (0, 0.1, 7)] == [0, 3, 7]
+    for options in ({"max_steps": 1}, {"max_steps": 10, "warmup_steps": 10}, {"max_steps": 0, "warmup_steps": 0}):
+        with pytest.raises(ValueError, match="fewer steps of warm-up"):
+            Recipe(**options)

@@ -23,6 +23,9 @@ class Recipe:
     """
     All that decides on the weights a run ends in, for its model card and to resume it as it began. The defaults are
     the paper's.
+
+    Raises:
+        ValueError: the warm-up is as long as the run.
     """
 
     max_steps: int = 400_000
@@ -48,6 +51,17 @@ class Recipe:
     split: str = "train"
     num_expressions: int | None = None  # in the split; None for a stream
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or not 0 <= self.num_warmup_steps < self.max_steps:
+            raise ValueError(
+                f"Expected max_steps >= 1 and fewer steps of warm-up, got max_steps={self.max_steps} and"
+                f" warmup_steps={self.warmup_steps}, {self.num_warmup_steps} of them."
+            )
+
+    @property
+    def num_warmup_steps(self) -> int:
+        return math.ceil(self.warmup_steps * (self.max_steps if self.warmup_steps < 1 else 1))
 
     def deviations(self) -> dict[str, tuple[Any, Any]]:
         """Field -> (the paper's, this run's) where they differ; what the paper does not fix is left out."""
@@ -127,10 +141,9 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe | None = N
     alike in every group of the optimizer. It is stepped once an optimizer step, however many processes there are.
     """
     recipe = recipe or Recipe()
-    warmup_steps = recipe.warmup_steps * (recipe.max_steps if recipe.warmup_steps < 1 else 1)
     return get_polynomial_decay_schedule_with_warmup(
         optimizer,
-        num_warmup_steps=math.ceil(warmup_steps),
+        num_warmup_steps=recipe.num_warmup_steps,
         num_training_steps=recipe.max_steps,
         lr_end=0.0,
         power=recipe.power,
