@@ -1,5 +1,7 @@
 """ReSTR's processor: images and referring expressions in, the model's inputs out; its logits in, masks out."""
 
+import copy
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,6 +86,10 @@ class ReSTRProcessor(ProcessorMixin):
         if image_indices is not None:
             data["image_indices"] = image_indices
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
+        """As in transformers, which writes down where the code is; here the processor itself stays as it was."""
+        return super(ReSTRProcessor, copy.copy(self)).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def post_process_referring_segmentation(
         self, outputs: Any, target_sizes: Iterable[tuple[int, int]] | torch.Tensor, threshold: float = 0.5

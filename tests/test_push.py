@@ -40,23 +40,29 @@ MODEL_FILES = {"config.json", "model.safetensors", "processor_config.json", "tok
 PICTURES = {"example.jpg", "example_overlay.png", "example_1.png", "example_2.png"}
 TEXTS = ["the red square", "blue thing"]
 
-# Pushes the folder argv[1] by the script argv[2], part by part and by Trainer; each twice.
+# Pushes the folder argv[1] by a script in argv[2], part by part and by Trainer; each twice. Then trains the model and on
+# the dataset that were pushed, by their ids, and pushes the result; argv[3] is for files.
 PUSHES = """
 import runpy, sys
 from transformers import Trainer, TrainingArguments
 from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
 
-folder, script, output = sys.argv[1:]
+folder, examples, output = sys.argv[1:]
 model, processor = ReSTRForImageSegmentation.from_pretrained(folder), ReSTRProcessor.from_pretrained(folder)
 trainer = Trainer(
     model, TrainingArguments(f"{output}/by-trainer", use_cpu=True, report_to="none"), processing_class=processor
 )
 for _ in range(2):
-    sys.argv = [script, folder, "by-script", "--tag", "v1", "--private"]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = ["push_to_hub.py", folder, "by-script", "--tag", "v1", "--private"]
+    runpy.run_path(f"{examples}/push_to_hub.py", run_name="__main__")
     model.push_to_hub("by-parts")
     processor.push_to_hub("by-parts")
     trainer.push_to_hub()
+
+options = "--model_name_or_path tester/restr --dataset_name tester/boxes --train_split val --validation_split val"
+options += " --max_steps 2 --eval_strategy no --dataloader_num_workers 0 --hub_model_id trained --push_to_hub True"
+sys.argv = ["run_referring_segmentation.py", *options.split(), "--output_dir", f"{output}/trained"]
+runpy.run_path(f"{examples}/run_referring_segmentation.py", run_name="__main__")
 """
 
 # Loads the dataset argv[3] and the models argv[4:] (ids or id@revision), where the package is not, and writes what it
@@ -143,8 +149,7 @@ def pushed(tmp_path_factory):
         for _ in range(2):
             preparation.push_to_hub(root / "data", "tester/boxes")
         environment = {**hub.environment(root / "pushing"), "PYTHONPATH": str(REPOSITORY)}
-        script = REPOSITORY / "examples" / "push_to_hub.py"
-        run_python(PUSHES, folders[2], script, root, cwd=root, environment=environment)
+        run_python(PUSHES, folders[2], REPOSITORY / "examples", root, cwd=root, environment=environment)
         yield SimpleNamespace(hub=hub, root=root, folders=folders, shas=shas)
 
 
@@ -153,7 +158,8 @@ def names(pushed) -> dict[str, Path]:
     """What to load, and the folder that is behind it."""
     first, second, third = pushed.folders
     revisions = {"tester/restr": second, "tester/restr@v1": first, f"tester/restr@{pushed.shas[0]}": first}
-    return revisions | {f"tester/by-{way}": third for way in ("script", "parts", "trainer")}
+    others = {f"tester/by-{way}": third for way in ("script", "parts", "trainer")}
+    return {**revisions, **others, "tester/trained": pushed.root / "trained" / "model"}
 
 
 def load(pushed, names, output: str, **environment: str) -> Path:
@@ -187,7 +193,7 @@ def test_everything_loads_at_main_at_a_tag_and_at_a_sha_and_gives_the_same(loade
         masks = np.stack([np.array(answer["mask"]) for answer in answers])
         assert np.array_equal(results[f"{name} masks"].numpy(), masks)
     states = {results[f"{name} logits"].numpy().tobytes() for name in names}
-    assert len(states) == 3  # or nothing would tell the revisions apart
+    assert len(states) == 4  # or nothing would tell the revisions apart
 
 
 def test_everything_loads_offline_from_the_cache_afterwards(pushed, loaded, names):
@@ -204,7 +210,7 @@ def test_snippet_of_the_card_finds_what_the_pipeline_finds(loaded):
         assert np.array_equal(np.asarray(Image.open(loaded / f"mask{number}.png")), mask)
 
 
-@pytest.mark.parametrize("name", ["restr", "by-script", "by-parts", "by-trainer"])
+@pytest.mark.parametrize("name", ["restr", "by-script", "by-parts", "by-trainer", "trained"])
 def test_code_is_the_package_s_to_the_byte(pushed, name):
     files = pushed.hub.repositories["model", f"tester/{name}"].files()
     assert {path for path in files if path.endswith(".py")} == CODE_FILES
@@ -256,6 +262,16 @@ def test_dataset_is_pushed_once_and_loads_by_id(pushed, loaded):
     expected = load_dataset(str(pushed.root / "data"), split="val", cache_dir=str(pushed.root / "cache")).to_list()
     assert rows == [{**row, "image": row["image"]["bytes"].hex()} for row in expected]
     assert len(rows) == 5
+
+
+def test_training_by_ids_ends_in_a_card_with_its_evaluation(pushed):
+    repository = pushed.hub.repositories["model", "tester/trained"]
+    assert len(repository.titles) == 1
+    data = ModelCard(repository.files()["README.md"].decode()).data
+    metrics = json.loads((pushed.root / "trained" / "evaluation.json").read_text())["metrics"]
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found["overall_iou"] == round(100 * metrics["overall_iou"], 2)
+    assert data.datasets == ["tester/boxes"]
 
 
 def test_the_hub_was_asked_nothing_that_it_does_not_know(pushed, loaded):
