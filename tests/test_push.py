@@ -28,6 +28,7 @@ from modeling_restr.hub import Example, push_to_hub, save_bundle, write_model_ca
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = Path(modeling_restr.__file__).parent
+PYTHONPATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 PHOTO = REPOSITORY / "examples" / "photos" / "shapes.jpg"
 CODE_FILES = {
     "configuration_restr.py",
@@ -148,7 +149,7 @@ def pushed(tmp_path_factory):
             shas += [push_to_hub(folder, "restr", tag=tag).oid for _ in range(2)]
         for _ in range(2):
             preparation.push_to_hub(root / "data", "tester/boxes")
-        environment = {**hub.environment(root / "pushing"), "PYTHONPATH": str(REPOSITORY)}
+        environment = hub.environment(root / "pushing", PYTHONPATH=PYTHONPATH)
         run_python(PUSHES, folders[2], REPOSITORY / "examples", root, cwd=root, environment=environment)
         yield SimpleNamespace(hub=hub, root=root, folders=folders, shas=shas)
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class _Result:
     """What an evaluation found on one split, or for one kind of its sentences; metrics in percent."""
 
     data: str
+    data_id: str
     split: str
     metrics: dict[str, float]
     num_expressions: int
@@ -71,7 +72,6 @@ class _Result:
     fingerprint: str | None = None
     paper: float | None = None
     in_index: bool = True
-    data_id: str = field(default="")
 
 
 def write_model_card(
