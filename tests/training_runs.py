@@ -8,6 +8,8 @@ import socket
 import sys
 from pathlib import Path
 
+import datasets
+import dill
 import torch
 from safetensors.torch import load_file
 from tiny_training import make_dataset, make_model, make_processor
@@ -41,22 +43,34 @@ def make_inputs(folder):
     return folder
 
 
+# A run is forked from a process that has everything imported and has started no thread. Forking this one, after tests
+# that computed with several threads, would leave it with a pool of threads that are not there.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["training_runs", "transformers.trainer", "modeling_restr.training.trainer"])
+
+
 def start(script, arguments, log, before=None, environment=None):
-    """Run a script in a process of its own, which has everything imported."""
-
-    def child():
-        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (the process's own, to its end)
-        os.dup2(sys.stdout.fileno(), 1)
-        os.dup2(sys.stdout.fileno(), 2)
-        os.environ.update(environment or {})
-        torch.set_num_threads(1)
-        if before is not None:
-            before()
-        script.main(arguments)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
+    """Run a script in a process of its own; `before` is called there first."""
+    options = (script.__name__, arguments, log, dill.dumps(before, recurse=True), environment or {})
+    process = _CONTEXT.Process(target=_run_script, args=options)
     process.start()
     return process
+
+
+def _run_script(name, arguments, log, before, environment):
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (the process's own, to its end)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = (
+        0  # it waits after an epoch for threads that read from the network
+    )
+    script = load_script(name)
+    before = dill.loads(before)
+    if before is not None:
+        before()
+    script.main(arguments)
 
 
 def run(script, output_dir, before=None, num_processes=1, **options):
