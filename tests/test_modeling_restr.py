@@ -890,7 +890,8 @@ def test_labels_of_any_dtype(dtype):
 def test_save_and_load(tmp_path, values):
     model = tiny_model(**values)
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    code = {"configuration_restr.py", "modeling_restr.py", "pipeline_restr.py"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
     reloaded = ReSTRForImageSegmentation.from_pretrained(tmp_path)
     inputs = {"pixel_values": images(1), "input_ids": words(2)}
     torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
