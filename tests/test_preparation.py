@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from annotated_images import make_images, read_rows
 from filelock import FileLock
+from hub_server import USER, serve
 
-from modeling_restr.data import preparation
 from modeling_restr.data.canonical import FEATURES, AnnotatedReference, BadImage
 from modeling_restr.data.dataset_card import Source
 from modeling_restr.data.preparation import (
@@ -205,33 +205,18 @@ def write_text(path, text) -> str:
     return str(path)
 
 
-class RecordingHub:
-    """Stands in for HfApi, and keeps what it was asked."""
-
-    calls: list
-
-    def __init__(self, token=None):
-        self.calls = type(self).calls = []
-
-    def create_repo(self, repo_id, **options):
-        self.calls.append(("create_repo", repo_id, options))
-
-    def upload_folder(self, **options):
-        self.calls.append(("upload_folder", options.pop("repo_id"), options))
-        return type("CommitInfo", (), {"commit_url": "https://hub/commit/1"})()
-
-
-def test_push_is_one_commit_of_the_card_settings_and_shards(tmp_path, images, monkeypatch):
-    output = tmp_path / "output"
-    prepare(SOURCE, {"val": images}, output)
-    monkeypatch.setattr(preparation, "HfApi", RecordingHub)
-    assert push_to_hub(output, "me/refcoco", private=True) == "https://hub/commit/1"
-    (create, repo_id, options), (upload, uploaded_to, uploaded) = RecordingHub.calls
-    assert (create, upload, repo_id, uploaded_to) == ("create_repo", "upload_folder", "me/refcoco", "me/refcoco")
-    assert options == {"repo_type": "dataset", "private": True, "exist_ok": True}
-    assert uploaded["repo_type"] == "dataset" and uploaded["folder_path"] == output
-    assert uploaded["allow_patterns"] == ["README.md", "preparation.json", "data/*.parquet"]
-    assert uploaded["delete_patterns"] == ["data/val-*-of-*.parquet"]
+def test_push_is_one_commit_that_leaves_no_older_shards(tmp_path, images, monkeypatch):
+    for images_per_shard, name in ((1, "many"), (4, "few")):
+        prepare(SOURCE, {"val": images}, tmp_path / name, images_per_shard=images_per_shard)
+    prepare(SOURCE, {"testA": images[:2]}, tmp_path / "other")
+    with serve() as hub:
+        hub.connect(tmp_path / "home", monkeypatch)
+        for name in ("many", "other", "few", "few"):
+            url = push_to_hub(tmp_path / name, "refcoco")  # in the namespace of the one who is logged in
+        repository = hub.repositories["dataset", f"{USER}/refcoco"]
+    assert repository.titles == ["Upload the prepared dataset"] * 3 and f"{USER}/refcoco" in url
+    shards = {f"data/{path.name}" for name in ("few", "other") for path in (tmp_path / name / "data").iterdir()}
+    assert set(repository.files()) - {".gitattributes"} == shards | {"README.md", "preparation.json"}
 
 
 def test_loading_snippet_of_the_card_runs(tmp_path, images, monkeypatch):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from .canonical import AnnotatedImage, BadImage
 from .dataset_card import PreparedSplit, Source, build_card
@@ -237,20 +237,27 @@ def read_prepared_splits(folder: str | Path) -> dict[str, PreparedSplit]:
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """
     Upload a prepared folder to a dataset repository on the Hub, made as needed, in one commit. Older shards of the
-    same splits are removed with it.
+    same splits are removed with it. Where nothing has changed since the last push, there is no commit.
 
     Returns:
         `str`: The commit's URL.
     """
-    api = HfApi(token=token)
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=folder,
+    folder, api = Path(folder), HfApi(token=token)
+    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    shards = list_shards(folder)
+    files = {f"data/{path.name}": path for paths in shards.values() for path in paths}
+    files |= {name: folder / name for name in ("README.md", SETTINGS_NAME)}
+    there = api.list_repo_files(repo_id, repo_type="dataset")
+    old = re.compile(rf"data/(?:{'|'.join(map(re.escape, shards))})-\d+-of-\d+\.parquet")
+    stale = [name for name in there if name not in files and old.fullmatch(name)]
+    commit = api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
+            *(CommitOperationDelete(name, is_folder=False) for name in stale),
+        ],
         commit_message="Upload the prepared dataset",
-        allow_patterns=["README.md", SETTINGS_NAME, "data/*.parquet"],
-        delete_patterns=[f"data/{split}-*-of-*.parquet" for split in list_shards(folder)],
+        repo_type="dataset",
     )
     return commit.commit_url
 
