@@ -75,6 +75,7 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path):
         save(output_dir, 50)  # the next run is not disturbed by what was left
         assert get_step(find_last_checkpoint(output_dir)) == 50 and (last is None or last.parent == output_dir)
     assert moment > 40 and [get_step(path) for path in whole] == [30, 40]
+    assert {path.name for path in output_dir.iterdir()} == {"checkpoint-30", "checkpoint-40"}
 
 
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path):

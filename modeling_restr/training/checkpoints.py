@@ -22,7 +22,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -84,6 +84,7 @@ def _finish(staging: Path, final: Path) -> None:
         _remove(final)
     os.replace(staging, final)
     _flush(final.parent)
+    _remove_if_empty(staging.parent)
 
 
 def _flush(path: Path) -> None:
@@ -102,6 +103,12 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(condemned, ignore_errors=True)
     os.replace(checkpoint, condemned)
     shutil.rmtree(condemned, ignore_errors=True)
+    _remove_if_empty(condemned.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
