@@ -63,6 +63,7 @@ def _run_script(name, arguments, log, before, environment):
     os.dup2(sys.stdout.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers that read data
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = (
         0  # it waits after an epoch for threads that read from the network
     )
