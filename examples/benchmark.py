@@ -1,7 +1,9 @@
 """
-Measure ReSTR at the paper's size (ViT-B/16, 480x480, random weights) against what it is made of:
+Measure ReSTR at the paper's size (ViT-B/16, 480x480, random weights): its answers against what it is made of, and
+what a training step of 8 (image, expression) pairs costs with 1, 4 and 8 sentences an image:
 
     python examples/benchmark.py
+    python examples/benchmark.py --what training
 
 All variants run alternately in one process, so that a noisy machine slows all of them alike; medians are compared.
 """
@@ -15,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+from modeling_restr.training.recipe import create_optimizer
 
 
 NUM_EXPRESSIONS = 8
@@ -93,11 +97,15 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def create_models(dtype: torch.dtype, device: torch.device, image_size: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+def create_model(image_size: int) -> ReSTRForImageSegmentation:
     config = ReSTRConfig(
         vision_config=ReSTRVisionConfig(image_size=image_size), text_config=ReSTRTextConfig(vocab_size=VOCAB_SIZE)
     )
-    model = ReSTRForImageSegmentation(config).eval().to(device, dtype)
+    return ReSTRForImageSegmentation(config)
+
+
+def create_models(dtype: torch.dtype, device: torch.device, image_size: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    model = create_model(image_size).eval().to(device, dtype)
     vit = ViTModel(ViTConfig(image_size=image_size), add_pooling_layer=False).eval().to(device, dtype)
     return model, vit, StraightforwardReSTR(model)
 
@@ -138,6 +146,33 @@ def benchmark(dtype: torch.dtype, device: torch.device, image_size: int, runs: i
     print(f"  largest difference of the logits, relative     {(difference / scale).item():.1e}")
 
 
+def benchmark_training(dtype: torch.dtype, device: torch.device, image_size: int, runs: int) -> None:
+    """Forward, backward and optimizer step of the paper's recipe, float32 weights."""
+    torch.manual_seed(0)
+    model = create_model(image_size).train().to(device)
+    optimizer = create_optimizer(model)
+    pixels = torch.randn(NUM_EXPRESSIONS, 3, image_size, image_size, device=device)
+    words = torch.randint(4, VOCAB_SIZE, (NUM_EXPRESSIONS, 20), device=device)
+    labels = torch.randint(0, 2, (NUM_EXPRESSIONS, image_size, image_size), device=device)
+
+    def step(sentences_per_image: int) -> None:
+        num_images = NUM_EXPRESSIONS // sentences_per_image
+        indices = torch.arange(num_images, device=device).repeat_interleave(sentences_per_image)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            outputs = model(pixel_values=pixels[:num_images], input_ids=words, image_indices=indices, labels=labels)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    medians = measure({f"{k} an image": partial(step, k) for k in (1, 4, 8)}, device, runs)
+    print(f"\ntraining, {str(dtype).removeprefix('torch.')}: steps of {NUM_EXPRESSIONS} pairs, medians of {runs} runs")
+    for name, value in medians.items():
+        ratio = medians["1 an image"] / value
+        print(
+            f"  {name:<12} {value * 1000:9.1f} ms a step {value * 1000 / NUM_EXPRESSIONS:9.1f} ms a pair {ratio:6.2f} x"
+        )
+
+
 def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -152,6 +187,7 @@ def describe_hardware(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time ReSTR at the paper's size against a bare ViT and plain ReSTR.")
+    parser.add_argument("--what", default="inference", choices=["inference", "training"])
     parser.add_argument("--image_size", type=int, default=480)
     parser.add_argument("--runs", type=int, default=5, help="alternated runs of every variant (default: 5)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
@@ -163,7 +199,8 @@ def main() -> None:
         f"{describe_hardware(device)}; torch {torch.__version__}, transformers {transformers.__version__}; {now:%Y-%m-%d}"
     )
     for dtype in args.dtypes:
-        benchmark(getattr(torch, dtype), device, args.image_size, args.runs)
+        function = benchmark if args.what == "inference" else benchmark_training
+        function(getattr(torch, dtype), device, args.image_size, args.runs)
 
 
 if __name__ == "__main__":
