@@ -10,9 +10,10 @@ starts from a pretrained ViT and GloVe, as the paper does; `--model_name_or_path
 number to keep the paper's step of 8 pairs.
 
 Whenever it is stopped, the same command goes on from the last whole checkpoint. On SIGTERM it saves one and exits with
-code 143. A run ends in OUTPUT_DIR/model, a folder that `pipeline` loads, with a card; `--push_to_hub` uploads it.
-Every other option of transformers' TrainingArguments works, too: `--bf16`, `--gradient_accumulation_steps`,
-`--gradient_checkpointing`, `--torch_compile`, `--report_to tensorboard`, ...
+code 143 (`torchrun`, when it is sent the signal itself, then exits with 1). A run ends in OUTPUT_DIR/model, a folder
+that `pipeline` loads, with a card; `--push_to_hub` uploads it. Every other option of transformers' TrainingArguments
+works, too: `--bf16`, `--gradient_accumulation_steps`, `--gradient_checkpointing`, `--torch_compile`, `--report_to
+tensorboard`, ...
 """
 
 import sys

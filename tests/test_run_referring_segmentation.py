@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import CommitInfo
 from safetensors.torch import load_file
-from tiny_training import IMAGE_SIZE, make_dataset, make_processor
+from tiny_training import IMAGE_SIZE, make_dataset, make_model, make_processor
 from training_runs import (
     assert_close,
     assert_equal,
@@ -24,9 +24,10 @@ from training_runs import (
 )
 from transformers import ViTConfig, ViTModel, pipeline
 
-from modeling_restr import ReSTRForImageSegmentation
+from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor, build_tokenizer
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.hub import save_bundle
+from modeling_restr.tokenization_restr import SPECIAL_TOKENS
 from modeling_restr.training import runs
 from modeling_restr.training.checkpoints import get_step, list_checkpoints
 
@@ -231,6 +232,18 @@ def test_half_precision_folders_train_in_float32_and_epochs_set_the_steps(inputs
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
     # 1, 2, 3 and 4 sentences in items of up to 3: 5 items an epoch, 4 a step
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+
+
+def test_words_that_a_trained_model_does_not_know_are_reported(inputs, tmp_path):
+    tokenizer = build_tokenizer({**SPECIAL_TOKENS, "red": 4, "the": 5, "square": 6}, max_length=6)
+    processor = make_processor()
+    save_bundle(make_model(processor), ReSTRProcessor(processor.image_processor, tokenizer), tmp_path / "model")
+    options = {"model": tmp_path / "model", "max_train_samples": 2, "max_steps": 2}
+    assert run(tmp_path / "run", inputs, **options) == 0, log(tmp_path / "run")
+    # "the red square" of the first image, of the second this and "the green square"
+    assert "11.1% of the words are none of the model's" in log(tmp_path / "run") and ": green," in log(
+        tmp_path / "run"
+    )
 
 
 def test_the_models_folder_is_pushed_not_the_runs(inputs, tmp_path):

@@ -1,9 +1,10 @@
 """What the training scripts share: their options for model and data, what a run starts from and what it ends in."""
 
-import hashlib
 import json
+import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,17 +21,20 @@ from ..configuration_restr import ReSTRConfig, ReSTRTextConfig
 from ..data.canonical import FEATURES
 from ..data.word_vectors import load_word_vectors, set_word_vectors
 from ..hub import push_to_hub, save_bundle, write_model_card
+from ..hub.bundle import hash_weights
 from ..image_processing_restr import ReSTRImageProcessor
 from ..metrics import ReferringIoU
 from ..metrics.evaluation import check_dataset, evaluate_dataset, fingerprint, fingerprint_rows
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
-from ..tokenization_restr import build_tokenizer, read_vocabulary, vocabulary_from_expressions
+from ..tokenization_restr import build_tokenizer, read_vocabulary, split_expression, vocabulary_from_expressions
 from .augmentation import Augmentation
 from .batches import ReferringDataset, ReferringStream, count_expressions
 from .checkpoints import find_last_checkpoint
 from .recipe import Recipe
 
+
+logger = logging.getLogger(__name__)
 
 PAPER = Recipe()
 EXPRESSIONS_PER_IMAGE_IN_EVALUATION = 8
@@ -161,8 +165,21 @@ def load_model(
         options: dict[str, Any] = {"revision": args.model_revision}
         model = ReSTRForImageSegmentation.from_pretrained(args.model_name_or_path, dtype=torch.float32, **options)
         processor = ReSTRProcessor.from_pretrained(args.model_name_or_path, **options)
+        if isinstance(train_data, datasets.Dataset):
+            _report_unknown_words(processor.tokenizer.get_vocab(), iterate_sentences(train_data))
     model.config.patch_loss_weight = args.patch_loss_weight if model.config.use_pixel_decoder else 0.0
     return model, processor
+
+
+def _report_unknown_words(vocabulary: Mapping[str, int], sentences: Iterable[str]) -> None:
+    counts = Counter(word for sentence in sentences for word in split_expression(sentence))
+    unknown = Counter({word: count for word, count in counts.items() if word not in vocabulary})
+    if unknown:
+        share, frequent = unknown.total() / counts.total(), ", ".join(word for word, _ in unknown.most_common(10))
+        logger.warning(
+            f"{share:.1%} of the words are none of the model's, which has one vector for all such words: {frequent},"
+            " ... Train a new model where they matter."
+        )
 
 
 def count_steps(
@@ -342,7 +359,7 @@ def evaluate_folder(
     counts = [{name: record[name] for name in ("intersection", "union")} for record in records]
     size = processor.image_processor.size
     return {
-        "model": {"name": Path(folder).name, "revision": _hash_weights(Path(folder))},
+        "model": {"name": Path(folder).name, "revision": hash_weights(Path(folder))},
         "data": {"fingerprint": fingerprint(fingerprint_rows(data)), "benchmark": None, "differences": []},
         "threshold": 0.5,
         "dtype": "float32",
@@ -350,14 +367,6 @@ def evaluate_folder(
         "metrics": ReferringIoU(keep_in_memory=True).compute(predictions=counts),
         "expressions": records,
     }
-
-
-def _hash_weights(folder: Path) -> dict[str, str]:
-    hashes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 def _gather(records: list[Any]) -> list[Any]:
