@@ -11,7 +11,6 @@ where it was, with any number of processes.
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -35,6 +34,8 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.published_counts import Counts, compare_counts, published_counts
+from modeling_restr.hub.bundle import hash_file
+from modeling_restr.hub.model_card import PAPER_OVERALL_IOU
 from modeling_restr.metrics import ReferringIoU
 from modeling_restr.metrics.evaluation import (
     check_dataset,
@@ -55,11 +56,10 @@ class Benchmark(NamedTuple):
     overall_iou: dict[str, float]
 
 
-# arXiv 2203.16768
 BENCHMARKS = {
-    "refcoco": Benchmark("RefCOCO", "refcoco", "unc", {"val": 67.22, "testA": 69.30, "testB": 64.45}),
-    "refcoco+": Benchmark("RefCOCO+", "refcoco+", "unc", {"val": 55.78, "testA": 60.44, "testB": 48.27}),
-    "refcocog": Benchmark("RefCOCOg (google)", "refcocog", "google", {"val": 54.48}),
+    "refcoco": Benchmark("RefCOCO", "refcoco", "unc", PAPER_OVERALL_IOU["refcoco"]),
+    "refcoco+": Benchmark("RefCOCO+", "refcoco+", "unc", PAPER_OVERALL_IOU["refcoco+"]),
+    "refcocog": Benchmark("RefCOCOg (google)", "refcocog", "google", PAPER_OVERALL_IOU["refcocog"]),
 }
 PRECISIONS = [f"precision@0.{tenth}" for tenth in range(5, 10)]
 HASHED_FILES = ("*.safetensors", "*.bin", "config.json", "*processor_config.json", "tokenizer.json")
@@ -109,11 +109,8 @@ def find_revision(name: str, revision: str | None) -> str | dict[str, str]:
     """The commit of a model on the Hub; of a folder's files those that decide on the results, with their SHA-256."""
     if not Path(name).is_dir():
         return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
-    hashes = {}
-    for path in sorted(path for pattern in HASHED_FILES for path in Path(name).glob(pattern)):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    paths = sorted(path for pattern in HASHED_FILES for path in Path(name).glob(pattern))
+    return {path.name: hash_file(path) for path in paths}
 
 
 def load_model(name: str, revision: str | dict[str, str], dtype: str, device: torch.device) -> tuple[Any, Any]:

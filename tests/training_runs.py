@@ -64,9 +64,8 @@ def _run_script(name, arguments, log, before, environment):
     os.environ.update(environment)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers that read data
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = (
-        0  # it waits after an epoch for threads that read from the network
-    )
+    # `datasets` waits after each epoch for threads that read from the network.
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     script = load_script(name)
     before = dill.loads(before)
     if before is not None:
