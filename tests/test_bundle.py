@@ -36,6 +36,7 @@ CODE_FILES = {
     "pipeline_restr.py",
     "processing_restr.py",
 }
+SERVING_FILES = {"handler.py", "requirements.txt"}
 OTHER_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 SENTENCES = ["the dog on the left", "ball"]
 
@@ -128,14 +129,17 @@ def bundle(tmp_path) -> Path:
 
 def test_bundle_is_complete_and_flat(bundle):
     files = read_files(bundle)
-    assert files.keys() == CODE_FILES | OTHER_FILES
+    assert files.keys() == CODE_FILES | SERVING_FILES | OTHER_FILES
     assert all(files[name] == (PACKAGE / name).read_bytes() for name in CODE_FILES)
+    assert files["handler.py"] == (PACKAGE / "hub" / "handler.py").read_bytes()
+    setup = (PACKAGE.parent / "setup.py").read_text()
+    assert all(f'"{requirement}",' in setup for requirement in files["requirements.txt"].decode().splitlines())
     assert list(bundle.parent.iterdir()) == [bundle]
 
 
 def test_code_needs_nothing_but_itself_and_required_packages(bundle):
     allowed = sys.stdlib_module_names | {"huggingface_hub", "numpy", "PIL", "torch", "transformers"}
-    for name in CODE_FILES:
+    for name in CODE_FILES | {"handler.py"}:
         assert set(get_imports(bundle / name)) <= allowed
         assert {f"{module}.py" for module in get_relative_imports(bundle / name)} <= CODE_FILES
 
@@ -219,7 +223,8 @@ def test_existing_folder_is_updated_and_keeps_other_files(bundle):
     (bundle / "model.safetensors.index.json").touch()
     model = build_model(seed=1)
     save_bundle(model, build_processor(), bundle)
-    assert {path.name for path in bundle.iterdir()} == CODE_FILES | OTHER_FILES | {"README.md", "checkpoint-1"}
+    files = CODE_FILES | SERVING_FILES | OTHER_FILES | {"README.md", "checkpoint-1"}
+    assert {path.name for path in bundle.iterdir()} == files
     assert (bundle / "README.md").read_text() == "mine"
     loaded = ReSTRForImageSegmentation.from_pretrained(bundle).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())

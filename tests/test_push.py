@@ -37,6 +37,7 @@ CODE_FILES = {
     "pipeline_restr.py",
     "processing_restr.py",
 }
+SERVING_FILES = {"handler.py", "requirements.txt"}
 MODEL_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 PICTURES = {"example.jpg", "example_overlay.png", "example_1.png", "example_2.png"}
 TEXTS = ["the red square", "blue thing"]
@@ -224,7 +225,7 @@ def test_snippet_of_the_card_finds_what_the_pipeline_finds(loaded):
 @pytest.mark.parametrize("name", ["restr", "by-script", "by-parts", "by-trainer", "trained"])
 def test_code_is_the_package_s_to_the_byte(pushed, name):
     files = pushed.hub.repositories["model", f"tester/{name}"].files()
-    assert {path for path in files if path.endswith(".py")} == CODE_FILES
+    assert {path for path in files if path.endswith(".py")} - SERVING_FILES == CODE_FILES
     assert all(files[path] == (PACKAGE / path).read_bytes() for path in CODE_FILES)
 
 
@@ -235,7 +236,7 @@ def test_folder_is_pushed_whole_in_one_commit_and_the_second_time_not_at_all(pus
     assert repository.tags == {"v1": pushed.shas[0]}
     for revision, folder in (("v1", pushed.folders[0]), ("main", pushed.folders[1])):
         expected = read_files(folder)
-        assert expected.keys() == CODE_FILES | MODEL_FILES | PICTURES | {"README.md"}
+        assert expected.keys() == CODE_FILES | SERVING_FILES | MODEL_FILES | PICTURES | {"README.md"}
         expected["README.md"] = expected["README.md"].replace(b"path/or/id", b"tester/restr")
         assert repository.files(revision) == expected
 
@@ -246,7 +247,7 @@ def test_script_pushes_a_folder_without_code_with_it_and_the_weights_as_they_are
     assert folder.keys() == MODEL_FILES  # the folder itself is left alone
     assert repository.titles == ["Upload ReSTR"] and repository.private
     files = repository.files("v1")
-    assert files.keys() == CODE_FILES | MODEL_FILES | {"README.md"}
+    assert files.keys() == CODE_FILES | SERVING_FILES | MODEL_FILES | {"README.md"}
     for name in ("model.safetensors", "tokenizer.json"):
         assert files[name] == folder[name]
     card = ModelCard(files["README.md"].decode())
@@ -300,7 +301,7 @@ def test_model_and_processor_are_pushed_with_a_card_that_later_pushes_keep(hub):
     processor = make_processor()
     push_to_hub((make_model(processor), processor), "restr")
     repository = hub.repositories["model", "tester/restr"]
-    assert repository.files().keys() == CODE_FILES | MODEL_FILES | {"README.md"}
+    assert repository.files().keys() == CODE_FILES | SERVING_FILES | MODEL_FILES | {"README.md"}
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="README.md", repo_id="tester/restr")
     push_to_hub((make_model(processor, seed=1), processor), "tester/restr", commit_message="Train for longer")
     assert repository.files()["README.md"] == b"mine"
@@ -319,7 +320,8 @@ def test_old_weights_go_with_the_commit_that_brings_the_new_ones(hub, tmp_path):
     torch.save({}, folder / "training_args.bin")
     push_to_hub(folder, "restr")
     repository = hub.repositories["model", "tester/restr"]
-    weights = {path for path in repository.files() if path not in CODE_FILES | MODEL_FILES | {"README.md"}}
+    others = CODE_FILES | SERVING_FILES | MODEL_FILES | {"README.md"}
+    weights = {path for path in repository.files() if path not in others}
     assert "model.safetensors.index.json" in weights and len(weights) > 2
     assert all(path.startswith("model") for path in weights) and "model.safetensors" not in repository.files()
     assert len(repository.titles) == 2

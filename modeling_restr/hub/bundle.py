@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safet
 # What a reloaded tokenizer would save of how it was loaded.
 _LOADING_KEYS = ("is_local", "local_files_only")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
+# What an Inference Endpoint installs before it loads handler.py: its own transformers may be too old.
+_REQUIREMENTS = "transformers>=5.17,<6\n"
 
 
 def save_bundle(
@@ -32,7 +35,8 @@ def save_bundle(
 ) -> Path:
     """
     Save weights, config, processor and the code that they need: the Auto classes and `pipeline` load the folder with
-    `trust_remote_code=True` where this package is not installed, and without it where it is.
+    `trust_remote_code=True` where this package is not installed, and without it where it is. With handler.py and
+    requirements.txt, an Inference Endpoint serves it.
 
     Everything is written to a temporary folder first and then moved. An existing folder is updated file by file, its
     other files are kept; old weights go first and the new ones come last, so an update that is cut off leaves a folder
@@ -67,7 +71,9 @@ def save_bundle(
         staging.mkdir()
         _with_own_config(model).save_pretrained(staging, state_dict=state_dict)
         _normalize_processor(processor).save_pretrained(staging)
-        if not include_code:
+        if include_code:
+            _add_handler(staging)
+        else:
             _remove_code(staging)
         _move_into_place(staging, folder)
     return folder
@@ -132,6 +138,12 @@ def add_code(folder: Path, output: Path) -> None:
     ReSTRConfig.from_pretrained(folder).save_pretrained(output)
     _normalize_processor(ReSTRProcessor.from_pretrained(folder)).save_pretrained(output)
     custom_object_save(ReSTRForImageSegmentation, output)
+    _add_handler(output)
+
+
+def _add_handler(folder: Path) -> None:
+    shutil.copyfile(Path(__file__).with_name("handler.py"), folder / "handler.py")
+    (folder / "requirements.txt").write_text(_REQUIREMENTS, encoding="utf-8")
 
 
 def _with_own_config(model: ReSTRForImageSegmentation) -> ReSTRForImageSegmentation:

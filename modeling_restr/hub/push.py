@@ -15,7 +15,7 @@ from .model_card import MODEL_ID_PLACEHOLDER, build_model_card, check_card
 
 
 # What of a folder belongs to the model; not what a training left there for itself.
-_PATTERNS = ("*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.jpg", "*.jpeg", "LICENSE*")
+_PATTERNS = ("*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.jpg", "*.jpeg", "LICENSE*", "requirements.txt")
 _REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json")
 
 
