@@ -127,13 +127,27 @@ class EndpointHandler:
             inputs = self._decode_base64(inputs)
         if isinstance(inputs, (bytes, bytearray)):
             self._check_num_bytes(len(inputs))
-            inputs = _open_file(bytes(inputs))
+            inputs = self._open_file(bytes(inputs))
         if not isinstance(inputs, Image.Image):
             raise ValueError(f"Expected an image as base64 in 'inputs', got {type(inputs).__name__}.")
         width, height = inputs.size
         if not 1 <= width * height <= self.max_pixels:
             raise ValueError(f"Expected an image of 1 to {self.max_pixels} pixels, got {width} x {height}.")
         return inputs
+
+    def _open_file(self, content: bytes) -> Image.Image:
+        """Reads an image's header."""
+        try:
+            image = Image.open(BytesIO(content), formats=_FORMATS)
+            # Of the images in an MPO file, which many cameras write as .jpg, the first is the photo.
+            is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        except Image.DecompressionBombError:
+            raise ValueError(f"Expected an image of 1 to {self.max_pixels} pixels, got a larger one.") from None
+        except Exception:  # noqa: BLE001  (whatever a damaged or a hostile file makes a reader raise)
+            raise ValueError(f"Expected an image in 'inputs' ({', '.join(_FORMATS)}), got something else.") from None
+        if is_animated:
+            raise ValueError("Expected a single image in 'inputs', got a file with several frames or pages.")
+        return image
 
     def _decode_base64(self, text: str) -> bytes:
         if _URL.match(text):
@@ -178,21 +192,6 @@ def _read_options(parameters: Mapping[str, Any]) -> dict[str, float]:
     if not 0 <= threshold <= 1:
         raise ValueError("Expected one threshold from 0 to 1, as threshold or as mask_threshold.")
     return {"threshold": threshold}
-
-
-def _open_file(content: bytes) -> Image.Image:
-    """Reads an image's header."""
-    try:
-        image = Image.open(BytesIO(content), formats=_FORMATS)
-        # Of the images in an MPO file, which many cameras write as .jpg, the first is the photo.
-        is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    except Exception:  # noqa: BLE001  (whatever a damaged or a hostile file makes a reader raise)
-        raise ValueError(f"Expected an image in 'inputs' ({', '.join(_FORMATS)}), got something else.") from None
-    if is_animated:
-        raise ValueError("Expected a single image in 'inputs', got a file with several frames or pages.")
-    return image
 
 
 def _decode(image: Image.Image) -> None:

@@ -1,0 +1,414 @@
+"""The handler of an Inference Endpoint, asked over HTTP: its answers against the pipeline's, and what it refuses."""
+
+import base64
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import BadRequestError
+from PIL import Image
+from tiny_training import make_model, make_processor
+
+from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline, ReSTRProcessor
+from modeling_restr.hub import save_bundle
+from modeling_restr.hub.handler import EndpointHandler
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "examples"))
+from serve import Server
+
+
+BOUNDS = {
+    "RESTR_MAX_IMAGE_BYTES": 30_000,
+    "RESTR_MAX_IMAGE_PIXELS": 10_000,
+    "RESTR_MAX_SENTENCES": 3,
+    "RESTR_MAX_SENTENCE_LENGTH": 40,
+}
+TEXTS = ["the red square", "blue thing", "a box that is green"]
+
+# Loads the handler of the folder argv[1] as the Endpoint's web service does, where there is no package, and answers the
+# request in the file argv[2].
+FRESH_PROCESS = """
+import importlib.util, json, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "modeling_restr":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+folder, request = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("handler.EndpointHandler", f"{folder}/handler.py")
+sys.path.insert(0, folder)
+module = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = module
+spec.loader.exec_module(module)
+handler = module.EndpointHandler(folder)
+with open(request) as file:
+    print(json.dumps(handler(json.load(file))))
+"""
+
+
+def make_image(seed: int = 0, size: tuple[int, int] = (60, 40)) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size)
+
+
+def to_bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def to_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def read_masks(results: list[dict]) -> list[np.ndarray]:
+    masks = [Image.open(BytesIO(base64.b64decode(result["mask"], validate=True))) for result in results]
+    assert all(mask.format == "PNG" and mask.mode == "L" for mask in masks)
+    return [np.asarray(mask) for mask in masks]
+
+
+def assert_same(results: list[dict], expected: list[dict]) -> None:
+    assert [(result["label"], result["score"]) for result in results] == [(e["label"], e["score"]) for e in expected]
+    for mask, result in zip(read_masks(results), expected, strict=True):
+        np.testing.assert_array_equal(mask, np.asarray(result["mask"]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model whose weights are large enough that its masks differ by image and by sentence."""
+    processor = make_processor()
+    model = make_model(processor)
+    torch.manual_seed(1)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.4)
+    return save_bundle(model, processor, tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> ReSTRPipeline:
+    model = ReSTRForImageSegmentation.from_pretrained(folder).eval()
+    return ReSTRPipeline(model=model, processor=ReSTRProcessor.from_pretrained(folder), device="cpu")
+
+
+@contextmanager
+def own_process_settings():
+    """A handler sets Pillow's bound for its process; the tests' process gets it back."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def handler(pipe, tmp_path_factory):
+    plain = tmp_path_factory.mktemp("plain")  # without code, so that none is copied into the cache of remote code
+    save_bundle(pipe.model, pipe.processor, plain, include_code=False)
+    with own_process_settings() as patch:
+        for name, value in BOUNDS.items():
+            patch.setenv(name, str(value))
+        yield EndpointHandler(str(plain))
+
+
+@contextmanager
+def serve(handler):
+    with Server(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(handler):
+    with serve(handler) as url:
+        yield url
+
+
+def post(url: str, body: bytes | dict, query: dict | None = None, **headers) -> tuple[int, list | dict]:
+    """Status and answer, which is JSON whatever was asked."""
+    if isinstance(body, dict):
+        body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+    connection.request("POST", f"/?{urlencode(query)}" if query else "/", body, headers)
+    response = connection.getresponse()
+    assert response.headers["Content-Type"] == "application/json"
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
+
+
+def make_request(image: Image.Image | None = None, **others) -> dict:
+    return {"inputs": to_base64(to_bytes(image or make_image())), "text": TEXTS[0], **others}
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"text": TEXTS},
+        {"text": "\n".join(TEXTS) + "\n"},
+        {"text": None, "parameters": {"text": TEXTS, "threshold": None}},
+        {"text": TEXTS, "parameters": None},
+    ],
+)
+def test_answers_are_the_pipeline_s(url, pipe, others):
+    status, results = post(url, make_request(**others))
+    assert status == 200
+    assert_same(results, pipe(make_image(), text=TEXTS))
+    masks = read_masks(results)
+    assert all(0 < np.count_nonzero(mask) < mask.size for mask in masks)
+    assert all((masks[0] != mask).any() for mask in masks[1:])
+
+
+@pytest.mark.parametrize("parameters", [{"threshold": 0.8}, {"mask_threshold": 0.8}, {"threshold": "0.8"}])
+def test_threshold_reaches_the_pipeline(url, pipe, parameters):
+    status, results = post(url, make_request(parameters=parameters))
+    assert status == 200
+    assert_same(results, pipe(make_image(), text=TEXTS[0], threshold=0.8))
+    assert not np.array_equal(read_masks(results)[0], np.asarray(pipe(make_image(), text=TEXTS[0])[0]["mask"]))
+
+
+def test_photo_may_come_as_it_is_with_a_query(url, pipe):
+    photo = to_bytes(make_image())
+    query = {"text": "\n".join(TEXTS[:2]), "threshold": 0.4}
+    status, results = post(url, photo, query, **{"Content-Type": "image/png"})
+    assert status == 200
+    assert_same(results, pipe(make_image(), text=TEXTS[:2], threshold=0.4))
+
+
+def test_pil_images_and_photos_of_cameras_are_read(handler, pipe):
+    assert_same(handler({"inputs": make_image(), "text": TEXTS[0]}), pipe(make_image(), text=TEXTS[0]))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned = to_bytes(make_image(), exif=exif)
+    results = handler({"inputs": turned, "text": TEXTS[0]})
+    assert_same(results, pipe(make_image().transpose(Image.Transpose.ROTATE_270), text=TEXTS[0]))
+    preview = make_image(1, (6, 4))
+    several = to_bytes(make_image(), "MPO", save_all=True, append_images=[preview], quality=95)
+    assert Image.open(BytesIO(several)).n_frames == 2
+    photo = Image.open(BytesIO(to_bytes(make_image(), "JPEG", quality=95)))
+    assert_same(handler({"inputs": several, "text": TEXTS[0]}), pipe(photo, text=TEXTS[0]))
+
+
+def test_thirty_two_requests_at_once(url, pipe):
+    images = [make_image(seed, (40 + seed, 30)) for seed in range(32)]
+    texts = [TEXTS[: 1 + seed % 3][::-1] for seed in range(32)]
+    start = threading.Barrier(32)
+
+    def ask(number):
+        request = make_request(images[number], text=texts[number])
+        start.wait()
+        return post(url, request)
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, range(32)))
+    assert [status for status, _ in answers] == [200] * 32
+    for (_, results), image, text in zip(answers, images, texts, strict=True):
+        assert_same(results, pipe(image, text=text))
+
+
+def test_inference_client_reads_the_answers(url, pipe, tmp_path):
+    make_image().save(tmp_path / "photo.png")
+    query = urlencode({"text": "\n".join(TEXTS[:2]), "threshold": 0.4})
+    results = InferenceClient(f"{url}?{query}").image_segmentation(tmp_path / "photo.png")
+    expected = pipe(make_image(), text=TEXTS[:2], threshold=0.4)
+    assert [(r.label, r.score) for r in results] == [(e["label"], e["score"]) for e in expected]
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(result.mask), np.asarray(wanted["mask"]))
+    client = InferenceClient(url)
+    with pytest.raises(BadRequestError, match="Expected 'text' beside 'inputs' or among 'parameters', got it 0 times"):
+        client.image_segmentation(tmp_path / "photo.png", mask_threshold=0.4)
+
+
+def claim_size(width: int, height: int) -> bytes:
+    """A PNG file whose header tells of another size than its pixels have."""
+    content = bytearray(to_bytes(make_image()))
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+def noise(num_bytes: int) -> bytes:
+    return np.random.default_rng(0).bytes(num_bytes)
+
+
+FRAMES = {"save_all": True, "append_images": [make_image(1)]}
+BAD_REQUESTS = {
+    "no image": ({"inputs": None}, "Expected an image as 'inputs', got none"),
+    "no text": ({"text": None}, "got it 0 times"),
+    "two texts": ({"parameters": {"text": "blue thing"}}, "got it 2 times"),
+    "unknown name": (
+        {"threshold": 0.4},
+        "Expected nothing but inputs, text, parameters in the request, got threshold",
+    ),
+    "unknown parameter": ({"parameters": {"subtask": "semantic"}}, "in 'parameters', got subtask"),
+    "parameters as a list": ({"parameters": []}, "'parameters' as an object with text, .* got list"),
+    "a number as text": ({"text": 5}, "Expected 'text' as a list of sentences"),
+    "numbers as sentences": ({"text": ["a", 5]}, "Expected 'text' as a list of sentences"),
+    "no sentences": ({"text": []}, "Expected 1 to 3 sentences, got 0"),
+    "an empty sentence": ({"text": " \n "}, "Expected 1 to 3 sentences, got 0"),
+    "a sentence without words": ({"text": ["blue thing", "  "]}, "sentences with at least one word, got '  '"),
+    "too many sentences": ({"text": ["blue thing"] * 4}, "Expected 1 to 3 sentences, got 4"),
+    "too long a sentence": ({"text": "blue " * 9}, "at most 40 characters, got 45"),
+    "a threshold above 1": ({"parameters": {"threshold": 1.5}}, "Expected one threshold from 0 to 1"),
+    "a threshold that is none": ({"parameters": {"threshold": float("nan")}}, "Expected one threshold from 0 to 1"),
+    "a word as threshold": ({"parameters": {"mask_threshold": "low"}}, "Expected one threshold from 0 to 1"),
+    "truth as threshold": ({"parameters": {"threshold": True}}, "Expected one threshold from 0 to 1"),
+    "two thresholds": ({"parameters": {"threshold": 0.4, "mask_threshold": 0.6}}, "Expected one threshold"),
+    "a list of images": ({"inputs": ["iVBO"]}, "Expected an image as base64 in 'inputs', got list"),
+    "no base64": ({"inputs": "***"}, "as standard base64 in one line"),
+    "letters beyond ASCII": ({"inputs": "ü" * 8}, "as standard base64 in one line"),
+    "an empty image": ({"inputs": ""}, "Expected an image in 'inputs' .*, got something else"),
+    "no image file": ({"inputs": to_base64(noise(300))}, "Expected an image in 'inputs' .*, got something else"),
+    "a format of programs": ({"inputs": to_base64(to_bytes(make_image(), "EPS"))}, "got something else"),
+    "half an image": ({"inputs": to_base64(to_bytes(make_image())[:-2000])}, "whole image .* got a damaged one"),
+    "too many bytes": ({"inputs": to_base64(noise(30_001))}, "at most 30000 bytes, got 30001"),
+    "too many bytes, no base64": ({"inputs": "*" * 40_004}, "at most 30000 bytes, got 30003"),
+    "too many pixels": (
+        {"inputs": to_base64(to_bytes(make_image(0, (101, 100))))},
+        "1 to 10000 pixels, got a larger one",
+    ),
+    "a bomb": ({"inputs": to_base64(claim_size(60_000, 60_000))}, "1 to 10000 pixels, got a larger one"),
+    "an animation": ({"inputs": to_base64(to_bytes(make_image(), "GIF", **FRAMES))}, "several frames or pages"),
+    "an animated PNG": ({"inputs": to_base64(to_bytes(make_image(), "PNG", **FRAMES))}, "several frames or pages"),
+    "several pages": ({"inputs": to_base64(to_bytes(make_image(), "TIFF", **FRAMES))}, "several frames or pages"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_bad_requests_are_explained(url, changes, message):
+    status, answer = post(url, make_request(**changes))
+    assert status == 400 and answer.keys() == {"error"}
+    assert re.search(message, answer["error"]) and len(answer["error"]) < 300
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as a handler does in its process
+def test_images_at_the_bounds_are_read(url, handler):
+    exact = to_bytes(make_image(0, (100, 100)), "BMP")  # its size is that of its pixels
+    assert 30_000 < len(exact) < 30_100
+    status, answer = post(url, {"inputs": to_base64(exact), "text": TEXTS[0]})
+    assert status == 400 and "30000 bytes" in answer["error"]
+    status, results = post(url, make_request(make_image(0, (100, 100)), text=["blue " * 8] * 3))
+    assert status == 200 and len(results) == 3
+
+
+def test_pillow_refuses_bombs_that_the_server_itself_would_decode(handler):
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(BytesIO(claim_size(60_000, 60_000)))
+    with pytest.raises(ValueError, match="Expected an image of 1 to 10000 pixels, got 101 x 100"):
+        handler({"inputs": make_image(0, (101, 100)), "text": TEXTS[0]})
+
+
+def test_neither_paths_nor_urls_are_opened(url, tmp_path):
+    asked = []
+
+    class Photo(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(to_bytes(make_image()))
+
+    path = tmp_path / "photo.png"
+    make_image().save(path)
+    (tmp_path / "abcd").write_bytes(path.read_bytes())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Photo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/photo.png", path.as_uri(), "HTTPS://127.0.0.1/photo.png"]
+        for inputs in urls:
+            status, answer = post(url, {"inputs": inputs, "text": TEXTS[0]})
+            assert status == 400 and "URLs are not opened" in answer["error"]
+        server.shutdown()
+    for inputs in (str(path), "/etc/passwd", os.path.relpath(path)):
+        status, answer = post(url, {"inputs": inputs, "text": TEXTS[0]})
+        assert status == 400 and re.search("paths are not opened|got something else", answer["error"])
+    assert not asked
+
+
+def test_failure_of_the_model_shows_in_the_log_alone(url, handler, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("at /secret/place")
+
+    monkeypatch.setattr(handler, "pipe", fail)
+    status, answer = post(url, make_request())
+    assert status == 500
+    assert answer == {"error": "The model failed on this request; the server's log says why."}
+    assert "at /secret/place" in caplog.text
+    monkeypatch.undo()
+    assert post(url, make_request())[0] == 200
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1e6", ""])
+def test_bounds_have_to_be_positive_integers(monkeypatch, value):
+    monkeypatch.setenv("RESTR_MAX_SENTENCES", value)
+    with pytest.raises(ValueError, match="positive integer in the environment variable RESTR_MAX_SENTENCES"):
+        EndpointHandler("path")
+
+
+def test_local_server_refuses_what_it_need_not_read(url):
+    json_type = {"Content-Type": "application/json"}
+    for length in ("100000000", "-1", "many"):
+        status, answer = post(url, b"{}", **json_type, **{"Content-Length": length})
+        assert status == 413 and "Expected a Content-Length of at most" in answer["error"]
+    for body in (b"{", b"\xff", b"[" * 20_000):
+        status, answer = post(url, body, **json_type)
+        assert status == 400 and "Expected JSON" in answer["error"]
+    status, answer = post(url, b"[1]", {"text": "blue thing"}, **json_type)
+    assert status == 400 and "Expected the request as an object" in answer["error"]
+
+
+def test_local_server_says_that_it_is_there(url):
+    for path, status in {"/health": 200, "/photo.png": 404}.items():
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        assert response.status == status
+        assert json.loads(response.read()).keys() == ({"status"} if status == 200 else {"error"})
+        connection.close()
+
+
+def test_fresh_process_without_the_package_answers_from_the_folder(folder, pipe, tmp_path):
+    (tmp_path / "fresh.py").write_text(FRESH_PROCESS)
+    (tmp_path / "request.json").write_text(json.dumps(make_request(text=TEXTS)))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, tmp_path / "fresh.py", folder, tmp_path / "request.json"]
+    done = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(json.loads(done.stdout.splitlines()[-1]), pipe(make_image(), text=TEXTS))
+
+
+def test_page_on_serving_shows_what_happens(monkeypatch, capsys):
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(REPOSITORY)
+    for name in BOUNDS:
+        monkeypatch.delenv(name, raising=False)
+    with own_process_settings(), serve(EndpointHandler("examples/checkpoint")) as url:
+        shown = [number for number, (language, _) in enumerate(blocks) if language == "python"]
+        assert len(shown) == 2
+        for number in shown:
+            code = blocks[number][1].replace("http://127.0.0.1:8080", url)
+            exec(compile(code, "docs/serving.md", "exec"), {})  # noqa: S102
+            assert blocks[number + 1] == ("text", capsys.readouterr().out)
+    bounds = dict(re.findall(r"^\| `(RESTR_\w+)` \| ([\d,]+) \|", page, flags=re.MULTILINE))
+    assert bounds == dict(re.findall(r"- `(RESTR_\w+)` \(([\d,]+)\)", EndpointHandler.__doc__))
+    read = re.findall(r'_read_bound\("(\w+)", ([\d_]+)\)', (REPOSITORY / "modeling_restr/hub/handler.py").read_text())
+    assert bounds == {name: value.replace("_", ",") for name, value in read}
