@@ -30,8 +30,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: EndpointHandler) -> None:
         super().__init__(address, RequestHandler)
         self.handler = handler
-        # An image in base64, and the sentences, of which a character takes at most six bytes in JSON.
-        self.max_body = handler.max_bytes * 4 // 3 + handler.max_sentences * handler.max_sentence_length * 6 + 10_000
+        # An image in base64, and the sentences, of which a character takes at most twelve bytes in JSON.
+        self.max_body = handler.max_bytes * 4 // 3 + handler.max_sentences * handler.max_sentence_length * 12 + 10_000
 
 
 class RequestHandler(BaseHTTPRequestHandler):
@@ -60,6 +60,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, answer)
 
     def _read_request(self, body: bytes) -> Any:
+        request: Any
         if self.headers.get_content_type() != "application/json":
             request = {"inputs": body}
         else:
