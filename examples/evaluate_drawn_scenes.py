@@ -43,9 +43,9 @@ def parse_args() -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def predict(model, processor, scene: Scene, texts: list[str]) -> list[np.ndarray]:
-    """A mask of the scene's own size for each sentence."""
-    inputs = processor(images=scene.image, text=texts, return_tensors="pt").to(model.device)
+def predict(model, processor, image: np.ndarray, texts: list[str]) -> list[np.ndarray]:
+    """A mask of the image's own size for each sentence."""
+    inputs = processor(images=image, text=texts, return_tensors="pt").to(model.device)
     sizes = inputs.pop("original_sizes")[inputs["image_indices"]]
     results = processor.post_process_referring_segmentation(model(**inputs), sizes, threshold=THRESHOLD)
     return [result["mask"].cpu().numpy() for result in results]
@@ -83,7 +83,7 @@ def draw_sheet(
         texts = [expression.text for expression in scene.expressions[:sentences]]
         image = Image.fromarray(scene.image)
         size = (round(image.width * 320 / image.height), 320)
-        masks = [Image.fromarray(mask).resize(size) for mask in predict(model, processor, scene, texts)]
+        masks = [Image.fromarray(mask).resize(size) for mask in predict(model, processor, scene.image, texts)]
         tiles.append(add_legend(draw_masks(image.resize(size, Image.Resampling.BICUBIC), masks), texts))
     return arrange_in_grid(tiles, columns)
 
@@ -102,7 +102,7 @@ def main() -> None:
         scene, other = scenes[index], scenes[(index + 1) % len(scenes)]
         kinds += [expression.kind for expression in scene.expressions]
         texts = [expression.text for expression in (*scene.expressions, *other.expressions)]
-        masks = predict(model, processor, scene, texts)  # the scene is encoded once for both
+        masks = predict(model, processor, scene.image, texts)  # the scene is encoded once for both
         counts += count(scene, masks[: len(scene.expressions)])
         shuffled_counts += count(scene, masks[len(scene.expressions) :])
     summary, shuffled = summarize(kinds, counts), summarize(kinds, shuffled_counts)

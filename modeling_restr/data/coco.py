@@ -238,7 +238,7 @@ def _find_in_group(instances: Sequence[Instance], members: Sequence[int]) -> Ite
 Group = Mapping[int, Instance]  # the instances of one noun, by their index
 
 
-def _is_before(first: Instance, second: Instance, axis: int) -> bool:
+def is_before(first: Instance, second: Instance, axis: int) -> bool:
     """Whether anyone would say that `first` is left of (axis 0) or above (axis 1) `second`."""
     gaps = [second.center[axis] - first.center[axis], second.middle[axis] - first.middle[axis]]
     across = abs(second.center[1 - axis] - first.center[1 - axis])
@@ -249,7 +249,7 @@ def _is_before(first: Instance, second: Instance, axis: int) -> bool:
 
 def _is_nearer(first: Instance, second: Instance, axis: int, from_start: bool) -> bool:
     """Whether `first` is clearly nearer to the start (left, top) of the axis, or to its end."""
-    return _is_before(first, second, axis) if from_start else _is_before(second, first, axis)
+    return is_before(first, second, axis) if from_start else is_before(second, first, axis)
 
 
 def _offsets(instance: Instance, axis: int, from_start: bool) -> tuple[float, float]:
@@ -307,7 +307,7 @@ def _middle_statements(group: Group) -> Iterator[Statement]:
     for axis in (0, 1):
         ranked = sorted(group, key=lambda index: group[index].center[axis])
         row = [group[index] for index in ranked]
-        clear = all(_is_before(first, second, axis) for first, second in itertools.pairwise(row))
+        clear = all(is_before(first, second, axis) for first, second in itertools.pairwise(row))
         away = [abs(instance.center[axis] - 0.5) for instance in row]
         own = away.pop(len(row) // 2)
         if clear and _is_in_line(row, axis) and own < 0.15 and min(away) > own + 0.1:

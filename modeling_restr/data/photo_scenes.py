@@ -1,0 +1,402 @@
+"""
+Training scenes without end from a few photographs with instance masks in COCO's layout: cropped, mirrored, recoloured,
+and with instances cut out of other photographs pasted in. A scene knows what it shows, so that sentences about it can
+be made anew ([`photo_expressions`]).
+
+    photographs = Photographs.load("instances.json", "photos/images", held_out=False)
+    scenes = PhotoScenes(photographs, num_scenes=1000, image_size=192, seed=0)
+    scene = scenes[0]  # always the same one
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance
+from tqdm.auto import tqdm
+
+from .canonical import decode_mask, segmentation_to_rle
+from .refer import read_json
+
+
+# What an image's `source` says of which categories are annotated in it; of others it may hold some without a mask.
+KNOWN_CATEGORIES: dict[str, tuple[str, ...]] = {
+    "coco2017-persons-only": ("person",),
+    "coco2017-traffic-only": ("person", "car", "motorcycle", "bicycle"),
+    "penn-fudan": ("person",),
+}
+CLOTHING_SOURCE = "clothing-co-parsing"  # knows the person and what the person wears
+# How often an image of a source is drawn, relative to its number.
+SOURCE_WEIGHTS = {"coco2017": 4.0, "coco2017-traffic-only": 2.5, "coco2017-persons-only": 1.0, CLOTHING_SOURCE: 0.6}
+# Nobody leaves these out of a photograph's annotation by oversight: they may be pasted anywhere.
+UNMISTAKABLE = frozenset(
+    """
+    airplane bear bed bird boat bus cat couch cow dog elephant fire-hydrant giraffe horse kite oven parking-meter pizza
+    refrigerator sheep skateboard snowboard stop-sign suitcase surfboard teddy-bear tennis-racket toilet train truck
+    umbrella zebra
+    """.replace("-", " ").split()
+) | {"fire hydrant", "parking meter", "stop sign", "teddy bear", "tennis racket"}
+SEEN_SHARE = 0.65  # of an instance's pixels that a crop must keep for a sentence about it
+CUT_SHARE = 0.04  # below this nobody takes what is left for one
+
+
+HELD_OUT = 10  # every tenth image, by its id
+
+
+def is_held_out(image_id: int) -> bool:
+    """Whether a photograph is kept for evaluation: no stage of a training may see it."""
+    return image_id % HELD_OUT == 0
+
+
+class Window(NamedTuple):
+    """
+    Where a rectangle of a scene comes from: photograph `photo`, at x = left + (column + 0.5) * step_x and likewise y,
+    in pixels of the photograph; a negative step is a mirrored one.
+    """
+
+    photo: int
+    left: float
+    top: float
+    step_x: float
+    step_y: float
+
+
+@dataclass(frozen=True)
+class PhotoScene:
+    """
+    image: (height, width, 3) uint8.
+    masks: (instances, height, width) bool, what is visible of each.
+    categories: their names.
+    is_clear: whether enough of each is visible to speak of it.
+    unclear_categories: those of which the scene may show more than its instances.
+    known: the categories that are annotated at all.
+    is_clothing: whether all but persons are parts and clothing of theirs.
+    windows: the photographs the scene is made of, each with where it shows (height, width) bool; later ones on top.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    categories: list[str]
+    is_clear: list[bool]
+    unclear_categories: set[str]
+    known: frozenset[str]
+    is_clothing: bool
+    windows: list[tuple[Window, np.ndarray | None]]
+
+    def is_worn(self, category: str) -> bool:
+        """Whether instances of a category are parts of another instance."""
+        return self.is_clothing and category != "person"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph (height, width, 3) uint8 in memory, with packed masks; the rest as in [`PhotoScene`]."""
+
+    image_id: int
+    image: np.ndarray
+    packed_masks: np.ndarray
+    categories: list[str]
+    crowds: set[str]
+    known: frozenset[str]
+    is_clothing: bool
+    weight: float
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(instances, height, width) bool."""
+        return np.unpackbits(self.packed_masks, axis=2, count=self.image.shape[1]).astype(bool)
+
+    def find_pasteable(self) -> Iterator[int]:
+        """The instances that are whole, large enough and no part of another."""
+        for index, (category, mask) in enumerate(zip(self.categories, self.masks)):
+            if self.is_clothing and category != "person":
+                continue
+            left, top, right, bottom = find_box(mask)
+            is_inside = top > 1 and left > 1 and right < mask.shape[1] - 1
+            if is_inside and mask.mean() > 0.008 and bottom - top > 24 and right - left > 16:
+                yield index
+
+
+class Photographs(Sequence[Photograph]):
+    """Photographs, and what can be cut out of them: `pasteable` (photograph, instance)."""
+
+    def __init__(self, photographs: Sequence[Photograph]):
+        self._photographs = list(photographs)
+        weights = np.array([photograph.weight for photograph in photographs])
+        self.probabilities = weights / weights.sum()
+        self.pasteable = [
+            (index, instance) for index, photo in enumerate(photographs) for instance in photo.find_pasteable()
+        ]
+
+    @classmethod
+    def load(
+        cls, instances_file: str | Path, image_dir: str | Path, held_out: bool, progress: bool = True
+    ) -> Photographs:
+        """
+        The photographs of a COCO instances file that are held out, or all others. An image's `source` may say that not
+        all categories are annotated (see `KNOWN_CATEGORIES`).
+
+        Raises:
+            ValueError: when there is none.
+        """
+        content = read_json(Path(instances_file))
+        images = [image for image in content["images"] if is_held_out(image["id"]) == held_out]
+        if not images:
+            raise ValueError(f"{instances_file} has no image that is {'held out' if held_out else 'not held out'}.")
+        reader = _Reader(content, Path(image_dir))
+        with ThreadPoolExecutor(4) as pool:
+            photographs = pool.map(reader.read, images)
+            return cls(list(tqdm(photographs, total=len(images), desc="Photographs", disable=not progress)))
+
+    @property
+    def image_ids(self) -> list[int]:
+        return [photograph.image_id for photograph in self]
+
+    def __len__(self) -> int:
+        return len(self._photographs)
+
+    def __getitem__(self, index):
+        return self._photographs[index]
+
+
+class _Reader:
+    """The content of an instances file, by image."""
+
+    def __init__(self, content: dict[str, Any], image_dir: Path):
+        self.image_dir = image_dir
+        self.names = {category["id"]: category["name"] for category in content["categories"]}
+        self.annotations = defaultdict(list)
+        for annotation in content["annotations"]:
+            self.annotations[annotation["image_id"]].append(annotation)
+        self.worn = {
+            self.names[annotation["category_id"]]
+            for image in content["images"]
+            if image.get("source") == CLOTHING_SOURCE
+            for annotation in self.annotations[image["id"]]
+        }
+
+    def read(self, image: dict[str, Any]) -> Photograph:
+        pixels = np.asarray(Image.open(self.image_dir / image["file_name"]).convert("RGB"))
+        packed, categories, crowds = [], [], set()
+        for annotation in self.annotations[image["id"]]:
+            name = self.names[annotation["category_id"]]
+            if annotation.get("iscrowd"):
+                crowds.add(name)
+                continue
+            mask = decode_mask(segmentation_to_rle(annotation["segmentation"], pixels.shape[:2])).astype(bool)
+            if mask.any():
+                packed.append(np.packbits(mask, axis=1))
+                categories.append(name)
+        empty = np.zeros((0, len(pixels), -(-pixels.shape[1] // 8)), np.uint8)
+        source = image.get("source", "")
+        return Photograph(
+            image_id=image["id"],
+            image=pixels,
+            packed_masks=np.stack(packed) if packed else empty,
+            categories=categories,
+            crowds=crowds,
+            known=self._known(source),
+            is_clothing=source == CLOTHING_SOURCE,
+            weight=SOURCE_WEIGHTS.get(source, 1.0),
+        )
+
+    def _known(self, source: str) -> frozenset[str]:
+        if source == CLOTHING_SOURCE:
+            return frozenset(self.worn)
+        return frozenset(KNOWN_CATEGORIES.get(source, set(self.names.values()) - (self.worn - {"person"})))
+
+
+class PhotoScenes:
+    """
+    Scene `index` depends on (seed, index) alone.
+
+    Args:
+        photographs: what they are made of.
+        num_scenes: how many there are.
+        image_size: the longer side of each, in pixels.
+        seed: another seed gives other scenes.
+        augment: `False` gives the photographs as they are, one after the other.
+        paste: the probability that instances of other photographs are pasted in.
+    """
+
+    def __init__(
+        self,
+        photographs: Photographs,
+        num_scenes: int,
+        image_size: int,
+        seed: int = 0,
+        augment: bool = True,
+        paste: float = 0.5,
+    ):
+        self.photographs, self.num_scenes, self.image_size = photographs, num_scenes, image_size
+        self.seed, self.augment, self.paste = seed, augment, paste
+        # Rare categories are pasted more often than their share.
+        self._pasteable_of: dict[str, list[int]] = defaultdict(list)  # category -> numbers in `pasteable`
+        for number, (photo, instance) in enumerate(photographs.pasteable):
+            self._pasteable_of[photographs[photo].categories[instance]].append(number)
+        weights = np.zeros(len(photographs.pasteable))
+        for numbers in self._pasteable_of.values():
+            weights[numbers] = len(numbers) ** -0.6
+        self._paste_probabilities = weights / max(weights.sum(), 1e-9)
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def __getitem__(self, index: int) -> PhotoScene:
+        return self.draw(index)
+
+    def draw(self, index: int, attempt: int = 0) -> PhotoScene:
+        """Scene `index`, or another one in its place."""
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(f"Scene {index} of {self.num_scenes}.")
+        if not self.augment:
+            return self._cut((index + attempt) % len(self.photographs), None, False)
+        rng = np.random.default_rng((self.seed, index, attempt))
+        photo = int(rng.choice(len(self.photographs), p=self.photographs.probabilities))
+        scene = self._cut(photo, self._draw_crop(rng, photo), bool(rng.random() < 0.5))
+        image = _change_colors(rng, scene.image)
+        if self.photographs.pasteable and rng.random() < self.paste:
+            return self._paste(rng, scene, image)
+        return replace(scene, image=image)
+
+    def _draw_crop(self, rng: np.random.Generator, photo: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width); the whole photograph every fourth time."""
+        height, width = self.photographs[photo].image.shape[:2]
+        if rng.random() < 0.25:
+            return 0, 0, height, width
+        scale, stretch = math.exp(rng.uniform(math.log(0.4), 0.0)), math.exp(rng.uniform(-0.25, 0.25))
+        crop_height = min(height, max(48, round(height * scale * stretch)))
+        crop_width = min(width, max(48, round(width * scale / stretch)))
+        top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+        return int(top), int(left), crop_height, crop_width
+
+    def _cut(self, photo: int, crop: tuple[int, int, int, int] | None, mirror: bool) -> PhotoScene:
+        photograph = self.photographs[photo]
+        source, masks = photograph.image, photograph.masks
+        top, left, height, width = crop or (0, 0, *source.shape[:2])
+        scale = self.image_size / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        areas = masks.sum((1, 2))
+        seen = masks[:, rows, columns]
+        shares = seen.sum((1, 2)) / areas
+        image = np.asarray(
+            Image.fromarray(source[rows, columns]).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        )
+        kept = [index for index in range(len(masks)) if shares[index] > CUT_SHARE]
+        resized = [_resize_mask(seen[index], size) for index in kept]
+        window = Window(photo, left, top, width / size[0], height / size[1])
+        if mirror:
+            image, resized = image[:, ::-1], [mask[:, ::-1] for mask in resized]
+            window = Window(photo, left + width, top, -width / size[0], height / size[1])
+        alive = [(index, mask) for index, mask in zip(kept, resized) if mask.any()]
+        return PhotoScene(
+            image=image,
+            masks=np.stack([mask for _, mask in alive]) if alive else np.zeros((0, *image.shape[:2]), bool),
+            categories=[photograph.categories[index] for index, _ in alive],
+            is_clear=[bool(shares[index] >= SEEN_SHARE) for index, _ in alive],
+            unclear_categories=set(photograph.crowds),
+            known=photograph.known,
+            is_clothing=photograph.is_clothing,
+            windows=[(window, None)],
+        )
+
+    def _paste(self, rng: np.random.Generator, scene: PhotoScene, image: np.ndarray) -> PhotoScene:
+        image, masks = image.copy(), list(scene.masks)
+        categories, is_clear, windows = list(scene.categories), list(scene.is_clear), list(scene.windows)
+        before = [mask.sum() for mask in masks]
+        for _ in range(rng.integers(1, 4)):
+            photo, instance = self.photographs.pasteable[self._draw_pasteable(rng, categories)]
+            label = self.photographs[photo].categories[instance]
+            if label not in scene.known and label not in UNMISTAKABLE:
+                continue
+            pasted = self._place(rng, photo, instance, image.shape[:2])
+            if pasted is None:
+                continue
+            pixels, where, window = pasted
+            image[where] = pixels[where]
+            masks = [mask & ~where for mask in masks] + [where]
+            before.append(where.sum())
+            categories.append(label)
+            is_clear.append(True)
+            windows.append((window, where))
+        shares = [mask.sum() / full for mask, full in zip(masks, before)]
+        alive = [index for index, share in enumerate(shares) if share > CUT_SHARE]
+        return replace(
+            scene,
+            image=image,
+            masks=np.stack([masks[index] for index in alive]) if alive else scene.masks[:0],
+            categories=[categories[index] for index in alive],
+            is_clear=[bool(is_clear[index] and shares[index] >= SEEN_SHARE) for index in alive],
+            windows=windows,
+        )
+
+    def _draw_pasteable(self, rng: np.random.Generator, categories: list[str]) -> int:
+        """Every third time another one of what is there: place and order then matter."""
+        if categories and rng.random() < 0.35:
+            same = self._pasteable_of.get(categories[rng.integers(len(categories))])
+            if same:
+                return same[rng.integers(len(same))]
+        return int(rng.choice(len(self._paste_probabilities), p=self._paste_probabilities))
+
+    def _place(
+        self, rng: np.random.Generator, photo: int, instance: int, size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, Window] | None:
+        """An instance of another photograph on an empty canvas: its pixels, where they are, its window."""
+        source, mask = self.photographs[photo].image, self.photographs[photo].masks[instance]
+        left, top, right, bottom = find_box(mask)
+        side = math.exp(rng.uniform(math.log(0.18), math.log(0.75))) * max(size)
+        scale = min(side / max(bottom - top, right - left), 1.6 * self.image_size / max(source.shape))
+        width, height = round((right - left) * scale), round((bottom - top) * scale)
+        if min(width, height) < 4 or width > size[1] or height > size[0]:
+            return None
+        x, y = int(rng.integers(size[1] - width + 1)), int(rng.integers(size[0] - height + 1))
+        cut = Image.fromarray(source[top:bottom, left:right]).resize((width, height), Image.Resampling.BILINEAR)
+        pixels, small = (
+            _change_colors(rng, np.asarray(cut)),
+            _resize_mask(mask[top:bottom, left:right], (width, height)),
+        )
+        step_x, step_y = (right - left) / width, (bottom - top) / height
+        window = Window(photo, left - x * step_x, top - y * step_y, step_x, step_y)
+        if rng.random() < 0.5:
+            pixels, small = pixels[:, ::-1], small[:, ::-1]
+            window = Window(photo, right + x * step_x, top - y * step_y, -step_x, step_y)
+        canvas, where = np.zeros((*size, 3), np.uint8), np.zeros(size, bool)
+        canvas[y : y + height, x : x + width], where[y : y + height, x : x + width] = pixels, small
+        return (canvas, where, window) if where.any() else None
+
+
+def find_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a mask that is not empty; right and bottom lie just outside."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(grey) > 127
+
+
+def _change_colors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Brightness, contrast and saturation, so little that a colour keeps its name."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        picture = enhance(picture).enhance(rng.uniform(0.7, 1.3))
+    return np.asarray(picture)
+
+
+def letterbox(array: np.ndarray, image_size: int) -> np.ndarray:
+    """Centre (..., height, width) or (height, width, 3) on a square of zeros, as the image processor does."""
+    axes = (0, 1) if array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8 else (-2, -1)
+    padding = [(0, 0)] * array.ndim
+    for axis in axes:
+        missing = image_size - array.shape[axis]
+        padding[axis] = (missing // 2, missing - missing // 2)
+    return np.pad(array, padding)

@@ -1,0 +1,199 @@
+import colorsys
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from photographs import COLORS, write_photographs
+
+from modeling_restr.data.photo_expressions import (
+    COLORS as COLOR_NAMES,
+    KIND_WEIGHTS,
+    SYNONYMS,
+    express,
+    find_facts,
+    name_colors,
+)
+from modeling_restr.data.photo_scenes import Photographs, PhotoScene, PhotoScenes
+
+
+def make_scene(*boxes: tuple[str, tuple[int, int, int, int], tuple[int, int, int]], size=(100, 150)) -> PhotoScene:
+    """Boxes (category, (left, top, right, bottom), colour) on green; later ones lie on top."""
+    image = np.full((*size, 3), (20, 120, 40), np.uint8)
+    masks = np.zeros((len(boxes), *size), bool)
+    for index, (_, (left, top, right, bottom), color) in enumerate(boxes):
+        masks[:, top:bottom, left:right] = False
+        masks[index, top:bottom, left:right] = True
+        image[top:bottom, left:right] = color
+    categories = [category for category, _, _ in boxes]
+    known = frozenset({"person", "dog", "car", "cup", "handbag", "bicycle", "motorcycle", *categories})
+    return PhotoScene(image, masks, categories, [True] * len(boxes), set(), known, False, [])
+
+
+BLUE, RED, BROWN, BLACK = (30, 60, 220), (220, 20, 30), (120, 70, 30), (10, 10, 10)
+
+
+def facts_of(scene: PhotoScene, kind: str) -> set[tuple[str, str, int]]:
+    return {(fact.name, fact.noun, fact.target) for fact in find_facts(scene) if fact.kind == kind}
+
+
+def test_colors_are_named_as_people_do():
+    named = {
+        "red": "#e01020",
+        "blue": "#2040d0",
+        "green": "#209030",
+        "yellow": "#f0e020",
+        "orange": "#ff9010",
+        "brown": "#704018",
+        "black": "#101010",
+        "white": "#f8f8f8",
+        "gray": "#808080",
+        "pink": "#ffa0c8",
+        "purple": "#6020b0",
+    }
+    pixels = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in named.values()], np.uint8)
+    assert [COLOR_NAMES[number] for number in name_colors(pixels)] == list(named)
+
+
+def test_hues_are_those_of_colorsys():
+    """Every saturated, bright colour of a hue has the name of that hue's range, or none."""
+    ranges = {"red": (342, 374), "orange": (18, 42), "yellow": (44, 68), "green": (75, 165), "blue": (190, 252)}
+    ranges |= {"purple": (262, 300), "pink": (305, 342)}
+    for hue in range(360):
+        pixel = np.array([[round(255 * part) for part in colorsys.hsv_to_rgb(hue / 360, 0.9, 0.9)]], np.uint8)
+        number = int(name_colors(pixel)[0])
+        if number >= 0:
+            low, high = ranges[COLOR_NAMES[number]]
+            assert low - 1 <= hue <= high + 1 or low - 1 <= hue + 360 <= high + 1
+
+
+def test_colour_tells_apart_only_where_no_other_has_it():
+    two = make_scene(("car", (5, 40, 45, 80), RED), ("car", (90, 40, 130, 80), BLUE))
+    assert facts_of(two, "color") == {("red", "car", 0), ("blue", "car", 1)}
+    same = make_scene(("car", (5, 40, 45, 80), RED), ("car", (90, 40, 130, 80), RED))
+    assert not facts_of(same, "color")
+    speckled = make_scene(("car", (5, 40, 45, 80), RED), ("car", (90, 40, 130, 80), BLUE))
+    speckled.image[40:80, 90:100] = RED  # a quarter of the blue one
+    assert facts_of(speckled, "color") == {("blue", "car", 1)}
+
+
+def test_a_persons_colour_is_that_of_its_clothes():
+    scene = make_scene(("person", (20, 10, 50, 90), BLACK), ("person", (90, 10, 120, 90), BLACK))
+    scene.image[26:54, 20:50] = RED
+    assert facts_of(scene, "color") == {("red", "person", 0), ("black", "person", 1)}
+    texts = {e.text for seed in range(40) for e in express(scene, np.random.default_rng(seed), 6) if e.kind == "color"}
+    assert texts and not any(re.match(r"(the )?(red|black)", text) for text in texts)  # never of the person itself
+
+
+def test_relations_hold_for_one_only():
+    scene = make_scene(
+        ("cup", (5, 40, 25, 60), RED), ("cup", (110, 40, 130, 60), BLUE), ("dog", (50, 30, 90, 70), BROWN)
+    )
+    assert {("left of", "cup", 0), ("right of", "cup", 1)} <= facts_of(scene, "relation")
+    both = make_scene(
+        ("cup", (5, 40, 25, 60), RED), ("cup", (28, 40, 48, 60), BLUE), ("dog", (80, 30, 120, 70), BROWN)
+    )
+    assert not {fact for fact in facts_of(both, "relation") if fact[0] == "left of" and fact[1] == "cup"}
+    with_bag = make_scene(
+        ("person", (10, 5, 50, 95), BLUE), ("person", (100, 5, 140, 95), BLACK), ("handbag", (36, 50, 54, 70), RED)
+    )
+    assert ("with", "person", 0) in facts_of(with_bag, "relation")
+    assert ("next to", "person", 0) in facts_of(with_bag, "relation")
+
+
+def test_general_names_need_everything_annotated():
+    scene = make_scene(("dog", (5, 40, 35, 70), BROWN), ("cat", (90, 40, 120, 70), BLACK))
+    assert not any(fact.noun == "animal" for fact in find_facts(scene))
+    animals = {"bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"}
+    scene = replace(scene, known=scene.known | animals)
+    assert ("left of all", "animal", 0) in facts_of(scene, "place")
+    scene.unclear_categories.add("horse")
+    assert not any(fact.noun == "animal" for fact in find_facts(scene))
+
+
+def test_nothing_is_said_of_what_is_not_clear():
+    scene = make_scene(("car", (5, 40, 45, 80), RED), ("dog", (90, 40, 130, 80), BLUE))
+    assert {fact.target for fact in find_facts(replace(scene, is_clear=[False, True]))} == {1}
+    assert not [fact for fact in find_facts(replace(scene, unclear_categories={"dog"})) if fact.noun == "dog"]
+
+
+def test_ambiguous_synonyms_are_not_used():
+    scene = make_scene(("bicycle", (5, 40, 45, 80), RED), ("motorcycle", (90, 40, 130, 80), BLUE))
+    texts = {e.text for seed in range(60) for e in express(scene, np.random.default_rng(seed), 6)}
+    assert "motorbike" in texts and not any(re.search(r"\bbike\b", text) for text in texts)
+    alone = make_scene(("bicycle", (5, 40, 45, 80), RED))
+    assert "bike" in {e.text for seed in range(60) for e in express(alone, np.random.default_rng(seed), 6)}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos") / "data"
+    path = write_photographs(folder, colored=True)
+    photographs = Photographs.load(path, folder / "images", held_out=False, progress=False)
+    return PhotoScenes(photographs, 150, 128, seed=0, paste=0.6)
+
+
+def test_sentences_are_true_of_their_target_alone(scenes):
+    """Read again, by plain rules on the masks, what a sentence says."""
+    checked = dict.fromkeys(KIND_WEIGHTS, 0)
+    for index in range(len(scenes)):
+        scene = scenes[index]
+        expressions = express(scene, np.random.default_rng(index), 5)
+        assert len({expression.text for expression in expressions}) == len(expressions) <= 5
+        for expression in expressions:
+            category = scene.categories[expression.target]
+            names = {category, *SYNONYMS.get(category, ()), "animal"}
+            assert any(name in expression.text for name in names)
+            checked[expression.kind] += _check(scene, expression)
+    assert checked["category"] > 20 and checked["place"] > 20 and checked["order"] + checked["size"] > 5
+
+
+def _check(scene: PhotoScene, expression) -> bool:
+    text, target = expression.text, expression.target
+    general = "animal" in text
+    group = [
+        index
+        for index, name in enumerate(scene.categories)
+        if name == scene.categories[target] or (general and name in ("dog", "elephant"))
+    ]
+    centers = np.array([[place.mean() for place in mask.nonzero()[::-1]] for mask in scene.masks])[group]
+    areas = scene.masks[group].sum((1, 2))
+    own = group.index(target)
+    if expression.kind == "category":
+        assert len(group) == 1
+    elif expression.kind == "size":
+        assert own == (areas.argmax() if re.search("big|large", text) else areas.argmin())
+    elif expression.kind == "place" and len(group) > 1 and re.search("leftmost|left most|far left", text):
+        assert own == centers[:, 0].argmin()
+    elif expression.kind == "place" and len(group) > 1 and re.search("rightmost|right most|far right", text):
+        assert own == centers[:, 0].argmax()
+    elif expression.kind == "order" and (match := re.search(r"(second|2nd).*from (?:the )?(left|right)", text)):
+        assert own == centers[:, 0].argsort()[1 if match[2] == "left" else -2]
+    else:
+        return False
+    return True
+
+
+def test_a_mirrored_scene_swaps_left_and_right(scenes):
+    swapped = {"left": "right", "right": "left"}
+    compared = 0
+    for index in range(60):
+        scene = scenes[index]
+        mirrored = replace(scene, image=scene.image[:, ::-1], masks=scene.masks[:, :, ::-1])
+        facts, others = (
+            {(f.kind, f.name, f.target, f.rank, f.anchor) for f in find_facts(s)} for s in (scene, mirrored)
+        )
+        turned = {
+            (kind, re.sub("left|right", lambda match: swapped[match[0]], name), target, rank, anchor)
+            for kind, name, target, rank, anchor in facts
+        }
+        assert turned == others
+        compared += len(facts)
+    assert compared > 200
+
+
+def test_colors_of_the_test_photographs_are_found(scenes):
+    found = {
+        (fact.noun, fact.color) for index in range(100) for fact in find_facts(scenes[index]) if fact.kind == "color"
+    }
+    assert found <= {("person", "blue"), ("dog", "brown"), ("elephant", "gray")} and len(found) == len(COLORS) - 1
