@@ -1,5 +1,6 @@
 """ReSTR's pipeline: photographs and sentences in, a mask for each sentence out."""
 
+import os
 from collections.abc import Iterator, Mapping, Sized
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,12 @@ class ReSTRPipeline(Pipeline):
             images = image if isinstance(image, torch.utils.data.Dataset) else (item for item in image)
             return super().__call__(images, **kwargs)
         return super().__call__([image], **kwargs)[0]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model and processor: `pipeline(model=save_directory, trust_remote_code=True)` loads the folder."""
+        processor: Any = self.processor  # which transformers' own leaves out
+        self.model.save_pretrained(save_directory, **kwargs)
+        processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
         kwargs.pop("local_files_only", None)  # `transformers.pipeline` hands it on

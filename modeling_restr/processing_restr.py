@@ -88,8 +88,15 @@ class ReSTRProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
-        """As in transformers, which writes down where the code is; here the processor itself stays as it was."""
-        return super(ReSTRProcessor, copy.copy(self)).save_pretrained(save_directory, push_to_hub, **kwargs)
+        """
+        As in transformers, which notes in the processor where its code is, and saves how the last sentences were padded;
+        here the processor stays as it was, and its files do not depend on what it was used for.
+        """
+        processor = copy.copy(self)
+        processor.tokenizer = copy.deepcopy(self.tokenizer)
+        processor.tokenizer.backend_tokenizer.no_padding()
+        processor.tokenizer.backend_tokenizer.no_truncation()
+        return super(ReSTRProcessor, processor).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def post_process_referring_segmentation(
         self, outputs: Any, target_sizes: Iterable[tuple[int, int]] | torch.Tensor, threshold: float = 0.5

@@ -1,8 +1,10 @@
 """Registration with transformers, so that its Auto classes and `pipeline` know ReSTR without remote code."""
 
+from functools import wraps
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation, AutoProcessor
+from transformers.modelcard import TrainingSummary
 
 # `transformers.AutoImageProcessor` itself may be a stand-in that raises where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -37,6 +39,7 @@ def register() -> None:
     ):
         code_class.register_for_auto_class(auto_class)
     _register_pipeline()
+    _register_model_card()
 
 
 def _register_pipeline() -> None:
@@ -83,3 +86,31 @@ def _get_custom_pipelines(config: ReSTRConfig) -> dict[str, Any]:
 
 def _set_custom_pipelines(config: ReSTRConfig, value: dict[str, Any]) -> None:
     config.__dict__["custom_pipelines"] = value
+
+
+def _register_model_card() -> None:
+    """Let what transformers pushes of ReSTR come with ReSTR's card where transformers would write one of its own."""
+    pushed_classes: tuple[Any, ...] = (ReSTRForImageSegmentation, ReSTRProcessor, ReSTRPipeline)
+    for pushed_class in pushed_classes:
+        pushed_class._upload_modified_files = _upload_with_card
+    summary_class: Any = TrainingSummary
+    previous = summary_class.from_trainer.__func__
+    previous = getattr(previous, "of_other_models", previous)
+
+    @wraps(previous)
+    def from_trainer(cls: Any, trainer: Any, **options: Any) -> Any:
+        summary = previous(cls, trainer, **options)
+        if isinstance(trainer.model, ReSTRForImageSegmentation):
+            from .hub.automatic_card import build_trainer_card
+
+            summary.to_model_card = lambda: build_trainer_card(trainer, summary, options.get("dataset_tags"))
+        return summary
+
+    from_trainer.of_other_models = previous  # type: ignore[attr-defined]
+    summary_class.from_trainer = classmethod(from_trainer)
+
+
+def _upload_with_card(self: Any, *args: Any, **kwargs: Any) -> Any:
+    from .hub.automatic_card import upload_with_card  # what only a push needs
+
+    return upload_with_card(self, *args, **kwargs)

@@ -100,12 +100,13 @@ class Hub:
         return {**variables, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
 
     def connect(self, home: Path, patch: pytest.MonkeyPatch) -> None:
-        """Lead huggingface_hub here in this process, which read its environment when it began."""
+        """Lead huggingface_hub and transformers here in this process, which read its environment when it began."""
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + template)
         patch.setattr(constants, "ENDPOINT", self.url)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr("transformers.utils.hub._hf_api", None)  # made at the first push, and kept
         patch.setenv("HF_TOKEN", TOKEN)
 
 
@@ -371,6 +372,15 @@ def tag(self: Handler, kind: str, name: str, revision: str) -> dict[str, Any]:
     if new in repository.tags:
         raise Refusal(409, "Conflict", f"Tag {new} exists")
     repository.tags[new] = repository.at(revision).sha
+    return {}
+
+
+@route("POST", API + r"/branch/(?P<revision>[^/]+)")
+def branch(self: Handler, kind: str, name: str, revision: str) -> dict[str, Any]:
+    repository = self.repository(kind, name)
+    if revision in repository.branches:
+        raise Refusal(409, "Conflict", f"Branch {revision} exists")
+    repository.branches[revision] = repository.at(json.loads(self.content).get("startingPoint") or "main").sha
     return {}
 
 

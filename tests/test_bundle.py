@@ -90,6 +90,8 @@ with torch.no_grad():
     }
 answers = pipe(image, text=sentences)
 results["masks"] = torch.stack([torch.from_numpy(np.array(answer["mask"])) for answer in answers])
+pipe.save_pretrained(f"{output}/saved")
+assert transformers.pipeline(model=f"{output}/saved", **load)(image, text=sentences) == answers
 results["scores"] = torch.tensor([answer["score"] for answer in answers], dtype=torch.float64)
 save_file({name: tensor.contiguous() for name, tensor in results.items()}, f"{output}/results.safetensors")
 loaded = (config, base_model, model, processor, image_processor, pipe)
@@ -168,6 +170,10 @@ def test_fresh_process_without_the_package_gives_the_same(bundle, tmp_path):
     masks = np.stack([np.array(answer["mask"]) for answer in answers])
     assert np.array_equal(results["masks"].numpy(), masks)
     assert 0 < np.count_nonzero(masks) < masks.size
+
+    saved, whole = read_files(tmp_path / "output" / "saved"), read_files(bundle)
+    assert saved.keys() == CODE_FILES | OTHER_FILES
+    assert all(saved[name] == whole[name] for name in {*CODE_FILES, "model.safetensors", "tokenizer.json"})
 
     classes = json.loads((tmp_path / "output" / "classes.json").read_text())
     assert all(module.startswith("transformers_modules.bundle.") for module, _ in classes)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_restr import (
@@ -283,3 +284,11 @@ def test_iterator_is_read_once_with_several_workers(pipe, images):
     rows = [{"image": images[0], "text": f"dog {number}"} for number in range(4)]
     results = list(pipe((row for row in rows), num_workers=2))
     assert [result[0]["label"] for result in results] == [row["text"] for row in rows]
+
+
+def test_saved_pipeline_is_all_that_a_pipeline_needs(pipe, images, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert {"model.safetensors", "pipeline_restr.py", "processor_config.json"} <= {p.name for p in tmp_path.iterdir()}
+    again = pipeline(model=str(tmp_path), device="cpu")
+    assert isinstance(again, ReSTRPipeline)
+    assert again(images[0], text=SENTENCES) == pipe(images[0], text=SENTENCES)

@@ -127,6 +127,17 @@ def test_saves_and_reloads(processor, images, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
 
 
+def test_files_do_not_depend_on_what_it_was_used_for(processor, tmp_path):
+    files = []
+    for padding in ("max_length", "longest", True):
+        before = processor.tokenizer.backend_tokenizer.to_str()
+        processor.save_pretrained(tmp_path)
+        assert processor.tokenizer.backend_tokenizer.to_str() == before
+        files.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+        processor(text=["a man", "ball"], padding=padding)
+    assert files[0] == files[1] == files[2]
+
+
 @pytest.mark.parametrize("sentence", ["", "   ", "\n", ".", " . "])
 def test_sentences_without_words_are_refused(processor, images, sentence):
     with pytest.raises(ValueError, match=r"at least one word.*as sentence 0"):

@@ -22,6 +22,7 @@ from tiny_training import make_model, make_processor
 import modeling_restr
 from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline
 from modeling_restr.data import preparation
+from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.dataset_card import Source
 from modeling_restr.hub import Example, push_to_hub, save_bundle, write_model_card
 
@@ -43,7 +44,8 @@ PICTURES = {"example.jpg", "example_overlay.png", "example_1.png", "example_2.pn
 TEXTS = ["the red square", "blue thing"]
 
 # Pushes the folder argv[1] by a script in argv[2], part by part and by Trainer; each twice. Then trains the model and on
-# the dataset that were pushed, by their ids, and pushes the result; argv[3] is for files.
+# the dataset that were pushed, by their ids, and pushes the result; trains with both scripts on a stream of it; and
+# predicts its masks. argv[3] is for files.
 PUSHES = """
 import runpy, sys
 from transformers import Trainer, TrainingArguments
@@ -65,6 +67,16 @@ options = "--model_name_or_path tester/restr --dataset_name tester/boxes --train
 options += " --max_steps 2 --eval_strategy no --dataloader_num_workers 0 --hub_model_id trained --push_to_hub True"
 sys.argv = ["run_referring_segmentation.py", *options.split(), "--output_dir", f"{output}/trained"]
 runpy.run_path(f"{examples}/run_referring_segmentation.py", run_name="__main__")
+
+options = "--model_name_or_path tester/restr --dataset_name tester/boxes --streaming --train_split val --max_steps 3"
+options += " --validation_split= --warmup_steps 1 --learning_rate 0.01 --dataloader_num_workers 0"
+for script in ("run_referring_segmentation", "run_referring_segmentation_no_trainer"):
+    sys.argv = [f"{script}.py", *options.split(), "--output_dir", f"{output}/streamed/{script}"]
+    runpy.run_path(f"{examples}/{script}.py", run_name="__main__")
+
+for name, options in {"loaded": [], "streamed": ["--streaming"]}.items():
+    sys.argv = ["predict.py", "tester/restr", "tester/boxes", "--output_dir", f"{output}/masks/{name}", *options]
+    runpy.run_path(f"{examples}/predict.py", run_name="__main__")
 """
 
 # Loads the dataset argv[3] and the models argv[4:] (ids or id@revision), where the package is not, and writes what it
@@ -259,6 +271,7 @@ def test_push_to_hub_of_model_and_processor_changes_nothing_the_second_time(push
     repository = pushed.hub.repositories["model", "tester/by-parts"]
     assert repository.titles == ["Upload ReSTRForImageSegmentation", "Upload processor"]
     assert repository.files().keys() == CODE_FILES | MODEL_FILES | {"README.md"}
+    assert pushed.hub.repositories["model", "tester/by-trainer"].titles == ["End of training"]
     configs = [
         json.loads(pushed.hub.repositories["model", f"tester/{name}"].files()["config.json"])
         for name in ("restr", "by-parts", "by-trainer")
@@ -284,6 +297,34 @@ def test_training_by_ids_ends_in_a_card_with_its_evaluation(pushed):
     found = {result.metric_type: result.metric_value for result in data.eval_results}
     assert found["overall_iou"] == round(100 * metrics["overall_iou"], 2)
     assert data.datasets == ["tester/boxes"]
+
+
+@pytest.mark.parametrize("script", ["run_referring_segmentation", "run_referring_segmentation_no_trainer"])
+def test_training_streams_data_by_id(pushed, script):
+    folder = pushed.root / "streamed" / script
+    start = load_file(pushed.folders[1] / "model.safetensors")
+    trained = load_file(folder / "model" / "model.safetensors")
+    changed = [name for name in start if not torch.equal(trained[name], start[name])]
+    assert len(changed) == len(start) and all(trained[name].isfinite().all() for name in start)
+    twin = load_file(folder.parent / "run_referring_segmentation" / "model" / "model.safetensors")
+    assert all(torch.allclose(trained[name], twin[name], atol=1e-6) for name in start)
+    card = ModelCard.load(folder / "model" / "README.md")
+    assert card.data.datasets == ["tester/boxes"] and card.data.base_model == "tester/restr"
+    assert "The split `val` of `tester/boxes`, a stream." in card.text
+
+
+def test_predictions_by_ids_are_the_pipeline_s(pushed, one_thread):
+    model, processor = ReSTRForImageSegmentation.from_pretrained(pushed.folders[1]), make_processor()
+    pipe = ReSTRPipeline(model=model.eval(), processor=processor)
+    rows = load_dataset(str(pushed.root / "data"), split="val", cache_dir=str(pushed.root / "cache"))
+    sentences = [[text["text"] for part in row["references"] for text in part["expressions"]] for row in rows]
+    expected = [answer for row, texts in zip(rows, sentences) for answer in pipe(row["image"], text=texts)]
+    for name in ("loaded", "streamed"):
+        folder = str(pushed.root / "masks" / name)
+        found = load_dataset("parquet", data_dir=folder, split="val", cache_dir=str(pushed.root / "cache"))
+        assert found["text"] == [text for texts in sentences for text in texts]
+        for mask, answer in zip(found["mask"], expected, strict=True):
+            assert np.array_equal(decode_mask(mask), np.asarray(answer["mask"]) > 0)
 
 
 def test_the_hub_was_asked_nothing_that_it_does_not_know(pushed, loaded):

@@ -133,7 +133,7 @@ def write_model_card(
 
 
 def build_model_card(
-    folder: Path,
+    folder: Path | None,
     *,
     training: Mapping[str, Any] | None = None,
     evaluations: Sequence[str | os.PathLike] = (),
@@ -141,11 +141,11 @@ def build_model_card(
     card_data: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> ModelCard:
-    """The card of [`write_model_card`], in memory and without its pictures."""
+    """The card of [`write_model_card`], in memory and without its pictures; without a folder that of any ReSTR."""
     _check_no_results({**(training or {}), "data": options.get("data"), "limits": options.get("limits")})
-    results = _read_evaluations(folder, evaluations)
+    results = [] if folder is None else _read_evaluations(folder, evaluations)
     model_id = options.get("model_id")
-    values = dict(card_data or {"license": "apache-2.0"})
+    values = dict(card_data or {})
     name = model_id.rpartition("/")[2] if model_id else "ReSTR"
     if results:
         values |= {"model_name": name, "eval_results": _to_eval_results(results)}
@@ -155,7 +155,7 @@ def build_model_card(
         code = json.dumps(list(example.texts), ensure_ascii=False)
         options |= {"texts": example.texts, "code": code, "credit": example.credit, "photo": example.file_name}
     evaluation = _format_results(results)
-    if results or example is not None:
+    if folder is not None and (results or example is not None):
         evaluation = "\n\n".join(filter(None, [evaluation or "Not evaluated.", _format_weights(folder)]))
     return ModelCard.from_template(
         ModelCardData(**values),
@@ -163,7 +163,7 @@ def build_model_card(
         model_name=name,
         training_data=_format_training(training),
         evaluation=evaluation,
-        **_describe_inputs(folder),
+        **({} if folder is None else _describe_inputs(folder)),
         **options,
     )
 

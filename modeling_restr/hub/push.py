@@ -6,12 +6,13 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
+from .automatic_card import build_automatic_card, find_card
 from .bundle import WEIGHT_PATTERNS, add_code, save_bundle
-from .model_card import MODEL_ID_PLACEHOLDER, build_model_card, check_card
+from .model_card import MODEL_ID_PLACEHOLDER, check_card
 
 
 # What of a folder belongs to the model; not what a training left there for itself.
@@ -57,7 +58,7 @@ def push_to_hub(
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         there = api.list_repo_files(repo_id)
-        files |= _prepare_card(folder, repo_id, "README.md" in there, Path(temporary), token)
+        files["README.md"] = _prepare_card(folder, repo_id, Path(temporary), token)
         # Of old weights `from_pretrained` could take these instead of the new ones.
         stale = [name for name in there if name not in files and _matches(name, WEIGHT_PATTERNS)]
         commit = api.create_commit(
@@ -112,17 +113,16 @@ def _missing_code(files: dict[str, Path]) -> list[str]:
     return sorted({f"{reference.partition('.')[0]}.py" for reference in references} - files.keys())
 
 
-def _prepare_card(folder: Path, repo_id: str, is_there: bool, temporary: Path, token: str | None) -> dict[str, Path]:
-    """The card as it is pushed, in which the model has its id; none where the repository's own stays."""
-    path = temporary / "README.md"
-    if (folder / "README.md").exists():
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        path.write_text(text.replace(MODEL_ID_PLACEHOLDER, repo_id), encoding="utf-8")
-    elif not is_there:
-        build_model_card(folder, model_id=repo_id).save(path)
-    card = path if path.exists() else Path(hf_hub_download(repo_id, "README.md", token=token))
-    check_card(card.read_text(encoding="utf-8"), folder)
-    return {"README.md": path} if path.exists() else {}
+def _prepare_card(folder: Path, repo_id: str, temporary: Path, token: str | None) -> Path:
+    """The folder's card, in which the model gets its id; or else the repository's; or else one for any model."""
+    path, written = temporary / "README.md", folder / "README.md"
+    if written.exists():
+        text = written.read_text(encoding="utf-8").replace(MODEL_ID_PLACEHOLDER, repo_id)
+    else:
+        text = find_card(repo_id, token=token) or build_automatic_card(repo_id)
+    check_card(text, folder)
+    path.write_bytes(text.encode())
+    return path
 
 
 def _add_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:

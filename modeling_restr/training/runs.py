@@ -392,4 +392,5 @@ def write_card(folder: Path, recipe: Recipe, args: DataArguments, evaluations: S
         evaluations=evaluations,
         data=f"The split `{recipe.split}` of `{recipe.dataset}`, {size}. Its terms are those of its own card.",
         datasets=[] if Path(args.dataset_name).exists() else [args.dataset_name],
+        base_model=recipe.start if "/" in recipe.start else None,  # else the name of a folder
     )
