@@ -129,6 +129,36 @@ def test_card_of_the_shipped_checkpoint_shows_its_evaluation_by_kind_and_beside_
         assert row["expressions"] == f"{kinds[kind]['sentences']:,}"
 
 
+def test_card_of_an_evaluation_on_photographs_shows_the_constant_box_beside_it(folder, evaluation, tmp_path):
+    kinds = {
+        kind: {"sentences": 7, "mean_iou": 41.5 + number, "overall_iou": 50.5, "precision@0.5": 33.5}
+        for number, kind in enumerate(("all", "place"))
+    }
+    controls = {kind: {"mean_iou": 20.5 + number} for number, kind in enumerate(kinds)}
+    others = {kind: {"mean_iou": 10.5 + number} for number, kind in enumerate(kinds)}
+    content = {"model": evaluation["model"], "data": "9 photographs", "threshold": 0.5, "results": kinds}
+    content |= {"results_of_the_best_constant_box": controls, "results_with_sentences_of_another_scene": others}
+    path = write_model_card(folder, evaluations=[write_json(tmp_path / "photographs.json", content)])
+    results = {result.metric_type: result.metric_value for result in ModelCard.load(path).data.eval_results}
+    assert results == {"overall_iou": 50.5, "mean_iou": 41.5, "precision@0.5": 33.5}
+    head, *rows = read_tables(read_sections(path)["Evaluation"])
+    for number, row in enumerate(dict(zip(head, row)) for row in rows):
+        assert row["mean IoU"] == f"{41.5 + number:.2f}" and row["Precision@0.5"] == "33.50"
+        assert row["mean IoU, best constant box"] == f"{20.5 + number:.2f}"
+        assert row["mean IoU, sentence of another scene"] == f"{10.5 + number:.2f}"
+
+
+def test_figures_are_copied_and_shown_with_what_is_said_of_them(folder, tmp_path):
+    figure = EXAMPLES / "photos" / "clock.jpg"
+    path = write_model_card(folder, figures={figure: "A [clock](https://example.org). Taken by somebody."})
+    assert (folder / "clock.jpg").read_bytes() == figure.read_bytes()
+    section = read_sections(path)["Evaluation"]
+    assert "](clock.jpg)\n\nA [clock](https://example.org). Taken by somebody." in section
+    assert "SHA-256" in section  # so that it is not pushed with other weights
+    with pytest.raises(ValueError, match="has a result"):
+        write_model_card(folder, figures={figure: "Overall IoU 71.2"})
+
+
 @pytest.mark.parametrize("change", ["weights", "processor", "more weights", "fewer weights"])
 def test_evaluation_of_another_model_is_refused(folder, evaluation, tmp_path, change):
     recorded = dict(evaluation["model"]["revision"])

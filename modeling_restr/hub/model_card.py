@@ -38,9 +38,13 @@ _METRIC_TITLES = {
     "gIoU": "gIoU",
     "N-acc": "N-acc",
     "T-acc": "T-acc",
+    "mean_iou_of_constant_box": "mean IoU, best constant box",
     "mean_iou_of_other_sentences": "mean IoU, sentence of another scene",
 }
-_CONTROL = "mean_iou_of_other_sentences"  # what the words are worth; no result of its own
+_CONTROLS = (
+    "mean_iou_of_constant_box",
+    "mean_iou_of_other_sentences",
+)  # what to compare with; no results of the model
 _RESULT = re.compile(r"(?<![a-z])[a-z]?iou(?![a-z])|precision ?@|p@0|accuracy|(?<![a-z])dice(?![a-z])", re.IGNORECASE)
 _WEIGHTS_LINE = re.compile(r"^- `([^`]+)`: SHA-256 `([0-9a-f]{64})`$", re.MULTILINE)
 
@@ -86,6 +90,7 @@ def write_model_card(
     license: str = "apache-2.0",
     limits: str | None = None,
     example: Example | None = None,
+    figures: Mapping[str | os.PathLike, str] | None = None,
     space: str | None = None,
 ) -> Path:
     """
@@ -96,14 +101,16 @@ def write_model_card(
         model_id (`str`, *optional*): Its id on the Hub; [`push_to_hub`] fills it in where it is left out.
         training (`Mapping[str, Any]`, *optional*): The recipe: settings and their values, as a table shows them.
         evaluations (`Sequence[str | os.PathLike]`):
-            JSON files of examples/evaluate_refcoco.py or examples/evaluate_drawn_scenes.py. All results in the card
-            and in its `model-index` are theirs.
+            JSON files of examples/evaluate_refcoco.py, evaluate_drawn_scenes.py or evaluate_photographs.py. All results
+            in the card and in its `model-index` are theirs.
         data (`str`, *optional*): Markdown on what the weights were trained on, and under which terms.
         datasets (`Sequence[str]`): Ids of these datasets on the Hub.
         base_model (`str`, *optional*): Id of the model on the Hub that the training started from.
         license (`str`, defaults to `"apache-2.0"`): Of the weights, as the Hub names it.
         limits (`str`, *optional*): Markdown on limits beyond those of every ReSTR.
         example ([`Example`], *optional*): What to show the model with; the model is run on it.
+        figures (`Mapping[str | os.PathLike, str]`, *optional*): Pictures of results and what to say of each (Markdown,
+            with the credits of what they show).
         space (`str`, *optional*): Id of a Space that runs the model.
 
     Returns:
@@ -111,7 +118,7 @@ def write_model_card(
 
     Raises:
         `ValueError`: An evaluation is of other weights than the folder's, is of no known form, or there are two of one
-            split; results stand among `training`, `data` or `limits`; or the example cannot be shown.
+            split; results stand among `training`, `data`, `limits` or what is said of `figures`; or the example cannot be shown.
     """
     folder = Path(folder)
     options = {"model_id": model_id, "data": data, "limits": limits, "space": space}
@@ -120,11 +127,14 @@ def write_model_card(
         training=training,
         evaluations=evaluations,
         example=example,
+        figures=figures,
         card_data={"license": license, "base_model": base_model, "datasets": list(datasets) or None},
         **options,
     )
     if example is not None:
         _draw_example(folder, example)
+    for figure in figures or {}:
+        _copy(Path(figure), folder / Path(figure).name)
     path = folder / "README.md"
     temporary = path.with_name(f".{path.name}.tmp")
     card.save(temporary)
@@ -138,11 +148,13 @@ def build_model_card(
     training: Mapping[str, Any] | None = None,
     evaluations: Sequence[str | os.PathLike] = (),
     example: Example | None = None,
+    figures: Mapping[str | os.PathLike, str] | None = None,
     card_data: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> ModelCard:
     """The card of [`write_model_card`], in memory and without its pictures; without a folder that of any ReSTR."""
-    _check_no_results({**(training or {}), "data": options.get("data"), "limits": options.get("limits")})
+    captions = {Path(figure).name: caption for figure, caption in (figures or {}).items()}
+    _check_no_results({**(training or {}), **captions, "data": options.get("data"), "limits": options.get("limits")})
     results = [] if folder is None else _read_evaluations(folder, evaluations)
     model_id = options.get("model_id")
     values = dict(card_data or {})
@@ -155,8 +167,9 @@ def build_model_card(
         code = json.dumps(list(example.texts), ensure_ascii=False)
         options |= {"texts": example.texts, "code": code, "credit": example.credit, "photo": example.file_name}
     evaluation = _format_results(results)
-    if folder is not None and (results or example is not None):
-        evaluation = "\n\n".join(filter(None, [evaluation or "Not evaluated.", _format_weights(folder)]))
+    if folder is not None and (results or captions or example is not None):
+        shown = [f"![{_to_alt_text(caption)}]({name})\n\n{caption}" for name, caption in captions.items()]
+        evaluation = "\n\n".join([evaluation or "Not evaluated.", *shown, _format_weights(folder)])
     return ModelCard.from_template(
         ModelCardData(**values),
         template_path=str(find_template()),
@@ -212,7 +225,7 @@ def _read_evaluations(folder: Path, paths: Iterable[str | os.PathLike]) -> list[
         if reader is None:
             raise ValueError(
                 f"{path} is no evaluation: expected a JSON file of examples/evaluate_refcoco.py (results.json) or "
-                f"examples/evaluate_drawn_scenes.py, got the keys {sorted(evaluation)}."
+                f"examples/evaluate_drawn_scenes.py or evaluate_photographs.py, got the keys {sorted(evaluation)}."
             )
         _check_same_weights(folder, path, evaluation.get("model", {}))
         found = reader(evaluation)
@@ -265,30 +278,32 @@ def _read_split(evaluation: Mapping[str, Any]) -> list[_Result]:
     ]
 
 
-def _read_drawn_scenes(evaluation: Mapping[str, Any]) -> list[_Result]:
-    """An evaluation of examples/evaluate_drawn_scenes.py: all sentences, then each kind of them."""
-    controls = evaluation["results_with_sentences_of_another_scene"]
-    background = "photographs and drawn backgrounds" if evaluation["photographs"] else "drawn backgrounds"
+def _read_kinds(evaluation: Mapping[str, Any]) -> list[_Result]:
+    """An evaluation of examples/evaluate_drawn_scenes.py or evaluate_photographs.py: all, then each kind of sentence."""
+    controls = {"mean_iou_of_other_sentences": evaluation["results_with_sentences_of_another_scene"]}
+    if "results_of_the_best_constant_box" in evaluation:
+        controls["mean_iou_of_constant_box"] = evaluation["results_of_the_best_constant_box"]
+        data, data_id, conditions = evaluation["data"], "held-out-photographs", "photographs' own size"
+    else:
+        background = "photographs and drawn backgrounds" if evaluation["photographs"] else "drawn backgrounds"
+        data, data_id, conditions = f"{evaluation['data']}, {background}", "drawn-scenes", "scenes' own size"
     return [
         _Result(
-            data=f"{evaluation['data']}, {background}",
-            data_id="drawn-scenes",
+            data=data,
+            data_id=data_id,
             split=kind,
-            metrics={
-                "overall_iou": values["overall_iou"],
-                "mean_iou": values["mean_iou"],
-                _CONTROL: controls[kind]["mean_iou"],
-            },
+            metrics={name: value for name, value in values.items() if name in _METRIC_TITLES}
+            | {name: control[kind]["mean_iou"] for name, control in controls.items()},
             num_expressions=values["sentences"],
             threshold=evaluation["threshold"],
-            conditions="scenes' own size",
+            conditions=conditions,
             in_index=kind == "all",
         )
         for kind, values in evaluation["results"].items()
     ]
 
 
-_READERS = {"metrics": _read_split, "results": _read_drawn_scenes}
+_READERS = {"metrics": _read_split, "results": _read_kinds}
 
 
 def _to_eval_results(results: Iterable[_Result]) -> list[EvalResult]:
@@ -307,7 +322,7 @@ def _to_eval_results(results: Iterable[_Result]) -> list[EvalResult]:
         for result in results
         if result.in_index
         for metric, value in result.metrics.items()
-        if metric != _CONTROL
+        if metric not in _CONTROLS
     ]
 
 
@@ -388,11 +403,20 @@ def _describe_widget(example: Example) -> list[dict[str, Any]]:
     ]
 
 
+def _to_alt_text(caption: str) -> str:
+    """The first sentence of a caption, without Markdown's brackets."""
+    return re.sub(r"[\[\]\n]", " ", caption.split(". ")[0]).strip()
+
+
+def _copy(path: Path, target: Path) -> None:
+    if not (target.exists() and target.samefile(path)):
+        shutil.copyfile(path, target)
+
+
 def _draw_example(folder: Path, example: Example) -> None:
     """Copy the photograph, and draw what the model finds in it: all sentences in one picture, and each in its own."""
     photo = folder / example.file_name
-    if not (photo.exists() and photo.samefile(example.photo)):
-        shutil.copyfile(example.photo, photo)
+    _copy(Path(example.photo), photo)
     model = ReSTRForImageSegmentation.from_pretrained(folder).eval()
     pipe = ReSTRPipeline(model=model, processor=ReSTRProcessor.from_pretrained(folder))
     masks = [result["mask"] for result in pipe(str(photo), text=list(example.texts))]
