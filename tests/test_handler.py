@@ -208,16 +208,24 @@ def test_pil_images_and_photos_of_cameras_are_read(handler, pipe):
     assert_same(handler({"inputs": several, "text": TEXTS[0]}), pipe(photo, text=TEXTS[0]))
 
 
-def test_thirty_two_requests_at_once(url, pipe):
+def test_thirty_two_requests_at_once(url, handler, pipe, monkeypatch):
     images = [make_image(seed, (40 + seed, 30)) for seed in range(32)]
     texts = [TEXTS[: 1 + seed % 3][::-1] for seed in range(32)]
-    start = threading.Barrier(32)
+    start, busy, model = threading.Barrier(32), threading.Lock(), handler.pipe
 
     def ask(number):
         request = make_request(images[number], text=texts[number])
         start.wait()
         return post(url, request)
 
+    def ask_model(*args, **kwargs):
+        assert busy.acquire(blocking=False), "two requests in the model at once"
+        try:
+            return model(*args, **kwargs)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(handler, "pipe", ask_model)
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(32)))
     assert [status for status, _ in answers] == [200] * 32

@@ -64,7 +64,8 @@ class EndpointHandler:
         Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         self.pipe: Any = pipeline("image-segmentation", model=path, trust_remote_code=True)
-        # Tokenizers cannot be shared by threads, and only one request's masks should be in memory.
+        # Pipelines are not made for threads (a tokenizer's padding is set as it is used), and the pixels and masks of
+        # one request are enough to have in memory.
         self._lock = threading.Lock()
 
     def __call__(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
