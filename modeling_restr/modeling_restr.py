@@ -319,7 +319,7 @@ class ReSTRTextEmbeddings(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         word_embeds = self.embed_tokens(input_ids)  # (N, T, hidden)
-        return word_embeds + self.position_embeddings[-input_ids.shape[1] :].to(word_embeds.dtype)
+        return word_embeds + self.position_embeddings[-input_ids.shape[1] :].to(word_embeds)
 
 
 @auto_docstring
@@ -331,7 +331,6 @@ class ReSTRPreTrainedModel(PreTrainedModel):
     # Both losses are means over pixels, so Trainer has to average them over accumulation steps.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ReSTREncoderLayer", "ReSTRTextLayer", "ReSTRVisionEmbeddings", "ReSTRTextEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -365,6 +364,7 @@ class ReSTRVisionModel(ReSTRPreTrainedModel):
     base_model_prefix = "vision_model"
     input_modalities = ["image"]
     _input_embed_layer = "patch_embedding"
+    _no_split_modules = ["ReSTRVisionEmbeddings", "ReSTREncoderLayer"]
 
     def __init__(self, config: ReSTRVisionConfig):
         super().__init__(config)
@@ -417,6 +417,8 @@ class ReSTRTextModel(ReSTRPreTrainedModel):
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
     input_modalities = ["text"]
+    # Without the embeddings: FSDP wraps these layers, and the word vectors, which are in there, once more by themselves.
+    _no_split_modules = ["ReSTRTextLayer"]
     _can_record_outputs = {"hidden_states": ReSTRTextLayer, "attentions": ReSTRAttention}
 
     def __init__(self, config: ReSTRTextConfig):
@@ -513,6 +515,8 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
     - `"independent"`: the same two, but the seed encoder sees the words that entered the first one.
     - `"vanilla"`: one encoder over [patches ; words ; seed].
     """
+
+    _no_split_modules = ["ReSTREncoderLayer"]
 
     def __init__(self, config: ReSTRConfig):
         super().__init__(config)
@@ -734,6 +738,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
         self.text_model = ReSTRTextModel(config.text_config)
         self.fusion = ReSTRFusionEncoder(config)
         self.post_init()
+        # CLIP's vision encoder also names layers that its language encoder alone has, and FSDP looks for every one.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

@@ -679,6 +679,18 @@ def test_every_parameter_gets_a_gradient(name, fusion_type):
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
 
+@pytest.mark.parametrize("name", ["restr", *VISION_CONFIGS])
+def test_layers_that_are_not_split_are_there_and_leave_the_word_vectors_to_themselves(name):
+    """FSDP looks for every class that is named and wraps its modules, and then the word vectors by themselves."""
+    model = tiny_model() if name == "restr" else foreign_model(name)
+    parts = [model.model.text_model, model.model.fusion, model.model, model]
+    for part in [model.model.vision_model, *parts] if name == "restr" else parts:
+        whole = [module for module in part.modules() if type(module).__name__ in part._no_split_modules]
+        assert {type(module).__name__ for module in whole} == part._no_split_modules
+        assert not any(module is model.get_input_embeddings() for layer in whole for module in layer.modules())
+    assert {*model.model.vision_model.modules()} & {*whole} and {*model.model.text_model.modules()} & {*whole}
+
+
 @pytest.mark.parametrize("name", VISION_CONFIGS)
 @torch.no_grad()
 def test_foreign_encoders_reload_bit_equal(tmp_path, name):

@@ -20,6 +20,7 @@ from training_runs import (
     read_log as log,
     read_weights as weights,
     run as run_script,
+    shard_on_cpus,
     signal_at,
 )
 from transformers import ViTConfig, ViTModel, pipeline
@@ -214,6 +215,13 @@ def test_a_run_is_not_resumed_with_another_recipe(inputs, undisturbed, tmp_path)
     shutil.copytree(undisturbed, tmp_path / "run")
     assert run(tmp_path / "run", inputs, expressions_per_image=1) == 1
     assert "expressions_per_image: 3 there, 1 now" in log(tmp_path / "run")
+
+
+def test_sharded_over_two_processes_it_is_one_with_a_large_batch(inputs, large_batch, tmp_path):
+    options = {"num_processes": 2, "per_device_train_batch_size": 2, "model": "plain", "optim": "sgd"}
+    assert run(tmp_path, inputs, shard_on_cpus, flags=["--fsdp"], **options) == [0, 0], log(tmp_path)
+    assert (tmp_path / "checkpoint-6" / "pytorch_model_fsdp.bin").exists()
+    assert_close(tmp_path, large_batch, inputs / "plain")
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])

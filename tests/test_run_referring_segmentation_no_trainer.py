@@ -29,6 +29,7 @@ from training_runs import (
     read_log,
     read_weights,
     run as run_script,
+    shard_on_cpus,
     signal_at,
 )
 from transformers import pipeline
@@ -293,18 +294,28 @@ def test_accelerate_launches_what_its_configurations_say(path, tmp_path):
     for environment in environments:
         assert environment["ACCELERATE_MIXED_PRECISION"] == written["mixed_precision"]
         for name, value in written.get("fsdp_config", {}).items():
-            name = name.replace("transformer_layer_cls", "transformer_cls").upper()
-            assert environment[name].lower() == str(value).lower()
+            assert environment[name.upper()].lower() == str(value).lower()
 
 
-def test_fsdp_wraps_layers_that_there_are_and_not_what_is_wrapped_anyway(inputs):
+def test_sharded_over_two_processes_and_resumed_it_is_one_large_batch(inputs, large_batch, tmp_path):
     config = yaml.safe_load((EXAMPLES / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
-    names = set(config["fsdp_transformer_layer_cls_to_wrap"].split(","))
-    model = ReSTRForImageSegmentation.from_pretrained(inputs / "plain")
-    wrapped = [module for module in model.modules() if type(module).__name__ in names]
-    assert {type(module).__name__ for module in wrapped} == names
-    # Accelerate wraps the word embedding after them, which fails where that is in one of them.
-    assert not any(module is model.get_input_embeddings() for layer in wrapped for module in layer.modules())
+
+    def before():
+        use_sgd()
+        shard_on_cpus()
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        os.environ.update({name.upper(): str(value) for name, value in config.items()})
+
+    def before_it_is_stopped():
+        before()
+        if os.environ["RANK"] == "0":
+            signal_at(5, tmp_path, signal.SIGTERM)  # while the first checkpoint is written
+
+    options = {"model": "plain", "max_grad_norm": 0.1, "num_processes": 2, "per_device_train_batch_size": 2}
+    assert run(tmp_path, inputs, before_it_is_stopped, **options) == [143, 143], read_log(tmp_path)
+    assert run(tmp_path, inputs, before, **options) == [0, 0], read_log(tmp_path)
+    assert len([*(tmp_path / "checkpoint-6" / "pytorch_model_fsdp_0").glob("*.distcp")]) == 2  # a part of each process
+    assert_close(tmp_path, large_batch, inputs / "plain")
 
 
 @pytest.mark.parametrize(("share", "options"), [(0.05, {"mixed_precision": "bf16"}), (1e-5, {"torch_compile": True})])

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import dill
 import torch
+from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file
 from tiny_training import make_dataset, make_model, make_processor
 
@@ -73,9 +74,9 @@ def _run_script(name, arguments, log, before, environment):
     script.main(arguments)
 
 
-def run(script, output_dir, before=None, num_processes=1, **options):
+def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
     """Exit codes of a run's processes; they find one another as torchrun has them do."""
-    arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    arguments = [*flags, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,6 +132,18 @@ def signal_at(moment, output_dir, number):
             os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
+
+
+def shard_on_cpus():
+    """Accelerate takes FSDP for GPUs only, and does what it does there on CPUs, too, when it takes them for such."""
+    init = PartialState.__init__
+
+    def init_with_gpus(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init_with_gpus
 
 
 def kill_in_the_middle_of_a_file(count):
