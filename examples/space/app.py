@@ -1,0 +1,554 @@
+"""
+Demo of ReSTR: a photo and sentences in, a mask for each sentence out; in a browser, and over an API.
+
+This folder is a Space for the Hugging Face Hub (README.md says how to put it there). In a clone of the repository:
+
+    pip install -e ".[space]" && python examples/space/app.py
+
+The environment variable MODEL_ID names another model: a folder, or an id on the Hub.
+"""
+
+import base64
+import hashlib
+import html
+import importlib.util
+import io
+import os
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import gradio as gr
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+from huggingface_hub import RepoCard
+from PIL import Image, ImageFilter
+from transformers import AutoModelForImageSegmentation, AutoProcessor
+
+
+HERE = Path(__file__).resolve().parent
+SHIPPED_CHECKPOINT = HERE.parent / "checkpoint"  # in a clone; elsewhere the first of `models` in README.md
+PHOTOS = HERE / "photos" if (HERE / "photos").is_dir() else HERE.parent / "photos"
+EXAMPLES = {
+    "shapes.jpg": "the biggest blue thing\nthe triangle on the left\nthe star below the big star",
+    "stop_sign_at_night.jpg": "the red shape",
+    "clock.jpg": "the white circle",
+}
+
+# One colour a sentence: those of `modeling_restr.visualization`, which a Space need not have installed.
+COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#0072b2")
+MAX_SENTENCES = len(COLORS)
+MAX_CHARACTERS = 200  # a sentence; the model reads the first 20 words or so
+MAX_MEGAPIXELS = 50
+MAX_FILE_SIZE = "20mb"
+MAX_SIDE = 2048  # pixels; longer photos are made smaller, so that each user takes little memory
+PREVIEW_SIDE, THUMBNAIL_SIDE, OUTLINE_WIDTH = 960, 400, 2  # pixels of what the page shows
+CACHED_PHOTOS = 64  # image features in memory, 2.8 MB each at 480x480 pixels
+MAX_SESSIONS = 200  # whose answers are in memory, 20 MB each at most
+MAX_WAITING = 64  # requests in the queue
+SESSION_SECONDS = 3600  # after which a session's answer and files go
+MAX_LISTED_WORDS = 300
+DEFAULT_THRESHOLD = 0.5
+SOURCES = ["upload", "webcam", "clipboard"]
+FONTS = ["system-ui", "sans-serif"]  # of the system: nothing is loaded
+
+HEADER = """
+<header class="title">
+<h1>Say what you mean, get its mask</h1>
+<p><b>ReSTR</b> finds in a photo what a sentence refers to, with transformers and no convolutions
+(<a href="https://arxiv.org/abs/2203.16768">Kim et al., CVPR 2022</a>). The photo is read once, however many sentences
+ask about it.</p>
+</header>
+"""
+THRESHOLD_NOTE = "The probability above which a pixel is in the mask. Moving it does not run the model again."
+API_DESCRIPTION = (
+    "Masks for sentences about a photo, one sentence a line. Returns for each sentence its label, score, share of the "
+    "photo and words with the class seed's attention; and the masks as PNG files, 255 inside and 0 outside."
+)
+
+LIMITS = (
+    f"At most {MAX_SENTENCES} sentences of {MAX_CHARACTERS} characters; photos of up to {MAX_MEGAPIXELS} megapixels "
+    f"and {MAX_FILE_SIZE.upper()}. A photo longer than {MAX_SIDE} pixels is made smaller first, and its masks have "
+    "that size."
+)
+SEED_NOTE = (
+    "<b>The words that the class seed leaned on:</b> the darker a word, the more attention it got. Percentages are "
+    "shares of the seed's attention, averaged over all heads and layers of the seed encoder; what is missing to 100 "
+    "went to empty word slots and to the seed itself. <u>Dashed</u> words are not in the model's vocabulary: it sees "
+    "<i>unknown</i>. <s>Struck</s> ones are beyond the words that it reads."
+)
+
+
+def refuse(message: str) -> gr.Error:
+    """What users see, in the page or from the API, instead of a result."""
+    return gr.Error(message, print_exception=False)
+
+
+def read_sentences(text: Any) -> list[str]:
+    """The sentences of the text, one a line; blank lines do not count."""
+    lines = text.splitlines() if isinstance(text, str) else []
+    sentences = [" ".join(line.split()) for line in lines if line.strip()]
+    if not sentences:
+        raise refuse("There is no sentence yet: write what to look for, one sentence a line.")
+    if len(sentences) > MAX_SENTENCES:
+        raise refuse(f"At most {MAX_SENTENCES} sentences at a time, please; these are {len(sentences)}.")
+    for number, sentence in enumerate(sentences, start=1):
+        if len(sentence) > MAX_CHARACTERS:
+            raise refuse(f"Sentence {number} has {len(sentence)} characters; {MAX_CHARACTERS} are the limit.")
+        if not re.search(r"\w", sentence):
+            raise refuse(f"Sentence {number} has no words: say what to look for.")
+    return sentences
+
+
+def check_threshold(threshold: Any) -> float:
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise refuse("The threshold is a probability: a number from 0 to 1.")
+    return float(threshold)
+
+
+def get_path(photo: dict[str, Any] | None) -> str:
+    """Of gr.Image's data. Gradio's own reading of it is left out: its errors are not for users."""
+    if not photo or not photo["path"]:
+        raise refuse("There is no photo yet: upload one, take one, paste one, or choose an example.")
+    return photo["path"]
+
+
+def check_input(read: Callable[[Any], Any], value: Any) -> dict[str, Any]:
+    """Whether `read` takes a value of an input, as Gradio shows it there."""
+    try:
+        read(value)
+    except gr.Error as error:
+        return gr.validate(False, error.message)
+    return gr.validate(True, "")
+
+
+def read_photo(path: str | os.PathLike, image_processor: Any) -> np.ndarray:
+    """
+    The photo as the model sees it before it is resized: upright, 8-bit RGB, transparency on white; uint8 of shape
+    (height, width, 3), no side longer than `MAX_SIDE`. The number of pixels is checked before they are decoded.
+    """
+    too_large = refuse(f"This image has more than {MAX_MEGAPIXELS} megapixels: make it smaller first.")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_MEGAPIXELS * 1_000_000:
+                raise too_large
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            pixels = image_processor.process_image(image, do_convert_rgb=True, do_rescale=True)
+    except gr.Error:  # a ValueError, too
+        raise
+    except Image.DecompressionBombError:
+        raise too_large from None
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for files that are no image, or are damaged
+        raise refuse("This file cannot be read as an image: try a JPEG, PNG or WebP file.") from None
+    return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
+
+
+class Word(NamedTuple):
+    """A word of a sentence; the attention of the class seed to it, from 0 to 1, is None if the model does not read it."""
+
+    text: str
+    is_known: bool
+    attention: float | None
+
+
+@dataclass
+class Answer:
+    """What the model says of N sentences about a photo: all that masks at any threshold are made of."""
+
+    photo: np.ndarray  # (height, width, 3)
+    sentences: list[str]
+    words: list[list[Word]]
+    logits: torch.Tensor  # (N, H, W), of the model's input
+    patch_logits: torch.Tensor  # (N, h, w)
+
+
+class Segmentation(NamedTuple):
+    """A sentence's mask (bool, height x width) and its score, the mean probability inside."""
+
+    mask: np.ndarray
+    score: float
+
+
+def average_seed_attention(
+    attentions: Sequence[torch.Tensor], num_layers: int, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    The attention of the class seed to each of T word slots, (N, T), 0 for padding: the mean over all heads and all
+    layers of the seed encoder. Its layers come last in the model's attentions, and in each the seed is the last token
+    and the words stand before it (also in the one encoder of the variant "vanilla", behind the patches).
+    """
+    num_slots = attention_mask.shape[1]
+    weights = torch.stack(tuple(attentions[-num_layers:]))[..., -1, -num_slots - 1 : -1]  # (layers, N, heads, T)
+    return weights.mean(dim=(0, 2)) * attention_mask
+
+
+class Segmenter:
+    """A model with its processor, and the features of the photos that were asked about last."""
+
+    def __init__(self, model: Any, processor: Any):
+        self.model = model.eval()
+        self.processor = processor
+        size = processor.image_processor.size
+        self.input_size = (size["height"], size["width"])
+        self._features = gr.Cache(max_size=CACHED_PHOTOS)
+
+    @classmethod
+    def from_pretrained(cls, model_id: str) -> "Segmenter":
+        """With the package where it is installed, with the code that the model brings along where it is not."""
+        is_installed = importlib.util.find_spec("modeling_restr") is not None
+        if is_installed:
+            importlib.import_module("modeling_restr")  # registers the model with the Auto classes
+        options: dict[str, Any] = {} if is_installed else {"trust_remote_code": True}
+        # Eager attention returns its weights; the vision encoder's, which has most of the work, are not asked for.
+        attention = {"": "eager", "text_config": "eager", "vision_config": "sdpa"}
+        model = AutoModelForImageSegmentation.from_pretrained(model_id, attn_implementation=attention, **options)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.to(device), AutoProcessor.from_pretrained(model_id, **options))
+
+    def encode(self, photo: np.ndarray) -> torch.Tensor:
+        """The image features (1, P, vision_hidden_size), kept by the photo's pixels for all users."""
+        key = f"{photo.shape}{hashlib.sha256(photo).hexdigest()}"
+        kept = self._features.get(key)
+        if kept is None:
+            inputs = self.processor(images=Image.fromarray(photo), return_tensors="pt").to(self.model.device)
+            kept = {"vision_embeds": self.model.get_image_features(inputs["pixel_values"]).pooler_output}
+            self._features.set(key, **kept)
+        return kept["vision_embeds"]
+
+    @torch.inference_mode()
+    def ask(self, photo: np.ndarray, sentences: list[str]) -> Answer:
+        """Runs the model: the vision encoder for a new photo only."""
+        vision_embeds = self.encode(photo)
+        inputs = self.processor(text=sentences, return_offsets_mapping=True, return_tensors="pt")
+        offsets = inputs.pop("offset_mapping").tolist()
+        inputs = inputs.to(self.model.device)
+        outputs = self.model(**inputs, vision_embeds=vision_embeds, image_size=self.input_size, output_attentions=True)
+        attention = average_seed_attention(
+            outputs.attentions, self.model.config.num_fusion_layers, inputs["attention_mask"]
+        )
+        rows = zip(sentences, offsets, inputs["input_ids"].tolist(), attention.tolist(), strict=True)
+        words = [self._list_words(*row) for row in rows]
+        return Answer(photo, sentences, words, outputs.logits.float().cpu(), outputs.patch_logits.float().cpu())
+
+    def _list_words(
+        self, sentence: str, offsets: list[list[int]], input_ids: list[int], attention: list[float]
+    ) -> list[Word]:
+        tokenizer = self.processor.tokenizer
+        words, end = [], 0
+        for (start, stop), token_id, weight in zip(offsets, input_ids, attention, strict=True):
+            if token_id != tokenizer.pad_token_id:
+                words.append(Word(sentence[start:stop].strip(), token_id != tokenizer.unk_token_id, weight))
+                end = stop
+        return words + [Word(text, True, None) for text in sentence[end:].split() if re.search(r"\w", text)]
+
+    def segment(self, answer: Answer, threshold: float) -> list[Segmentation]:
+        """Masks of the photo's own size; the model is not run."""
+        results = self._resize_to(answer.logits, answer.photo.shape[:2], threshold)
+        return [Segmentation(result["mask"].numpy(), result["score"]) for result in results]
+
+    def get_patch_maps(self, answer: Answer, size: tuple[int, int]) -> list[np.ndarray]:
+        """The patches' probabilities on the photo, resized to `size` (height, width), with the patches' edges kept."""
+        logits = F.interpolate(answer.patch_logits[:, None], self.input_size, mode="nearest")[:, 0]
+        # The letterbox is that of the photo, so it is undone at the photo's aspect ratio, which `size` keeps.
+        return [result["probabilities"].numpy() for result in self._resize_to(logits, size, 0.5)]
+
+    def _resize_to(self, logits: torch.Tensor, size: tuple[int, int], threshold: float) -> list[dict[str, Any]]:
+        return self.processor.post_process_referring_segmentation(
+            SimpleNamespace(logits=logits), [size] * len(logits), threshold
+        )
+
+    def list_vocabulary(self) -> list[str]:
+        return sorted(word for word in self.processor.tokenizer.get_vocab() if re.fullmatch(r"\w+", word))
+
+
+def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Pixels or a mask with no side longer than `side`."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    return np.asarray(image)
+
+
+def draw_overlay(answer: Answer, segmentations: list[Segmentation]) -> tuple[np.ndarray, list[tuple[np.ndarray, str]]]:
+    """The photo with a layer for each sentence, as gr.AnnotatedImage takes them: half opaque inside, with an outline."""
+    photo = Image.fromarray(answer.photo)
+    scale = PREVIEW_SIDE / max(photo.size)
+    size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+    layers = []
+    for segmentation, label in zip(segmentations, make_labels(answer.sentences)):
+        mask = Image.fromarray(segmentation.mask).convert("L").resize(size, Image.Resampling.BILINEAR)
+        mask = mask.point(lambda value: 255 * (value > 127))
+        grown = mask.filter(ImageFilter.MaxFilter(2 * OUTLINE_WIDTH + 1))
+        layers.append((np.where(np.asarray(mask) > 0, 0.6, np.asarray(grown) > 0), label))
+    return np.asarray(photo.resize(size)), layers
+
+
+def make_labels(sentences: list[str]) -> list[str]:
+    """The sentences with their numbers, which tell equal ones apart."""
+    return [f"{number}  {sentence}" for number, sentence in enumerate(sentences, start=1)]
+
+
+def draw_cutout(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The photo where the mask is, and its pale shadow elsewhere."""
+    grey = np.asarray(Image.fromarray(photo).convert("L"))[..., None]
+    return np.where(mask[..., None], photo, 190 + grey // 5).astype(np.uint8)
+
+
+def draw_patch_map(photo: np.ndarray, probabilities: np.ndarray, color: str) -> np.ndarray:
+    """Probabilities (height, width) as shades of a colour on the grey photo."""
+    grey = np.asarray(Image.fromarray(photo).convert("L"))[..., None] * 0.4 + 120
+    rgb = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)])
+    opacity = 0.9 * probabilities[..., None]
+    return (grey * (1 - opacity) + rgb * opacity).astype(np.uint8)
+
+
+def to_data_url(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def make_cards(segmenter: Segmenter, answer: Answer, segmentations: list[Segmentation]) -> str:
+    """HTML: for each sentence its words, its mask and its patch map."""
+    photo = shrink(answer.photo, THUMBNAIL_SIDE)
+    patch_maps = segmenter.get_patch_maps(answer, photo.shape[:2])
+    grid = " x ".join(map(str, answer.patch_logits.shape[1:]))
+    cards = []
+    for index, (words, (mask, score), patch_map) in enumerate(zip(answer.words, segmentations, patch_maps)):
+        share = mask.mean()
+        result = f"score {score:.2f} · {share:.1%} of the photo" if share else "no pixel is above the threshold"
+        mask = np.asarray(Image.fromarray(mask).resize(photo.shape[1::-1], Image.Resampling.NEAREST))
+        cutout = to_data_url(draw_cutout(photo, mask))
+        patches = to_data_url(draw_patch_map(photo, patch_map, COLORS[index]))
+        cards.append(
+            f'<article class="card" style="--color: {COLORS[index]}">'
+            f'<header><span class="number">{index + 1}</span><span class="result">{result}</span></header>'
+            f'<p class="words">{make_words(words)}</p>'
+            f'<div class="maps"><figure><img src="{cutout}" alt="mask"><figcaption>mask</figcaption></figure>'
+            f'<figure><img src="{patches}" alt="patch map"><figcaption>patch map, {grid}</figcaption></figure>'
+            "</div></article>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div><p class="note">{SEED_NOTE}</p>'
+
+
+def make_words(words: list[Word]) -> str:
+    """HTML: the words, shaded with their attention; the most attended word has the full colour."""
+    most = max((word.attention or 0.0 for word in words), default=0.0) or 1.0
+    parts = []
+    for word in words:
+        text = html.escape(word.text)
+        if word.attention is None:
+            parts.append(f"<s>{text}</s>")
+            continue
+        tag = "span" if word.is_known else "u"
+        shade = f"--shade: {90 * word.attention / most:.0f}%"
+        parts.append(f'<{tag} class="word" style="{shade}">{text}<small>{word.attention:.0%}</small></{tag}>')
+    return " ".join(parts)
+
+
+def name_masks(sentences: list[str]) -> list[str]:
+    """A file name for each sentence."""
+    words = [re.sub(r"\W+", "-", sentence.lower()).strip("-")[:40] for sentence in sentences]
+    return [f"{number}_{text}.png" for number, text in enumerate(words, start=1)]
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """PNG, 255 inside and 0 outside."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def pack_masks(answer: Answer, segmentations: list[Segmentation]) -> bytes:
+    """A ZIP file with a PNG for each sentence."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, segmentation in zip(name_masks(answer.sentences), segmentations):
+            archive.writestr(zipfile.ZipInfo(name), encode_mask(segmentation.mask))
+    return buffer.getvalue()
+
+
+def make_records(answer: Answer, segmentations: list[Segmentation]) -> list[dict[str, Any]]:
+    """What the API says of each sentence, beside its mask."""
+    return [
+        {
+            "label": sentence,
+            "score": round(segmentation.score, 4),
+            "share": round(float(segmentation.mask.mean()), 4),
+            "words": [{"word": word.text, "known": word.is_known, "attention": word.attention} for word in words],
+        }
+        for sentence, words, segmentation in zip(answer.sentences, answer.words, segmentations)
+    ]
+
+
+def describe_model(segmenter: Segmenter, model_id: str) -> str:
+    """Markdown: what runs here, and what it can know."""
+    name = Path(model_id).name if Path(model_id).exists() else f"[{model_id}](https://huggingface.co/{model_id})"
+    size = segmenter.model.num_parameters() / 1e6
+    height, width = segmenter.input_size
+    return f"Model: **{name}**, {size:.1f} M parameters, {width}x{height} pixels. {LIMITS}"
+
+
+def ask(segmenter: Segmenter, path: str, text: str) -> Answer:
+    """Checks what the user gave, and runs the model."""
+    return segmenter.ask(read_photo(path, segmenter.processor.image_processor), read_sentences(text))
+
+
+class View(NamedTuple):
+    """What the page shows of an answer at a threshold."""
+
+    overlay: tuple[np.ndarray, list[tuple[np.ndarray, str]]] | None = None
+    colors: dict[str, str] | None = None
+    cards: str = ""
+    archive: str | None = None  # path of a ZIP file
+
+    def update(self) -> tuple[Any, Any, Any]:
+        overlay = gr.AnnotatedImage(self.overlay, color_map=self.colors)
+        return overlay, self.cards, gr.DownloadButton(value=self.archive, interactive=True)
+
+
+def make_view(segmenter: Segmenter, answer: Answer, threshold: float) -> View:
+    segmentations = segmenter.segment(answer, threshold)
+    return View(
+        overlay=draw_overlay(answer, segmentations),
+        colors=dict(zip(make_labels(answer.sentences), COLORS)),
+        cards=make_cards(segmenter, answer, segmentations),
+        archive=save_bytes_to_cache(pack_masks(answer, segmentations), "masks.zip", get_upload_folder()),
+    )
+
+
+def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **queue: Any) -> None:
+    """`/segment` of the API. It takes the page's inputs, so files are checked alike, and answers in data."""
+
+    def segment(photo: dict | None, sentences: str, threshold: float) -> tuple[list[dict[str, Any]], list[str]]:
+        answer = ask(segmenter, get_path(photo), sentences)
+        segmentations = segmenter.segment(answer, check_threshold(threshold))
+        names, folder = name_masks(answer.sentences), get_upload_folder()
+        masks = [encode_mask(segmentation.mask) for segmentation in segmentations]
+        files = [save_bytes_to_cache(mask, name, folder) for mask, name in zip(masks, names)]
+        return make_records(answer, segmentations), files
+
+    with gr.Column(visible=False):
+        outputs = [gr.JSON(label="results"), gr.File(label="masks", file_count="multiple")]
+        gr.Button().click(segment, inputs, outputs, api_name="segment", api_description=API_DESCRIPTION, **queue)
+
+
+def list_examples() -> list[list[str]]:
+    """[path, sentences] of the example photos that are there."""
+    return [[str(PHOTOS / name), text] for name, text in EXAMPLES.items() if (PHOTOS / name).is_file()]
+
+
+def add_vocabulary(segmenter: Segmenter) -> None:
+    """A small vocabulary is worth reading: it is all that the model can be asked about."""
+    words = segmenter.list_vocabulary()
+    if len(words) <= MAX_LISTED_WORDS:
+        with gr.Accordion(f"The {len(words)} words that this model knows", open=False):
+            gr.Markdown(" · ".join(words))
+
+
+def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
+    """The page, which starts with the first example and its masks, and the API."""
+    samples = list_examples()
+    first_photo, first_text = samples[0] if samples else (None, None)
+    first_answer = ask(segmenter, first_photo, first_text) if samples else None
+    first = make_view(segmenter, first_answer, DEFAULT_THRESHOLD) if first_answer else View()
+
+    with gr.Blocks(title="ReSTR", delete_cache=(SESSION_SECONDS, SESSION_SECONDS)) as demo:
+        gr.HTML(HEADER)
+        answer = gr.State(first_answer, time_to_live=SESSION_SECONDS)
+        with gr.Row():
+            with gr.Column(scale=4, min_width=320):
+                photo = gr.Image(first_photo, type="filepath", label="Photo", height=300, sources=SOURCES, buttons=[])
+                sentences = gr.Textbox(first_text, label="What do you mean? One sentence a line", lines=3, max_lines=7)
+                button = gr.Button("Segment", variant="primary")
+                inputs = [photo, sentences]
+                examples = (
+                    gr.Examples(samples, inputs, visible_columns=[0], api_visibility="private") if samples else None
+                )
+                add_vocabulary(segmenter)
+            with gr.Column(scale=5, min_width=320):
+                overlay = gr.AnnotatedImage(first.overlay, color_map=first.colors, label="Masks", elem_id="overlay")
+                threshold = gr.Slider(0.01, 0.99, DEFAULT_THRESHOLD, step=0.01, label="Threshold", info=THRESHOLD_NOTE)
+                download = gr.DownloadButton("Download the masks", first.archive, interactive=bool(samples), size="md")
+        cards = gr.HTML(first.cards)
+        gr.Markdown(describe_model(segmenter, model_id), elem_classes="footnote")
+
+        page = Page(photo, sentences, threshold, answer, overlay, cards, download)
+        add_events(segmenter, page, button, examples)
+    return demo.queue(max_size=MAX_WAITING)
+
+
+class Page(NamedTuple):
+    """The components that the events are about."""
+
+    photo: gr.Image
+    sentences: gr.Textbox
+    threshold: gr.Slider
+    answer: gr.State
+    overlay: gr.AnnotatedImage
+    cards: gr.HTML
+    download: gr.DownloadButton
+
+
+def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: Any) -> None:
+    """What happens when a user asks, chooses an example, moves the slider, or calls the API."""
+
+    def ask_and_show(photo: dict | None, sentences: str, threshold: float) -> tuple[Any, ...]:
+        answer = ask(segmenter, get_path(photo), sentences)
+        return answer, *make_view(segmenter, answer, check_threshold(threshold)).update()
+
+    def check(photo: dict | None, sentences: str, threshold: float) -> list[dict]:
+        """Says what is missing beside the input, before the model's queue."""
+        return [check_input(get_path, photo), check_input(read_sentences, sentences), gr.validate(True, "")]
+
+    def show(answer: Answer | None, threshold: float) -> tuple[Any, ...]:
+        if answer is None:  # the slider was moved before there was anything to show
+            return gr.skip(), gr.skip(), gr.skip()
+        return make_view(segmenter, answer, threshold).update()
+
+    # All that runs the model waits in one queue: two at a time would each take twice as long.
+    queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
+    inputs = [page.photo, page.sentences, page.threshold]
+    outputs = [page.overlay, page.cards, page.download]
+    asking: dict[str, Any] = {"inputs": inputs, "outputs": [page.answer, *outputs], "show_progress_on": page.overlay}
+    asking |= {"scroll_to_output": True, "validator": check, "api_visibility": "private", **queue}
+    gr.on([button.click, page.sentences.submit], ask_and_show, **asking)
+    if examples is not None:
+        examples.load_input_event.success(ask_and_show, **asking)
+    moving: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4, "api_visibility": "private"}
+    page.threshold.change(show, [page.answer, page.threshold], outputs, **moving)
+    add_endpoint(segmenter, inputs, **queue)
+
+
+def get_default_model() -> str:
+    if SHIPPED_CHECKPOINT.is_dir():
+        return str(SHIPPED_CHECKPOINT)
+    return RepoCard.load(HERE / "README.md").data.models[0]
+
+
+def launch(demo: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
+    """Serves the demo with its looks and limits, and with nothing from another host."""
+    return demo.launch(
+        theme=gr.themes.Default(primary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["monospace"]),
+        css_paths=HERE / "style.css",
+        max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=MAX_SESSIONS,
+        footer_links=["api", "gradio"],
+        run_history=False,
+        **options,
+    )
+
+
+def main() -> None:
+    model_id = os.environ.get("MODEL_ID") or get_default_model()
+    launch(build_demo(Segmenter.from_pretrained(model_id), model_id))
+
+
+if __name__ == "__main__":
+    main()
