@@ -33,6 +33,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.canonical import decode_mask
+from modeling_restr.data.loading import load_prepared
 from modeling_restr.data.published_counts import Counts, compare_counts, published_counts
 from modeling_restr.hub.bundle import hash_file
 from modeling_restr.hub.model_card import PAPER_OVERALL_IOU
@@ -75,6 +76,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", required=True, help="such as val, testA or testB")
     parser.add_argument("--output_dir", type=Path, required=True, help="where results go; on a disk that all share")
     parser.add_argument("--revision", help="of the model on the Hub (default: main)")
+    parser.add_argument("--data_revision", help="of the data on the Hub (default: main)")
     parser.add_argument("--benchmark", choices=BENCHMARKS, help="what DATA is, for the paper's numbers beside it")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is inside")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -91,18 +93,6 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
     return number
-
-
-def load_data(data: str, split: str, max_images: int | None) -> datasets.Dataset:
-    if Path(data).is_dir():
-        # By the files and their times of change: `datasets` caches a folder by its name and card alone.
-        files = datasets.load_dataset_builder(data).config.data_files or {}
-        if split not in files:
-            raise ValueError(f"Expected a split among {', '.join(map(str, files))} in {data}, got {split}.")
-        dataset = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split)
-    else:
-        dataset = datasets.load_dataset(data, split=split)
-    return dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
 
 
 def find_revision(name: str, revision: str | None) -> str | dict[str, str]:
@@ -376,7 +366,7 @@ def start_processes() -> PartialState:
 
 def evaluate(args: argparse.Namespace, state: PartialState) -> None:
     with state.main_process_first():  # the first one fills the cache of `datasets`
-        dataset = load_data(args.data, args.split, args.max_images)
+        dataset = load_prepared(args.data, args.split, max_images=args.max_images, revision=args.data_revision)
     check_dataset(dataset)
     digests = fingerprint_rows(dataset)
     revision = find_revision(args.model, args.revision)

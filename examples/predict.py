@@ -45,6 +45,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor, BatchFeat
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.canonical import MASK_FEATURE, BadImage, encode_mask
+from modeling_restr.data.loading import are_parquet, find_data_files, load_prepared
 from modeling_restr.data.shards import shard_paths
 from modeling_restr.metrics.evaluation import predict_batch
 from modeling_restr.tokenization_restr import split_expression
@@ -172,32 +173,21 @@ Rows = LoadedRows | ParquetRows
 
 def open_rows(args: argparse.Namespace, state: PartialState) -> tuple[Rows, str, str]:
     """The rows, the split's name and a fingerprint of the files that they are in."""
-    split, files, fingerprint, features = on_main(state, lambda: find_data_files(args))
+    split, files, fingerprint, features = on_main(state, lambda: find_split(args))
     if args.streaming:
         group_sizes, features = on_main(state, lambda: read_footers(files, features))
         return ParquetRows(files, group_sizes, features), split, fingerprint
     with state.local_main_process_first():
-        return LoadedRows(load_dataset(args, split, files)), split, fingerprint
+        dataset = load_prepared(args.data, split, config_name=args.config_name, revision=args.data_revision)
+    return LoadedRows(dataset), split, fingerprint
 
 
-def load_dataset(args: argparse.Namespace, split: str, files: list[str]) -> datasets.Dataset:
-    if Path(args.data).is_dir() and are_parquet(files):
-        # A folder with a card is known to the cache by its name and its card alone: by its files it is never mistaken.
-        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    return datasets.load_dataset(args.data, args.config_name, split=split, revision=args.data_revision)
-
-
-def are_parquet(files: list[str]) -> bool:
-    return all(file.endswith(".parquet") for file in files)
-
-
-def find_data_files(args: argparse.Namespace) -> tuple[str, list[str], str, datasets.Features | None]:
-    builder = datasets.load_dataset_builder(args.data, args.config_name, revision=args.data_revision)
-    data_files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+def find_split(args: argparse.Namespace) -> tuple[str, list[str], str, datasets.Features | None]:
+    data_files, features = find_data_files(args.data, args.config_name, args.data_revision)
     split = args.split or (next(iter(data_files)) if len(data_files) == 1 else None)
     if split not in data_files:
         raise ValueError(f"Expected --split to be one of {', '.join(data_files)}, got {args.split}.")
-    return split, data_files[split], fingerprint_files(data_files[split]), builder.info.features
+    return split, data_files[split], fingerprint_files(data_files[split]), features
 
 
 def fingerprint_files(files: list[str]) -> str:

@@ -360,16 +360,6 @@ def test_contact_sheet_has_three_rows(output_dir, results):
     assert len(results["expressions"]) >= 12  # four in each row
 
 
-def test_data_that_was_prepared_anew_does_not_come_from_a_cache(tmp_path):
-    for number in (3, 5):
-        folder = write_data(tmp_path / str(number) / "refcoco", make_rows(number))
-        assert len(evaluate_refcoco.load_data(str(folder), "val", None)) == number
-    shutil.rmtree(folder)
-    write_data(folder, make_rows(4, seed=1))
-    assert len(evaluate_refcoco.load_data(str(folder), "val", None)) == 4
-    assert len(evaluate_refcoco.load_data(str(folder), "val", max_images=2)) == 2
-
-
 def test_an_unknown_split_is_explained(data_folder, model_folder, tmp_path):
     with pytest.raises(SystemExit, match=f"among val in {data_folder}, got testC"):
         evaluate_refcoco.main([str(model_folder), str(data_folder), "--split", "testC", "--output_dir", str(tmp_path)])

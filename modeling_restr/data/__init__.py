@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .coco import read_coco
     from .grefcoco import read_grefcoco
     from .hub_copies import read_hub_copy
+    from .loading import load_prepared
     from .refer import load_refer, read_refer
     from .referit import read_referit
 
@@ -21,6 +22,7 @@ _MODULES = {
     "build_dataset": "canonical",
     "decode_mask": "canonical",
     "encode_mask": "canonical",
+    "load_prepared": "loading",
     "load_refer": "refer",
     "read_coco": "coco",
     "read_grefcoco": "grefcoco",
@@ -48,6 +50,7 @@ __all__ = [
     "build_dataset",
     "decode_mask",
     "encode_mask",
+    "load_prepared",
     "load_refer",
     "read_coco",
     "read_grefcoco",

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from ..configuration_restr import ReSTRConfig, ReSTRTextConfig
 from ..data.canonical import FEATURES
+from ..data.loading import load_prepared
 from ..data.word_vectors import load_word_vectors, set_word_vectors
 from ..hub import push_to_hub, save_bundle, write_model_card
 from ..hub.bundle import hash_weights
@@ -69,6 +70,7 @@ class DataArguments:
     """The data, and what becomes of it."""
 
     dataset_name: str = field(metadata={"help": "Folder or Hub id of prepared data, one row an image."})
+    dataset_revision: str | None = option(None, "Its version on the Hub; main by default.")
     train_split: str = option("train", "Split to train on.")
     validation_split: str = option("val", "Split to evaluate on; '' for none.")
     expressions_per_image: int = option(
@@ -85,37 +87,38 @@ class DataArguments:
     num_overlays: int = option(8, "Validation images to draw with their masks after each evaluation.")
 
 
-def load_split(args: DataArguments, split: str, max_images: int | None) -> datasets.Dataset:
-    """A split with random access; of a stream the first images are copied into memory, encoded."""
-    if args.streaming:
-        rows = datasets.load_dataset(args.dataset_name, split=split, streaming=True)
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-        dataset = datasets.Dataset.from_list(list(rows if max_images is None else rows.take(max_images)), FEATURES)
-    else:
-        dataset = datasets.load_dataset(args.dataset_name, split=split)
-        dataset = dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
-    check_dataset(dataset)
-    return dataset
-
-
 def load_data(
     args: DataArguments, main_process_first: AbstractContextManager
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | None]:
     """
-    The data to train on, and that to evaluate on if there is any.
+    The data to train on, and that to evaluate on if there is any; of a stream its first images are copied into memory.
 
     Raises:
         ValueError: it is not in the canonical form, or has expressions without words.
     """
+    train_data: datasets.Dataset | datasets.IterableDataset
+    validation_data = None
+    place: dict[str, Any] = {"path_or_id": args.dataset_name, "revision": args.dataset_revision}
     with main_process_first:  # it fills the cache of `datasets`
         if args.streaming:
-            train_data = datasets.load_dataset(args.dataset_name, split=args.train_split, streaming=True)
-            train_data = train_data if args.max_train_samples is None else train_data.take(args.max_train_samples)
+            train_data = load_prepared(
+                split=args.train_split, max_images=args.max_train_samples, streaming=True, **place
+            )
         else:
-            train_data = load_split(args, args.train_split, args.max_train_samples)
-        if not args.validation_split:
-            return train_data, None
-        return train_data, load_split(args, args.validation_split, args.max_eval_samples)
+            train_data = load_prepared(split=args.train_split, max_images=args.max_train_samples, **place)
+            check_dataset(train_data)
+        if args.validation_split:
+            options = place | {"max_images": args.max_eval_samples, "streaming": args.streaming}
+            validation_data = _hold(load_prepared(split=args.validation_split, **options))
+            check_dataset(validation_data)
+    return train_data, validation_data
+
+
+def _hold(data: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset:
+    """The same rows with random access: those of a stream in memory, their images encoded."""
+    if isinstance(data, datasets.Dataset):
+        return data
+    return datasets.Dataset.from_list(list(data.cast_column("image", datasets.Image(decode=False))), FEATURES)
 
 
 def iterate_sentences(data: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
@@ -215,7 +218,8 @@ def describe_start(
         "drop_path_rate": getattr(config.vision_config, "drop_path_rate", 0.0),
         "augmentation": ", ".join(f"{name} {value}" for name, value in probabilities.items() if value) or "none",
         "start": shorten(model_args.model_name_or_path or model_args.vision_model_name_or_path),
-        "dataset": shorten(data_args.dataset_name),
+        "dataset": shorten(data_args.dataset_name)
+        + (f"@{data_args.dataset_revision}" if data_args.dataset_revision else ""),
         "split": data_args.train_split,
         "num_expressions": None if is_stream else int(count_expressions(train_data).sum()),
     }

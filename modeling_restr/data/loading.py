@@ -1,0 +1,84 @@
+"""Loading of data that is prepared: a folder or a Hub id, as a whole or as a stream."""
+
+from pathlib import Path
+from typing import Literal, overload
+
+import datasets
+
+
+def find_data_files(
+    path_or_id: str | Path, config_name: str | None = None, revision: str | None = None
+) -> tuple[dict[str, list[str]], datasets.Features | None]:
+    """{split: its files} of a folder or a Hub id, and the features where the card states them."""
+    builder = datasets.load_dataset_builder(str(path_or_id), config_name, revision=revision)
+    data_files = builder.config.data_files or {}
+    return {str(split): list(files) for split, files in data_files.items()}, builder.info.features
+
+
+def are_parquet(files: list[str]) -> bool:
+    return all(file.endswith(".parquet") for file in files)
+
+
+@overload
+def load_prepared(
+    path_or_id: str | Path,
+    split: str,
+    *,
+    max_images: int | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    streaming: Literal[False] = False,
+) -> datasets.Dataset: ...
+
+
+@overload
+def load_prepared(
+    path_or_id: str | Path,
+    split: str,
+    *,
+    max_images: int | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    streaming: Literal[True],
+) -> datasets.IterableDataset: ...
+
+
+def load_prepared(
+    path_or_id: str | Path,
+    split: str,
+    *,
+    max_images: int | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    A split of prepared data. What a folder holds is read anew when its files have changed: `datasets` alone knows a
+    folder by its name and its card, and may give another folder's rows from its cache.
+
+    Args:
+        path_or_id: Folder or Hub id.
+        split: Such as train or val.
+        max_images: The first rows only.
+        config_name: Which configuration, where there are several.
+        revision: Branch, tag or commit on the Hub; the branch main by default.
+        streaming: Whether to read rows as they are asked for, without a copy of all.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    dataset: datasets.Dataset | datasets.IterableDataset
+    files = find_data_files(path_or_id, config_name)[0] if Path(path_or_id).is_dir() else {}
+    if files and split not in files:
+        raise ValueError(f"Expected a split among {', '.join(files)} in {path_or_id}, got {split}.")
+    if files and are_parquet(files[split]):
+        dataset = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split, streaming=streaming)
+    else:
+        options = {"split": split, "revision": revision, "streaming": streaming}
+        dataset = datasets.load_dataset(str(path_or_id), config_name, **options)
+    if max_images is None:
+        return dataset
+    return dataset.take(max_images if streaming else min(max_images, len(dataset)))
+
+
+__all__ = ["are_parquet", "find_data_files", "load_prepared"]
