@@ -80,7 +80,7 @@ class PhotoArguments:
     expressions_per_scene: int = field(default=4, metadata={"help": "Sentences of a scene, which share its encoding."})
     evaluation_expressions: int = field(default=6, metadata={"help": "Sentences of a held-out photograph."})
     paste: float = field(default=0.5, metadata={"help": "How often instances of other photographs are pasted in."})
-    pretraining_steps: int = field(default=2200, metadata={"help": "Steps of the vision encoder alone, at first."})
+    pretraining_steps: int = field(default=1650, metadata={"help": "Steps of the vision encoder alone, at first."})
     pretraining_batch_size: int = field(default=12, metadata={"help": "Scenes a step of these, on each device."})
 
 
@@ -409,7 +409,7 @@ def pretrain_vision(
         training_args,
         output_dir=str(Path(training_args.output_dir) / "vision"),
         max_steps=steps,
-        decay_steps=round(0.64 * steps),
+        decay_steps=round(0.4 * steps),
         per_device_train_batch_size=args.pretraining_batch_size,
         adamw_learning_rate=1e-3,
         eval_strategy="no",
@@ -468,6 +468,7 @@ def main(arguments: list[str] | None = None) -> None:
     lessons = VisionLessons(args.hidden_size, patches.teacher.num_channels, len(patches.numbers))
     if args.pretraining_steps and find_checkpoint(training_args) is None:
         pretrain_vision(model, lessons, args, training_args, patches)
+    training_args.label_names = ["known"]  # Trainer gathers labels: these are as many on every process, masks are not
     trainer = Trainer(
         model=TaughtSegmentation(model, lessons, args),
         args=training_args,
