@@ -285,11 +285,21 @@ def test_front_matter_names_what_there_is():
 
 
 @pytest.fixture(scope="module")
-def url(segmenter):
-    demo = app.build_demo(segmenter, app.get_default_model())
+def demo(segmenter):
+    return app.build_demo(segmenter, app.get_default_model())
+
+
+@pytest.fixture(scope="module")
+def url(demo):
     _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True)
     yield url
     demo.close(verbose=False)
+
+
+def test_slider_says_that_an_answer_has_gone(demo):
+    (show,) = (event.fn for event in demo.fns.values() if event.name == "show")
+    with pytest.raises(gr.Error, match="press Segment"):
+        show(None, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +505,9 @@ def test_upload_type_see_masks_move_the_slider(url, browser, segmenter, pipe, wi
     ready = "return [...arguments[0]].every((image) => image.complete && image.naturalWidth > 0)"
     page.wait(lambda: browser.execute_script(ready, [*layers, *page.find(".card img")]), "the pictures")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    inside = "const box = document.querySelector('#overlay .base-image').getBoundingClientRect();"
+    inside += " return box.top > -1 && box.bottom <= window.innerHeight"
+    page.wait(lambda: browser.execute_script(inside), "the overlay in the window")
     page.screenshot(f"{width}_masks")
 
     calls = Calls(segmenter.model)

@@ -56,6 +56,10 @@ MAX_WAITING = 64  # requests in the queue
 SESSION_SECONDS = 3600  # after which a session's answer and files go
 MAX_LISTED_WORDS = 300
 DEFAULT_THRESHOLD = 0.5
+# Where all is in one column, the masks are below the window.
+SCROLL_TO_OVERLAY = """
+() => { if (innerWidth < 768) document.querySelector("#overlay").scrollIntoView({behavior: "smooth"}) }
+"""
 SOURCES = ["upload", "webcam", "clipboard"]
 FONTS = ["system-ui", "sans-serif"]  # of the system: nothing is loaded
 
@@ -79,7 +83,7 @@ LIMITS = (
     "that size."
 )
 SEED_NOTE = (
-    "<b>The words that the class seed leaned on:</b> the darker a word, the more attention it got. Percentages are "
+    "<b>The words that the class seed leaned on:</b> the stronger a word's colour, the more attention it got. Percentages are "
     "shares of the seed's attention, averaged over all heads and layers of the seed encoder; what is missing to 100 "
     "went to empty word slots and to the seed itself. <u>Dashed</u> words are not in the model's vocabulary: it sees "
     "<i>unknown</i>. <s>Struck</s> ones are beyond the words that it reads."
@@ -214,7 +218,7 @@ class Segmenter:
 
     def encode(self, photo: np.ndarray) -> torch.Tensor:
         """The image features (1, P, vision_hidden_size), kept by the photo's pixels for all users."""
-        key = f"{photo.shape}{hashlib.sha256(photo).hexdigest()}"
+        key = f"{photo.shape}{hashlib.sha256(photo.data).hexdigest()}"
         kept = self._features.get(key)
         if kept is None:
             inputs = self.processor(images=Image.fromarray(photo), return_tensors="pt").to(self.model.device)
@@ -455,13 +459,13 @@ def add_vocabulary(segmenter: Segmenter) -> None:
 def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
     """The page, which starts with the first example and its masks, and the API."""
     samples = list_examples()
+    first_answer = ask(segmenter, *samples[0]) if samples else None
     first_photo, first_text = samples[0] if samples else (None, None)
-    first_answer = ask(segmenter, first_photo, first_text) if samples else None
     first = make_view(segmenter, first_answer, DEFAULT_THRESHOLD) if first_answer else View()
 
     with gr.Blocks(title="ReSTR", delete_cache=(SESSION_SECONDS, SESSION_SECONDS)) as demo:
         gr.HTML(HEADER)
-        answer = gr.State(first_answer, time_to_live=SESSION_SECONDS)
+        answer = gr.State(time_to_live=SESSION_SECONDS)
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
                 photo = gr.Image(first_photo, type="filepath", label="Photo", height=300, sources=SOURCES, buttons=[])
@@ -481,6 +485,8 @@ def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
 
         page = Page(photo, sentences, threshold, answer, overlay, cards, download)
         add_events(segmenter, page, button, examples)
+        # Not the state's first value: that would come back, below another photo, when a user's own answer has gone.
+        demo.load(lambda: first_answer, None, answer, api_visibility="private")
     return demo.queue(max_size=MAX_WAITING)
 
 
@@ -508,8 +514,8 @@ def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: An
         return [check_input(get_path, photo), check_input(read_sentences, sentences), gr.validate(True, "")]
 
     def show(answer: Answer | None, threshold: float) -> tuple[Any, ...]:
-        if answer is None:  # the slider was moved before there was anything to show
-            return gr.skip(), gr.skip(), gr.skip()
+        if answer is None:
+            raise refuse("There is no answer yet, or it is too long ago: press Segment.")
         return make_view(segmenter, answer, threshold).update()
 
     # All that runs the model waits in one queue: two at a time would each take twice as long.
@@ -517,10 +523,12 @@ def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: An
     inputs = [page.photo, page.sentences, page.threshold]
     outputs = [page.overlay, page.cards, page.download]
     asking: dict[str, Any] = {"inputs": inputs, "outputs": [page.answer, *outputs], "show_progress_on": page.overlay}
-    asking |= {"scroll_to_output": True, "validator": check, "api_visibility": "private", **queue}
-    gr.on([button.click, page.sentences.submit], ask_and_show, **asking)
+    asking |= {"validator": check, "api_visibility": "private", **queue}
+    answers = [gr.on([button.click, page.sentences.submit], ask_and_show, **asking)]
     if examples is not None:
-        examples.load_input_event.success(ask_and_show, **asking)
+        answers.append(examples.load_input_event.success(ask_and_show, **asking))
+    for answered in answers:
+        answered.success(None, js=SCROLL_TO_OVERLAY)
     moving: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4, "api_visibility": "private"}
     page.threshold.change(show, [page.answer, page.threshold], outputs, **moving)
     add_endpoint(segmenter, inputs, **queue)
