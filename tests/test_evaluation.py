@@ -1,3 +1,4 @@
+import copy
 import io
 
 import datasets
@@ -5,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import make_model, randomize
 
-from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRImageProcessor, ReSTRProcessor, build_tokenizer
+from modeling_restr import ReSTRForImageSegmentation, ReSTRImageProcessor, ReSTRProcessor, build_tokenizer
 from modeling_restr.data.canonical import FEATURES, decode_mask, encode_mask
 from modeling_restr.metrics.evaluation import (
     check_dataset,
@@ -22,39 +24,10 @@ from modeling_restr.tokenization_restr import vocabulary_from_expressions
 TEXTS = ["the dog", "left", "a red ball on the left", "man, right.", "the man behind the small red ball", "ball"]
 
 
-def make_model(vocab_size: int) -> ReSTRForImageSegmentation:
-    """A tiny random model whose weights are large enough that its masks differ by image and by expression."""
-    config = ReSTRConfig(
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "image_size": 64,
-        },
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "projection_dim": 32,
-        },
-        hidden_size=32,
-        num_attention_heads=2,
-    )
-    model = ReSTRForImageSegmentation(config).eval()
-    torch.manual_seed(39)
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.25)
-    return model
-
-
 def make_model_and_processor() -> tuple[ReSTRForImageSegmentation, ReSTRProcessor]:
     vocabulary = vocabulary_from_expressions(TEXTS)
     processor = ReSTRProcessor(ReSTRImageProcessor(size=64), build_tokenizer(vocabulary))
-    return make_model(len(vocabulary)), processor
+    return randomize(make_model(len(vocabulary)), seed=39, std=0.25), processor
 
 
 def make_rows(num_images: int, seed: int = 0) -> list[dict]:
@@ -104,7 +77,7 @@ def model_and_processor():
 def exact_model_and_processor(model_and_processor):
     """In float64, where sums in another order cannot move a pixel over the threshold."""
     model, processor = model_and_processor
-    return make_model(model.config.text_config.vocab_size).double(), processor
+    return copy.deepcopy(model).double(), processor
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +160,7 @@ def test_threshold_is_that_of_the_probability(model_and_processor, dataset):
 
 def test_bfloat16(model_and_processor, dataset):
     model, processor = model_and_processor
-    low = make_model(model.config.text_config.vocab_size).bfloat16()
+    low = copy.deepcopy(model).bfloat16()
     pairs = [
         (record, other)
         for records, others in zip(

@@ -1,14 +1,15 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import make_model, randomize
 from torch.utils.data import Dataset
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_restr import (
-    ReSTRConfig,
-    ReSTRForImageSegmentation,
     ReSTRImageProcessor,
     ReSTRProcessor,
     build_tokenizer,
@@ -21,41 +22,11 @@ from modeling_restr.tokenization_restr import vocabulary_from_expressions
 SENTENCES = ["the dog on the left", "a red ball", "the man", "left dog"]
 
 
-def make_model(vocab_size):
-    """A tiny random model whose weights are large enough that its masks differ by image and by sentence."""
-    config = ReSTRConfig(
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "image_size": 64,
-            "patch_size": 16,
-        },
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "projection_dim": 32,
-        },
-        hidden_size=32,
-        num_attention_heads=2,
-    )
-    model = ReSTRForImageSegmentation(config).eval()
-    torch.manual_seed(1)
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def pipe():
     vocabulary = vocabulary_from_expressions(SENTENCES)
     processor = ReSTRProcessor(ReSTRImageProcessor(size=64), build_tokenizer(vocabulary))
-    return ReSTRPipeline(model=make_model(len(vocabulary)), processor=processor, device="cpu")
+    return ReSTRPipeline(model=randomize(make_model(len(vocabulary)), seed=1), processor=processor, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +200,7 @@ def test_progress_shows_for_long_lists(pipe, images, capsys):
 
 
 def test_bfloat16(pipe, images, seen):
-    low = ReSTRPipeline(
-        model=make_model(pipe.model.config.text_config.vocab_size).bfloat16(), processor=pipe.processor, device="cpu"
-    )
+    low = ReSTRPipeline(model=copy.deepcopy(pipe.model).bfloat16(), processor=pipe.processor, device="cpu")
     dtypes = []
     low.model.register_forward_hook(lambda module, args, outputs: dtypes.append(outputs.logits.dtype))
     results = low(images[0], text=SENTENCES)

@@ -11,8 +11,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
+from tiny_models import randomize
 from tiny_training import make_model, make_processor, make_rows
 
 from modeling_restr.data.canonical import FEATURES, decode_mask
@@ -60,14 +60,8 @@ def model_dir(tmp_path_factory):
 
 
 def save_model(folder, seed):
-    """A random model with weights large enough for masks that differ by image and by sentence."""
     processor = make_processor()
-    model = make_model(processor, seed=seed)
-    torch.manual_seed(seed)
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.3)
-    model.save_pretrained(folder)
+    randomize(make_model(processor), seed).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
