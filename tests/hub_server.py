@@ -226,7 +226,7 @@ def route(methods: str, pattern: str, is_open: bool = False) -> Any:
 
 ROUTES: list[tuple[str, str, Any]] = []
 NAME = r"(?P<name>[^/]+/[^/]+)"
-API = rf"/api/(?P<kind>models|datasets)/{NAME}"
+API = rf"/api/(?P<kind>models|datasets|spaces)/{NAME}"
 
 
 @route("GET", "/api/whoami-v2")

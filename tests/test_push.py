@@ -390,6 +390,18 @@ def test_card_of_other_weights_is_not_pushed(hub, tmp_path):
     assert len(hub.repositories["model", "tester/restr"].titles) == 1
 
 
+def test_card_links_a_space_that_is_there(hub, tmp_path):
+    processor = make_processor()
+    folder = save_bundle(make_model(processor), processor, tmp_path / "model")
+    write_model_card(folder, space="tester/demo")
+    with pytest.raises(ValueError, match="links the Space tester/demo, which is not there"):
+        push_to_hub(folder, "restr")
+    HfApi().create_repo("demo", repo_type="space", space_sdk="gradio")
+    push_to_hub(folder, "restr")
+    card = hub.repositories["model", "tester/restr"].files()["README.md"].decode()
+    assert "The Space [tester/demo](https://huggingface.co/spaces/tester/demo) runs it." in card
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors", "pipeline_restr.py"])
 def test_folder_that_lacks_a_part_is_not_pushed(hub, tmp_path, missing):
     processor = make_processor()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +18,7 @@ from .model_card import MODEL_ID_PLACEHOLDER, check_card
 
 # What of a folder belongs to the model; not what a training left there for itself.
 _PATTERNS = ("*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.jpg", "*.jpeg", "LICENSE*", "requirements.txt")
+_SPACE_LINK = re.compile(r"\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 _REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json")
 
 
@@ -49,8 +51,8 @@ def push_to_hub(
         `CommitInfo`: The commit, or the repository's last one where nothing has changed.
 
     Raises:
-        `ValueError`: The folder lacks a part of the model, its card or that of the repository tells of other weights,
-            or the tag names another commit (then the push itself is done).
+        `ValueError`: The folder lacks a part of the model, its card or that of the repository tells of other weights or
+            links a Space that is not there, or the tag names another commit (then the push itself is done).
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_bundle(*bundle, Path(temporary) / "bundle") if isinstance(bundle, tuple) else Path(bundle)
@@ -58,7 +60,7 @@ def push_to_hub(
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         there = api.list_repo_files(repo_id)
-        files["README.md"] = _prepare_card(folder, repo_id, Path(temporary), token)
+        files["README.md"] = _prepare_card(folder, repo_id, Path(temporary), api)
         # Of old weights `from_pretrained` could take these instead of the new ones.
         stale = [name for name in there if name not in files and _matches(name, WEIGHT_PATTERNS)]
         commit = api.create_commit(
@@ -113,14 +115,17 @@ def _missing_code(files: dict[str, Path]) -> list[str]:
     return sorted({f"{reference.partition('.')[0]}.py" for reference in references} - files.keys())
 
 
-def _prepare_card(folder: Path, repo_id: str, temporary: Path, token: str | None) -> Path:
+def _prepare_card(folder: Path, repo_id: str, temporary: Path, api: HfApi) -> Path:
     """The folder's card, in which the model gets its id; or else the repository's; or else one for any model."""
     path, written = temporary / "README.md", folder / "README.md"
     if written.exists():
         text = written.read_text(encoding="utf-8").replace(MODEL_ID_PLACEHOLDER, repo_id)
     else:
-        text = find_card(repo_id, token=token) or build_automatic_card(repo_id)
+        text = find_card(repo_id, token=api.token) or build_automatic_card(repo_id)
     check_card(text, folder)
+    for space in _SPACE_LINK.findall(text):
+        if not api.repo_exists(space, repo_type="space"):
+            raise ValueError(f"The model card links the Space {space}, which is not there: create it first.")
     path.write_bytes(text.encode())
     return path
 
