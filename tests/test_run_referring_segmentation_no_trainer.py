@@ -1,5 +1,7 @@
 """The training loop on tiny data: the same weights as with Trainer, however it is spread and wherever it is stopped."""
 
+import importlib.util
+import io
 import json
 import os
 import shutil
@@ -13,7 +15,6 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.tracking import GeneralTracker
 from hub_server import TOKEN, USER, serve
 from huggingface_hub import constants
 from PIL import Image
@@ -26,6 +27,7 @@ from training_runs import (
     kill_in_the_middle_of_a_file,
     load_script,
     make_inputs,
+    read_events,
     read_log,
     read_weights,
     run as run_script,
@@ -34,7 +36,6 @@ from training_runs import (
 )
 from transformers import pipeline
 
-from modeling_restr import ReSTRForImageSegmentation
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.training.checkpoints import get_step, list_checkpoints
 from modeling_restr.training.recipe import create_parameter_groups
@@ -199,64 +200,30 @@ def test_a_checkpoint_is_a_model_whether_of_one_process_or_of_two(inputs, tmp_pa
         assert saved.keys() == final.keys() and all(torch.equal(saved[name], final[name]) for name in final)
 
 
-@pytest.fixture
-def recorder(tmp_path):
-    """A tracker that keeps what it is told."""
-
-    class Recorder(GeneralTracker):
-        name = "tensorboard"
-        requires_logging_directory = False
-        tracker = None
-
-        def __init__(self):
-            super().__init__()
-            self.lines = []
-
-        def store_init_configuration(self, values):
-            self.write({"config": values})
-
-        def log(self, values, step=None, **kwargs):
-            self.write({"step": step, **values})
-
-        def log_images(self, values, step=None, **kwargs):
-            self.write({"step": step, "shapes": {name: array.shape for name, array in values.items()}, **kwargs})
-
-        def write(self, line):
-            with (tmp_path / "tracked.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    return Recorder
-
-
-def test_evaluation_is_logged_with_a_panel_and_ends_in_a_folder_with_a_card(inputs, tmp_path, recorder):
-    folder = tmp_path / "run"
-
-    def before():
-        create = script.create_accelerator
-
-        def create_with_recorder(args):
-            accelerator = create(args)
-            accelerator.log_with = [recorder()]
-            return accelerator
-
-        script.create_accelerator = create_with_recorder
-
+def test_evaluation_is_logged_with_a_panel_and_ends_in_a_folder_with_a_card(inputs, tmp_path):
     options = {"validation_split": "val", "eval_steps": 4, "num_overlays": 3}
-    assert run(folder, inputs, before, **options) == 0, read_log(folder)
-    lines = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
-    assert lines[0]["config"]["max_steps"] == 6
-    rates = [line["train/learning_rate/vision"] for line in lines if "train/loss" in line]
-    assert rates[0] > 0 and rates[-1] == 0 and len(rates) == 6
-    (panel,) = [line for line in lines if "shapes" in line]
-    with Image.open(folder / "overlays" / "step-0000004.png") as image:
-        assert panel["shapes"] == {"eval/overlays": [1, image.height, image.width, 3]}
-        assert (panel["step"], panel["dataformats"]) == (4, "NHWC")
-    (evaluated,) = [line for line in lines if "eval/overall_iou" in line]
-    assert evaluated["eval/num_expressions"] == 11 and evaluated["step"] == 4
-    metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
-    assert metrics["overall_iou"] == pytest.approx(measure_overall_iou(folder / "model"), abs=1e-6)
-    card = (folder / "model" / "README.md").read_text()
+    if importlib.util.find_spec("tensorboard"):
+        options["report_to"] = "tensorboard"
+    assert run(tmp_path, inputs, **options) == 0, read_log(tmp_path)
+    assert [path.name for path in (tmp_path / "overlays").iterdir()] == ["step-0000004.png"]
+    metrics = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert metrics["num_expressions"] == 11
+    assert metrics["overall_iou"] == pytest.approx(measure_overall_iou(tmp_path / "model"), abs=1e-6)
+    card = (tmp_path / "model" / "README.md").read_text()
     assert f"{100 * metrics['overall_iou']:.2f}" in card and "400000" in card
+
+    pytest.importorskip("tensorboard", reason="what is logged is read with `pip install tensorboard`")
+    (recipe,) = (tmp_path / script.TRACKER_PROJECT).rglob("hparams.yml")
+    assert yaml.safe_load(recipe.read_text())["max_steps"] == 6
+    events = read_events(tmp_path / script.TRACKER_PROJECT)
+    rates = [event.value for event in events.Scalars("train/learning_rate/vision")]
+    assert len(events.Scalars("train/loss")) == len(rates) == 6 and rates[0] > 0 and rates[-1] == 0
+    (evaluated,) = events.Scalars("eval/num_expressions")
+    assert (evaluated.value, evaluated.step) == (11, 4)
+    (panel,) = events.Images("eval/overlays")
+    assert panel.step == 4
+    with Image.open(tmp_path / "overlays" / "step-0000004.png") as image:
+        np.testing.assert_array_equal(Image.open(io.BytesIO(panel.encoded_image_string)), image)
 
 
 def measure_overall_iou(model):

@@ -1,5 +1,6 @@
 """The trainer's parts: rates of both groups, pixel counts, overlays for the trackers."""
 
+import io
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny_training import make_dataset, make_model, make_processor
-from transformers import TrainerCallback, TrainingArguments
+from training_runs import read_events
+from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from modeling_restr.training.batches import ReferringCollator, ReferringDataset
 from modeling_restr.training.recipe import Recipe
@@ -82,26 +85,27 @@ def test_quick_evaluation_is_what_the_model_answers(trainer):
     assert metrics["eval_num_expressions"] == len(unions) == 11
 
 
-def test_overlays_are_written_and_sent_to_the_trackers(trainer, tmp_path, monkeypatch):
-    pictures = {}
-
-    class TensorBoard(TrainerCallback):
-        tb_writer = SimpleNamespace(
-            add_image=lambda name, image, step, dataformats: pictures.update(
-                tensorboard=(name, image, step, dataformats)
-            )
-        )
-
-    trackio = SimpleNamespace(
-        Image=lambda image: np.asarray(image), log=lambda values, step: pictures.update(trackio=(values, step))
-    )
-    monkeypatch.setitem(sys.modules, "trackio", trackio)
-    trainer.args.report_to = ["tensorboard", "trackio"]
-    trainer.add_callback(TensorBoard())
+def test_overlays_are_written_and_shown_by_tensorboard(trainer, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="needs `pip install tensorboard`")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    trainer.add_callback(TensorBoardCallback())
     state = torch.get_rng_state()
-    trainer.evaluate()
+    metrics = trainer.evaluate()
     assert torch.equal(torch.get_rng_state(), state)
-    panel = np.asarray(Image.open(tmp_path / "overlays" / "step-0000000.png"))
-    assert pictures["tensorboard"][0] == "eval/overlays" and pictures["tensorboard"][2:] == (0, "HWC")
-    np.testing.assert_array_equal(pictures["tensorboard"][1], panel)
-    np.testing.assert_array_equal(pictures["trackio"][0]["eval/overlays"], panel)
+    events = read_events(tmp_path / "tensorboard")
+    assert events.Scalars("eval/mean_iou")[0].value == pytest.approx(metrics["eval_mean_iou"])
+    (shown,) = events.Images("eval/overlays")
+    with Image.open(tmp_path / "overlays" / "step-0000000.png") as panel:
+        np.testing.assert_array_equal(Image.open(io.BytesIO(shown.encoded_image_string)), panel)
+
+
+def test_overlays_are_sent_to_trackio(trainer, tmp_path, monkeypatch):
+    sent = []
+    trackio = SimpleNamespace(Image=np.asarray, log=lambda values, step: sent.append((values, step)))
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    trainer.args.report_to = ["trackio"]
+    trainer.evaluate()
+    ((values, step),) = sent
+    with Image.open(tmp_path / "overlays" / "step-0000000.png") as panel:
+        np.testing.assert_array_equal(values["eval/overlays"], panel)
+    assert step == 0

@@ -102,6 +102,13 @@ def read_log(output_dir):
     return (output_dir / "log-0").read_text()
 
 
+def read_events(folder):
+    """What TensorBoard shows of a folder, images included."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
 def read_weights(output_dir):
     return load_file(output_dir / "model" / "model.safetensors")
 
