@@ -1,4 +1,4 @@
-"""The demo: its parts, its API from a client, its page in a browser, and a Space that has nothing but its own files."""
+"""The demo: its parts, its API from a client, its page in a browser, and a Space of nothing but its own files."""
 
 import base64
 import hashlib
@@ -219,7 +219,7 @@ def test_words_beyond_the_models_are_said_to_be():
 
 
 def test_patch_maps_are_the_patches_on_the_photo():
-    """A patch of 8 pixels is 16 of a photo twice as large; the photo is half as high as wide, so its rows are 1 and 2."""
+    """A patch of 8 pixels is 16 of a photo twice as large, whose rows are 1 and 2 as it is half as high as wide."""
     segmenter = make_tiny_segmenter()
     answer = segmenter.ask(make_photo((32, 64)), ["the red square"])
     (patch_map,) = segmenter.get_patch_maps(answer, (32, 64))

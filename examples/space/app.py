@@ -83,10 +83,10 @@ LIMITS = (
     "that size."
 )
 SEED_NOTE = (
-    "<b>The words that the class seed leaned on:</b> the stronger a word's colour, the more attention it got. Percentages are "
-    "shares of the seed's attention, averaged over all heads and layers of the seed encoder; what is missing to 100 "
-    "went to empty word slots and to the seed itself. <u>Dashed</u> words are not in the model's vocabulary: it sees "
-    "<i>unknown</i>. <s>Struck</s> ones are beyond the words that it reads."
+    "<b>The words that the class seed leaned on:</b> the stronger a word's colour, the more attention it got. "
+    "Percentages are shares of the seed's attention, averaged over all heads and layers of the seed encoder; what is "
+    "missing to 100 went to empty word slots and to the seed itself. <u>Dashed</u> words are not in the model's "
+    "vocabulary: it sees <i>unknown</i>. <s>Struck</s> ones are beyond the words that it reads."
 )
 
 
@@ -155,7 +155,7 @@ def read_photo(path: str | os.PathLike, image_processor: Any) -> np.ndarray:
 
 
 class Word(NamedTuple):
-    """A word of a sentence; the attention of the class seed to it, from 0 to 1, is None if the model does not read it."""
+    """A word of a sentence, and the class seed's attention to it, 0 to 1; None if the model does not read the word."""
 
     text: str
     is_known: bool
@@ -280,7 +280,7 @@ def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def draw_overlay(answer: Answer, segmentations: list[Segmentation]) -> tuple[np.ndarray, list[tuple[np.ndarray, str]]]:
-    """The photo with a layer for each sentence, as gr.AnnotatedImage takes them: half opaque inside, with an outline."""
+    """The photo and a layer for each sentence, as gr.AnnotatedImage takes them: half opaque, with an outline."""
     photo = Image.fromarray(answer.photo)
     scale = PREVIEW_SIDE / max(photo.size)
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
@@ -427,7 +427,7 @@ def make_view(segmenter: Segmenter, answer: Answer, threshold: float) -> View:
     )
 
 
-def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **queue: Any) -> None:
+def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **model_run: Any) -> None:
     """`/segment` of the API. It takes the page's inputs, so files are checked alike, and answers in data."""
 
     def segment(photo: dict | None, sentences: str, threshold: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -440,7 +440,7 @@ def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **
 
     with gr.Column(visible=False):
         outputs = [gr.JSON(label="results"), gr.File(label="masks", file_count="multiple")]
-        gr.Button().click(segment, inputs, outputs, api_name="segment", api_description=API_DESCRIPTION, **queue)
+        gr.Button().click(segment, inputs, outputs, api_name="segment", api_description=API_DESCRIPTION, **model_run)
 
 
 def list_examples() -> list[list[str]]:
@@ -469,7 +469,7 @@ def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
                 photo = gr.Image(first_photo, type="filepath", label="Photo", height=300, sources=SOURCES, buttons=[])
-                sentences = gr.Textbox(first_text, label="What do you mean? One sentence a line", lines=3, max_lines=7)
+                sentences = gr.Textbox(first_text, label="What do you mean? One sentence a line", lines=3, max_lines=9)
                 button = gr.Button("Segment", variant="primary")
                 inputs = [photo, sentences]
                 examples = (
@@ -519,11 +519,11 @@ def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: An
         return make_view(segmenter, answer, threshold).update()
 
     # All that runs the model waits in one queue: two at a time would each take twice as long.
-    queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
+    model_run: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
     inputs = [page.photo, page.sentences, page.threshold]
     outputs = [page.overlay, page.cards, page.download]
     asking: dict[str, Any] = {"inputs": inputs, "outputs": [page.answer, *outputs], "show_progress_on": page.overlay}
-    asking |= {"validator": check, "api_visibility": "private", **queue}
+    asking |= {"validator": check, "api_visibility": "private", **model_run}
     answers = [gr.on([button.click, page.sentences.submit], ask_and_show, **asking)]
     if examples is not None:
         answers.append(examples.load_input_event.success(ask_and_show, **asking))
@@ -531,7 +531,7 @@ def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: An
         answered.success(None, js=SCROLL_TO_OVERLAY)
     moving: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4, "api_visibility": "private"}
     page.threshold.change(show, [page.answer, page.threshold], outputs, **moving)
-    add_endpoint(segmenter, inputs, **queue)
+    add_endpoint(segmenter, inputs, **model_run)
 
 
 def get_default_model() -> str:
