@@ -19,7 +19,6 @@ tensorboard`, ...
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import torch
@@ -33,6 +32,7 @@ from modeling_restr.training.runs import (
     PAPER,
     DataArguments,
     ModelArguments,
+    RecipeArguments,
     count_steps,
     create_eval_dataset,
     create_train_dataset,
@@ -47,36 +47,13 @@ from modeling_restr.training.trainer import ReferringTrainer
 
 
 @dataclass
-class ReferringTrainingArguments(TrainingArguments):
+class ReferringTrainingArguments(RecipeArguments, TrainingArguments):  # type: ignore[misc]  # output_dir is never None
     """transformers' TrainingArguments with the paper's recipe as defaults."""
 
-    output_dir: str = option("runs/restr", "Checkpoints, overlays, and the model at the end.")
-    max_steps: int = option(PAPER.max_steps, "Steps in all. The paper's.")
-    num_train_epochs: float = option(0.0, "If above 0, the length of the run instead of `max_steps`.")
-    per_device_train_batch_size: int = option(
-        PAPER.images_per_step, "Images a step on each device; the paper's is 8 in all, with one sentence each."
+    lr_scheduler_type: str = option(
+        PAPER.schedule, "How the learning rate falls after the warm-up. The paper's, to 0."
     )
-    per_device_eval_batch_size: int = option(4, "Images a step of the evaluation, with up to 8 sentences each.")
-    learning_rate: float = option(PAPER.learning_rate, "Of fusion, decoder and language encoder. The paper's.")
-    vision_learning_rate_ratio: float = option(
-        PAPER.vision_learning_rate_ratio, "The vision encoder's learning rate, as a share of it. The paper's."
-    )
-    weight_decay: float = option(PAPER.weight_decay, "Of AdamW, on every parameter. The paper's.")
-    adam_beta1: float = option(PAPER.adam_beta1, "Of AdamW. The paper's.")
-    adam_beta2: float = option(PAPER.adam_beta2, "Of AdamW. The paper's.")
-    warmup_steps: float = option(
-        PAPER.warmup_steps, "Steps of linear warm-up, below 1 as a share of all steps. The paper's."
-    )
-    lr_scheduler_type: str = option(PAPER.schedule, "How the learning rate falls afterwards. The paper's, to 0.")
-    lr_scheduler_power: float = option(PAPER.power, "Power of the polynomial. The paper's.")
-    max_grad_norm: float = option(PAPER.max_grad_norm, "Largest norm of the gradient, 0 for any. The paper's.")
     eval_strategy: str = option("steps", "When to evaluate: steps or no.")
-    eval_steps: float | None = option(10_000, "Steps between evaluations.")
-    save_steps: float = option(2_000, "Steps between checkpoints: what a kill can cost.")
-    save_total_limit: int | None = option(2, "Checkpoints to keep.")
-    logging_steps: float = option(50, "Steps between two lines of the log.")
-    dataloader_num_workers: int = option(4, "Processes that decode images, for each device.")
-    push_to_hub: bool = option(False, "Upload the model's folder at the end, with its card.")
 
     def __post_init__(self) -> None:
         if "epoch" in (str(self.eval_strategy), str(self.save_strategy)):
@@ -90,7 +67,7 @@ class ReferringTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # all are used
         if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
-            self.lr_scheduler_kwargs = {"power": self.lr_scheduler_power, "lr_end": 0.0}
+            self.lr_scheduler_kwargs = {"power": self.power, "lr_end": 0.0}
         super().__post_init__()
         # Trainer's own push would upload half a folder.
         self.push_folder_to_hub, self.push_to_hub = self.push_to_hub, False
@@ -98,26 +75,6 @@ class ReferringTrainingArguments(TrainingArguments):
     @property
     def images_per_step(self) -> int:
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-
-def make_recipe(args: ReferringTrainingArguments, **start: Any) -> Recipe:
-    """This run's recipe: of the arguments, and of what model and data decide on."""
-    return Recipe(
-        max_steps=args.max_steps,
-        images_per_step=args.images_per_step,
-        learning_rate=args.learning_rate,
-        vision_learning_rate_ratio=args.vision_learning_rate_ratio,
-        weight_decay=args.weight_decay,
-        adam_beta1=args.adam_beta1,
-        adam_beta2=args.adam_beta2,
-        schedule=SchedulerType(args.lr_scheduler_type).value,
-        power=args.lr_scheduler_power,
-        warmup_steps=args.warmup_steps,
-        max_grad_norm=args.max_grad_norm,
-        precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        seed=args.seed,
-        **start,
-    )
 
 
 def create_trainer(
@@ -154,7 +111,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
     model, processor = load_model(model_args, train_data)
     if args.num_train_epochs > 0:
         args.max_steps = count_steps(train_data, data_args, args.num_train_epochs, args.images_per_step)
-    recipe = make_recipe(args, **describe_start(model, train_data, model_args, data_args))
+    recipe = args.make_recipe(
+        images_per_step=args.images_per_step,
+        schedule=SchedulerType(args.lr_scheduler_type).value,
+        precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        **describe_start(model, train_data, model_args, data_args),
+    )
     is_main_process = args.process_index == 0
     if is_main_process:
         deviations = recipe.deviations() or "nothing"

@@ -49,9 +49,9 @@ from modeling_restr.training.checkpoints import (
 from modeling_restr.training.overlays import draw_overlays
 from modeling_restr.training.recipe import Recipe, create_optimizer, create_scheduler
 from modeling_restr.training.runs import (
-    PAPER,
     DataArguments,
     ModelArguments,
+    RecipeArguments,
     count_steps,
     create_eval_dataset,
     create_train_dataset,
@@ -72,46 +72,15 @@ TRACKER_PROJECT = "referring-segmentation"
 
 
 @dataclass
-class LoopArguments:
-    """How to train, with the paper's recipe as defaults. Names and meanings are those of TrainingArguments."""
+class LoopArguments(RecipeArguments):
+    """How to train, in what TrainingArguments already has for Trainer."""
 
-    output_dir: str = option("runs/restr", "Checkpoints, overlays, and the model at the end.")
-    max_steps: int = option(PAPER.max_steps, "Steps in all. The paper's.")
-    num_train_epochs: float = option(0.0, "If above 0, the length of the run instead of `max_steps`.")
-    per_device_train_batch_size: int = option(
-        PAPER.images_per_step, "Images a step on each device; the paper's is 8 in all, with one sentence each."
-    )
-    gradient_accumulation_steps: int = option(1, "Batches of each device in a step; gradients are the large batch's.")
-    per_device_eval_batch_size: int = option(4, "Images a step of the evaluation, with up to 8 sentences each.")
-    learning_rate: float = option(PAPER.learning_rate, "Of fusion, decoder and language encoder. The paper's.")
-    vision_learning_rate_ratio: float = option(
-        PAPER.vision_learning_rate_ratio, "The vision encoder's learning rate, as a share of it. The paper's."
-    )
-    weight_decay: float = option(PAPER.weight_decay, "Of AdamW, on every parameter. The paper's.")
-    adam_beta1: float = option(PAPER.adam_beta1, "Of AdamW. The paper's.")
-    adam_beta2: float = option(PAPER.adam_beta2, "Of AdamW. The paper's.")
-    warmup_steps: float = option(
-        PAPER.warmup_steps, "Steps of linear warm-up, below 1 as a share of all steps. The paper's."
-    )
-    power: float = option(PAPER.power, "Power of the polynomial in which the learning rate falls to 0. The paper's.")
-    max_grad_norm: float = option(PAPER.max_grad_norm, "Largest norm of the gradient, 0 for any. The paper's.")
     mixed_precision: str | None = option(None, "no or bf16; by default what `accelerate launch` says.")
     gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.")
     torch_compile: bool = option(False, "Compile the model.")
-    eval_steps: int = option(10_000, "Steps between evaluations.")
-    save_steps: int = option(2_000, "Steps between checkpoints: what a kill can cost.")
-    save_total_limit: int | None = option(2, "Checkpoints to keep.")
-    resume_from_checkpoint: str | None = option(None, "Checkpoint to go on from; by default the last one, if any.")
-    logging_steps: int = option(50, "Steps between two lines of the log.")
     report_to: list[str] = field(
         default_factory=list, metadata={"help": "Where to log: tensorboard, trackio, or another of Accelerate's."}
     )
-    dataloader_num_workers: int = option(4, "Processes that decode images, for each device.")
-    seed: int = option(PAPER.seed, "Of new weights, the order of the data, and drop path.")
-    push_to_hub: bool = option(False, "Upload the model's folder at the end, with its card.")
-    hub_model_id: str | None = option(None, "Repository to upload to; by default the name of OUTPUT_DIR.")
-    hub_private_repo: bool | None = option(None, "Whether to make it private, if it is new.")
-    hub_token: str | None = option(None, "By default the one you are logged in with.")
 
 
 def create_accelerator(args: LoopArguments) -> Accelerator:
@@ -123,25 +92,6 @@ def create_accelerator(args: LoopArguments) -> Accelerator:
         log_with=args.report_to or None,
         project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
-    )
-
-
-def make_recipe(args: LoopArguments, accelerator: Accelerator, **start: Any) -> Recipe:
-    """This run's recipe: of the arguments, and of what model and data decide on."""
-    return Recipe(
-        max_steps=args.max_steps,
-        images_per_step=count_images_per_step(args, accelerator),
-        learning_rate=args.learning_rate,
-        vision_learning_rate_ratio=args.vision_learning_rate_ratio,
-        weight_decay=args.weight_decay,
-        adam_beta1=args.adam_beta1,
-        adam_beta2=args.adam_beta2,
-        power=args.power,
-        warmup_steps=args.warmup_steps,
-        max_grad_norm=args.max_grad_norm,
-        precision=PRECISIONS[accelerator.mixed_precision],
-        seed=args.seed,
-        **start,
     )
 
 
@@ -375,7 +325,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: LoopArgume
     if args.num_train_epochs > 0:
         images_per_step = count_images_per_step(args, accelerator)
         args.max_steps = count_steps(train_data, data_args, args.num_train_epochs, images_per_step)
-    recipe = make_recipe(args, accelerator, **describe_start(model, train_data, model_args, data_args))
+    recipe = args.make_recipe(
+        images_per_step=count_images_per_step(args, accelerator),
+        precision=PRECISIONS[accelerator.mixed_precision],
+        **describe_start(model, train_data, model_args, data_args),
+    )
     deviations = recipe.deviations() or "nothing"
     accelerator.print(f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {deviations}")
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,48 @@ class DataArguments:
     num_overlays: int = option(8, "Validation images to draw with their masks after each evaluation.")
 
 
+@dataclass
+class RecipeArguments:
+    """How to train: the options of both scripts. Those that TrainingArguments has too mean the same there."""
+
+    output_dir: str = option("runs/restr", "Checkpoints, overlays, and the model at the end.")
+    max_steps: int = option(PAPER.max_steps, "Steps in all. The paper's.")
+    num_train_epochs: float = option(0.0, "If above 0, the length of the run instead of `max_steps`.")
+    per_device_train_batch_size: int = option(
+        PAPER.images_per_step, "Images a step on each device; the paper's is 8 in all, with one sentence each."
+    )
+    gradient_accumulation_steps: int = option(1, "Batches of each device in a step; gradients are the large batch's.")
+    per_device_eval_batch_size: int = option(4, "Images a step of the evaluation, with up to 8 sentences each.")
+    learning_rate: float = option(PAPER.learning_rate, "Of fusion, decoder and language encoder. The paper's.")
+    vision_learning_rate_ratio: float = option(
+        PAPER.vision_learning_rate_ratio, "The vision encoder's learning rate, as a share of it. The paper's."
+    )
+    weight_decay: float = option(PAPER.weight_decay, "Of AdamW, on every parameter. The paper's.")
+    adam_beta1: float = option(PAPER.adam_beta1, "Of AdamW. The paper's.")
+    adam_beta2: float = option(PAPER.adam_beta2, "Of AdamW. The paper's.")
+    warmup_steps: float = option(
+        PAPER.warmup_steps, "Steps of linear warm-up, below 1 as a share of all steps. The paper's."
+    )
+    power: float = option(PAPER.power, "Power of the polynomial in which the learning rate falls to 0. The paper's.")
+    max_grad_norm: float = option(PAPER.max_grad_norm, "Largest norm of the gradient, 0 for any. The paper's.")
+    eval_steps: int = option(10_000, "Steps between evaluations.")
+    save_steps: int = option(2_000, "Steps between checkpoints: what a kill can cost.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep.")
+    resume_from_checkpoint: str | None = option(None, "Checkpoint to go on from; by default the last one, if any.")
+    logging_steps: int = option(50, "Steps between two lines of the log.")
+    dataloader_num_workers: int = option(4, "Processes that decode images, for each device.")
+    seed: int = option(PAPER.seed, "Of new weights, the order of the data, and drop path.")
+    push_to_hub: bool = option(False, "Upload the model's folder at the end, with its card.")
+    hub_model_id: str | None = option(None, "Repository to upload to; by default the name of OUTPUT_DIR.")
+    hub_private_repo: bool | None = option(None, "Whether to make it private, if it is new.")
+    hub_token: str | None = option(None, "By default the one you are logged in with.")
+
+    def make_recipe(self, **others: Any) -> Recipe:
+        """The recipe of these options and, by the names of its fields, of all else that decides on the weights."""
+        names = {argument.name for argument in fields(RecipeArguments)} & {field.name for field in fields(Recipe)}
+        return Recipe(**{name: getattr(self, name) for name in names}, **others)
+
+
 def load_data(
     args: DataArguments, main_process_first: AbstractContextManager
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | None]:
@@ -96,20 +138,16 @@ def load_data(
     Raises:
         ValueError: it is not in the canonical form, or has expressions without words.
     """
-    train_data: datasets.Dataset | datasets.IterableDataset
-    validation_data = None
     place: dict[str, Any] = {"path_or_id": args.dataset_name, "revision": args.dataset_revision}
+    place["streaming"] = args.streaming
+    validation_data = None
     with main_process_first:  # it fills the cache of `datasets`
-        if args.streaming:
-            train_data = load_prepared(
-                split=args.train_split, max_images=args.max_train_samples, streaming=True, **place
-            )
-        else:
-            train_data = load_prepared(split=args.train_split, max_images=args.max_train_samples, **place)
+        train_data = load_prepared(split=args.train_split, max_images=args.max_train_samples, **place)
+        if not args.streaming:
             check_dataset(train_data)
         if args.validation_split:
-            options = place | {"max_images": args.max_eval_samples, "streaming": args.streaming}
-            validation_data = _hold(load_prepared(split=args.validation_split, **options))
+            data = load_prepared(split=args.validation_split, max_images=args.max_eval_samples, **place)
+            validation_data = _hold(data)
             check_dataset(validation_data)
     return train_data, validation_data
 
