@@ -265,7 +265,8 @@ def resize_position_embeddings(
     Resize the grid part of `(1, prefix + h * w, hidden_size)` position embeddings bilinearly (align_corners=False, as
     the original does); the rows of the prefix tokens, which come first, are kept.
     """
-    if old_grid == new_grid:
+    # Where an export leaves the size free, to ask for one would bind the program to all others.
+    if not isinstance(new_grid[0], torch.SymInt) and old_grid == new_grid:
         return position_embeddings
     num_prefix_tokens = position_embeddings.shape[1] - old_grid[0] * old_grid[1]
     prefix, grid = position_embeddings[:, :num_prefix_tokens], position_embeddings[:, num_prefix_tokens:]

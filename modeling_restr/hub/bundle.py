@@ -62,7 +62,7 @@ def save_bundle(
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Expected a folder to save to, but {folder} is a file.")
-    _check_pair(model, processor)
+    check_pair(model, processor)
     state_dict = _cast_state_dict(model, dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = folder if folder.exists() else folder.parent  # on the same disk, so that moving is renaming
@@ -79,7 +79,7 @@ def save_bundle(
     return folder
 
 
-def _check_pair(model: ReSTRForImageSegmentation, processor: ReSTRProcessor) -> None:
+def check_pair(model: ReSTRForImageSegmentation, processor: ReSTRProcessor) -> None:
     if not isinstance(model, ReSTRForImageSegmentation) or not isinstance(processor, ReSTRProcessor):
         raise ValueError(
             f"Expected a ReSTRForImageSegmentation and a ReSTRProcessor, got a {type(model).__name__} and a "

@@ -1,0 +1,167 @@
+"""
+Measure what an exported model costs and gains beside the model that it was made of: overall IoU, mean IoU, size and
+CPU time of PyTorch, of ONNX Runtime in float32 and, where the folder has it, in int8:
+
+    python examples/evaluate_onnx.py examples/checkpoint restr-onnx --output results.json
+    python examples/evaluate_onnx.py runs/refcoco/model restr-onnx --data data/refcoco --split val --output results.json
+
+On drawn scenes that training did not see, or on a split of prepared data. All run in turn on each image, with one
+thread, so that a noisy machine slows all of them alike; times are CPU time, medians over the images.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+from evaluate_refcoco import find_revision, positive_int, write_text
+from PIL import Image
+from tqdm import tqdm
+from train_drawn_scenes import EVALUATION_SEED, SceneArguments, split_backgrounds
+from transformers import pipeline
+
+import modeling_restr  # noqa: F401  (makes `pipeline` know ReSTR)
+from modeling_restr.data.canonical import decode_mask
+from modeling_restr.data.drawn_scenes import DrawnScenes
+from modeling_restr.data.loading import load_prepared
+from modeling_restr.export.restr_onnx import ReSTROnnxPipeline
+from modeling_restr.metrics import ReferringIoU
+
+
+class Annotated(NamedTuple):
+    """An image, its sentences and, for each, the mask of what it refers to."""
+
+    image: Image.Image
+    texts: list[str]
+    masks: list[np.ndarray]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare an exported model with the model that it was made of.")
+    parser.add_argument("model", help="folder or Hub id of the model")
+    parser.add_argument("folder", type=Path, help="what examples/export_onnx.py wrote")
+    parser.add_argument("--data", help="folder or Hub id of prepared data (default: drawn scenes)")
+    parser.add_argument("--split", default="val", help="of the prepared data (default: val)")
+    parser.add_argument("--backgrounds", help="folder of photographs for the drawn scenes to stand on")
+    parser.add_argument("--max_images", type=positive_int, default=200, metavar="N", help="(default: 200)")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    return parser.parse_args()
+
+
+def read_images(args: argparse.Namespace, image_size: int) -> tuple[str, int, Iterator[Annotated]]:
+    """What the data is, in words, the number of images, and the images."""
+    if args.data is None:
+        _, photographs = split_backgrounds(SceneArguments(backgrounds=args.backgrounds, image_size=image_size))
+        scenes = DrawnScenes(args.max_images, EVALUATION_SEED, image_size=image_size, backgrounds=photographs)
+        ground = "photographs" if photographs else "drawn backgrounds"
+        description = f"{len(scenes)} drawn scenes on {ground}, seed {EVALUATION_SEED}, {image_size} pixels"
+        return description, len(scenes), _read_scenes(scenes)
+    dataset = load_prepared(args.data, args.split, max_images=args.max_images)
+    return f"{len(dataset)} images of {Path(args.data).name}, {args.split}", len(dataset), _read_rows(dataset)
+
+
+def _read_scenes(scenes: DrawnScenes) -> Iterator[Annotated]:
+    for index in range(len(scenes)):
+        scene = scenes[index]
+        masks = [scene.masks[expression.target] for expression in scene.expressions]
+        yield Annotated(Image.fromarray(scene.image), [expression.text for expression in scene.expressions], masks)
+
+
+def _read_rows(dataset: Any) -> Iterator[Annotated]:
+    for row in dataset:
+        pairs = [
+            (expression["text"], decode_mask(reference["mask"]))
+            for reference in row["references"]
+            for expression in reference["expressions"]
+        ]
+        if pairs:
+            yield Annotated(row["image"], [text for text, _ in pairs], [mask for _, mask in pairs])
+
+
+def load_runners(args: argparse.Namespace, pipe: Any) -> dict[str, Callable[..., list[dict[str, Any]]]]:
+    """What answers, by name; all with the same arguments and results."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    runners = {"torch": pipe, "float32": ReSTROnnxPipeline(args.folder, session_options=options)}
+    if (args.folder / "sentence_query_int8.onnx").is_file():
+        runners["int8"] = ReSTROnnxPipeline(args.folder, "int8", session_options=options)
+    return runners
+
+
+def measure(runners: dict[str, Callable], images: Iterator[Annotated], total: int) -> dict[str, dict[str, Any]]:
+    """Quality (percent), pixels that differ from PyTorch's (percent) and CPU time (ms an image) of each runner."""
+    counts: dict[str, list[dict[str, int]]] = {name: [] for name in runners}
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    differing, pixels = dict.fromkeys(runners, 0), 0
+    for annotated in tqdm(images, total=total, unit="image"):
+        expected: list[np.ndarray] = []
+        for name, runner in runners.items():
+            start = time.process_time()
+            results = runner(annotated.image, text=annotated.texts)
+            seconds[name].append(time.process_time() - start)
+            masks = [np.asarray(result["mask"]) > 0 for result in results]
+            expected = expected or masks  # the first runner's
+            differing[name] += sum(int((mask != other).sum()) for mask, other in zip(masks, expected))
+            counts[name] += [ReferringIoU.counts(mask, target) for mask, target in zip(masks, annotated.masks)]
+        pixels += sum(mask.size for mask in expected)
+    metric = ReferringIoU(keep_in_memory=True)
+    results = {name: metric.compute(predictions=counts[name]) for name in runners}
+    return {
+        name: {
+            "sentences": results[name]["num_expressions"],
+            "overall_iou": round(100 * results[name]["overall_iou"], 2),
+            "mean_iou": round(100 * results[name]["mean_iou"], 2),
+            "differing_pixels": round(100 * differing[name] / pixels, 4),
+            "cpu_ms_an_image": round(1000 * statistics.median(seconds[name]), 1),
+        }
+        for name in runners
+    }
+
+
+def add_ratios(results: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Add sizes, and what each costs and gains beside PyTorch (time) and ONNX in float32 (size, overall IoU)."""
+    for name, suffix in (("float32", ""), ("int8", "_int8")):
+        if name in results:
+            graphs = [
+                path for stem in ("image_encoder", "sentence_query") for path in folder.glob(f"{stem}{suffix}.onnx*")
+            ]
+            results[name]["megabytes"] = round(sum(path.stat().st_size for path in graphs) / 1e6, 1)
+            results[name]["size_ratio"] = round(results[name]["megabytes"] / results["float32"]["megabytes"], 3)
+            cost = results["float32"]["overall_iou"] - results[name]["overall_iou"]
+            results[name]["overall_iou_cost"] = round(cost, 2)
+        if name in results:
+            time_ratio = results[name]["cpu_ms_an_image"] / results["torch"]["cpu_ms_an_image"]
+            results[name]["time_ratio_to_torch"] = round(time_ratio, 3)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    pipe: Any = pipeline("image-segmentation", model=args.model, device="cpu")
+    description, total, images = read_images(args, pipe.processor.image_processor.size["height"])
+    results = measure(load_runners(args, pipe), images, total)
+    add_ratios(results, args.folder)
+    print(json.dumps(results, indent=2))
+    if args.output:
+        record = {
+            "model": {"name": Path(args.model).name, "revision": find_revision(args.model, None)},
+            "data": description,
+            "results": results,
+            "versions": {
+                "onnxruntime": onnxruntime.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        write_text(args.output, json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

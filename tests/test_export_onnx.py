@@ -1,0 +1,502 @@
+"""Exported graphs answer as the model does, and run where neither PyTorch nor Transformers is."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig
+
+from modeling_restr import (
+    ReSTRConfig,
+    ReSTRForImageSegmentation,
+    ReSTRImageProcessor,
+    ReSTRProcessor,
+    ReSTRTextConfig,
+    ReSTRVisionConfig,
+    build_tokenizer,
+)
+from modeling_restr.data.drawn_scenes import DrawnScenes
+from modeling_restr.pipeline_restr import ReSTRPipeline
+from modeling_restr.tokenization_restr import vocabulary_from_expressions
+
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install onnx onnxruntime onnxscript")
+
+import onnxruntime
+from onnx import load, numpy_helper
+
+from modeling_restr.export import onnx_folder, save_onnx
+from modeling_restr.export.restr_onnx import EncodedImage, ReSTROnnxPipeline
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PHOTO = REPOSITORY / "examples" / "photos" / "shapes.jpg"
+SENTENCES = ["the biggest blue thing", "the triangle on the left", "a red ball", "the ring, left of it."]
+VOCABULARY = vocabulary_from_expressions(SENTENCES)
+IMAGE_SIZE, PATCH_SIZE = 48, 8
+SHAPES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def make_model(vision_config=None, **values):
+    """A tiny random model whose weights are large enough that its masks differ by image and by sentence."""
+    config = ReSTRConfig(
+        vision_config=vision_config
+        or ReSTRVisionConfig(num_hidden_layers=1, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **SHAPES),
+        text_config=ReSTRTextConfig(
+            vocab_size=len(VOCABULARY), num_hidden_layers=1, projection_dim=32, **(SHAPES | {"hidden_size": 24})
+        ),
+        **({"num_fusion_layers": 1} | SHAPES | values),
+    )
+    model = ReSTRForImageSegmentation(config).eval()
+    torch.manual_seed(9)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.25)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    processor = ReSTRProcessor(ReSTRImageProcessor(size=IMAGE_SIZE), build_tokenizer(VOCABULARY))
+    return ReSTRPipeline(model=make_model(), processor=processor, device="cpu")
+
+
+def run_example(script, *arguments):
+    """Run an example script in this process, where all that it imports is loaded; returns what it prints."""
+    path, num_threads = REPOSITORY / "examples" / script, torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(StringIO()) as printed:
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        finally:
+            torch.set_num_threads(num_threads)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    """What the example script writes for the pipeline's model, moved to another place."""
+    work = tmp_path_factory.mktemp("export")
+    pipe.model.save_pretrained(work / "model")
+    pipe.processor.save_pretrained(work / "model")
+    printed = run_example("export_onnx.py", work / "model", "--int8", "--programs", "--output_dir", work / "first")
+    names = [
+        *("image_encoder.onnx", "image_encoder.pt2", "image_encoder_int8.onnx", "restr_onnx.json", "restr_onnx.py"),
+        *("sentence_query.onnx", "sentence_query.pt2", "sentence_query_int8.onnx", "tokenizer.json"),
+    ]
+    assert sorted(path.name for path in (work / "first").iterdir()) == names
+    assert all(name in printed for name in names)
+    return (work / "first").rename(work / "restr-onnx")
+
+
+@pytest.fixture(scope="module")
+def runner(folder):
+    return ReSTROnnxPipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """A photograph and drawn scenes of other sizes."""
+    scenes = DrawnScenes(2, seed=3, image_size=64)
+    return [Image.open(PHOTO), *(Image.fromarray(scenes[index].image) for index in range(2))]
+
+
+def make_inputs(num_images, num_sentences, height=IMAGE_SIZE, width=IMAGE_SIZE):
+    generator = torch.Generator().manual_seed(num_images + num_sentences)
+    words = torch.randint(3, len(VOCABULARY), (num_sentences, 20), generator=generator)
+    words[:, : num_sentences + 8] = 0  # padding
+    return {
+        "pixel_values": torch.rand(num_images, 3, height, width, generator=generator) * 2 - 1,
+        "input_ids": words,
+        "image_indices": torch.randint(num_images, (num_sentences,), generator=generator),
+    }
+
+
+def run_graph(path, inputs):
+    session = onnxruntime.InferenceSession(path)
+    names = [graph_input.name for graph_input in session.get_inputs()]
+    return session.run(None, {name: np.asarray(inputs[name]) for name in names})
+
+
+def assert_agree(results, expected):
+    """Whether labels, scores and masks are the same, but for pixels that float32 noise may turn."""
+    assert len(results) == len(expected)
+    for result, other in zip(results, expected):
+        assert result.keys() == other.keys() and result["label"] == other["label"]
+        assert abs(result["score"] - other["score"]) < 1e-4
+        masks = [np.asarray(item["mask"]) for item in (result, other)]
+        assert result["mask"].mode == other["mask"].mode == "L" and masks[0].shape == masks[1].shape
+        assert (masks[0] == masks[1]).mean() > 0.999
+
+
+# The graphs
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_sentences", "height", "width"),
+    [(1, 1, IMAGE_SIZE, IMAGE_SIZE), (3, 7, IMAGE_SIZE, IMAGE_SIZE), (2, 3, 72, 32), (1, 2, 16, 80)],
+)
+@torch.no_grad()
+def test_graphs_give_the_models_logits(pipe, folder, num_images, num_sentences, height, width):
+    inputs = make_inputs(num_images, num_sentences, height, width)
+    expected = pipe.model(**inputs, interpolate_pos_encoding=True)
+    (vision_embeds,) = run_graph(folder / "image_encoder.onnx", inputs)
+    assert vision_embeds.shape == (num_images, height // PATCH_SIZE, width // PATCH_SIZE, 32)
+    logits, patch_logits = run_graph(folder / "sentence_query.onnx", inputs | {"vision_embeds": vision_embeds})
+    assert expected.logits.std() > 1  # 1e-3 is little
+    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(patch_logits, expected.patch_logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"fusion_type": "vanilla", "use_pixel_decoder": False, "attend_to_padding": False},
+        {"fusion_type": "independent", "num_fusion_layers": 2, "share_fusion_layers": True},
+    ],
+)
+@torch.no_grad()
+def test_graphs_of_the_variants(tmp_path, values):
+    model = make_model(**values)
+    inputs = make_inputs(2, 5)
+    expected = model(**inputs)
+    onnx_folder.save_graph(model, "sentence_query", tmp_path)
+    vision_embeds = expected.vision_embeds.unflatten(1, (6, 6))
+    logits, patch_logits = run_graph(tmp_path / "sentence_query.onnx", inputs | {"vision_embeds": vision_embeds})
+    assert expected.logits.std() > 0.3
+    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(patch_logits, expected.patch_logits, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_another_vision_encoder_has_a_fixed_image_size(tmp_path):
+    model = make_model(ViTConfig(num_hidden_layers=1, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **SHAPES))
+    inputs = make_inputs(3, 1)
+    onnx_folder.save_graph(model, "image_encoder", tmp_path)
+    (vision_embeds,) = run_graph(tmp_path / "image_encoder.onnx", inputs)
+    expected = model.get_image_features(inputs["pixel_values"]).pooler_output
+    np.testing.assert_allclose(vision_embeds, expected.unflatten(1, (6, 6)), rtol=0, atol=1e-3)
+    with pytest.raises(Exception, match="dimension"):
+        run_graph(tmp_path / "image_encoder.onnx", make_inputs(3, 1, 64, 64))
+
+
+def test_int8_graphs_hold_rounded_weights(pipe, folder):
+    name = "model.vision_model.layers.0.mlp.fc1.weight"
+    weight = pipe.model.state_dict()[name].T.numpy()
+    graph = load(folder / "image_encoder_int8.onnx").graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = []
+    for tensor_name, tensor in tensors.items():
+        if tensor.dtype == np.int8 and tensor.shape == weight.shape:
+            scale = tensors[tensor_name.replace("_quantized", "_scale")]
+            found.append(np.abs(tensor * scale - weight).max() / scale.max())
+    assert min(found) <= 0.51  # half a step
+    for graph_name in ("image_encoder", "sentence_query"):
+        sizes = [sum(tensor.nbytes for tensor in read_linear_maps(folder, graph_name + end)) for end in ("", "_int8")]
+        assert sizes[1] * 4 == sizes[0] > 0
+
+
+def read_linear_maps(folder, name):
+    """The weights of a graph's `MatMul` and `MatMulInteger` nodes."""
+    graph = load(folder / f"{name}.onnx").graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type.startswith("MatMul")]
+    return [tensors[node.input[1]] for node in nodes if node.input[1] in tensors]
+
+
+def test_int8_answers_nearly_the_same(runner, folder, images):
+    quantized = ReSTROnnxPipeline(folder, precision="int8")
+    pairs = [
+        (np.asarray(result["mask"]), np.asarray(other["mask"]))
+        for image in images
+        for result, other in zip(runner(image, text=SENTENCES), quantized(image, text=SENTENCES))
+    ]
+    assert np.mean([(mask == other).mean() for mask, other in pairs]) > 0.9
+    assert any((mask != other).any() for mask, other in pairs)  # these are other graphs
+
+
+@torch.no_grad()
+def test_programs_are_loaded_with_equal_results(pipe, folder):
+    encoder, query = (
+        torch.export.load(folder / f"{name}.pt2").module() for name in ("image_encoder", "sentence_query")
+    )
+    for inputs in (make_inputs(2, 4), make_inputs(1, 2, 72, 32)):
+        expected = pipe.model(**inputs, interpolate_pos_encoding=True)
+        logits, patch_logits = query(encoder(inputs["pixel_values"]), inputs["input_ids"], inputs["image_indices"])
+        torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(patch_logits, expected.patch_logits, rtol=0, atol=1e-4)
+    weights = sum(weight.numel() for weight in pipe.model.state_dict().values())
+    exported = [torch.export.load(folder / f"{name}.pt2").state_dict for name in ("image_encoder", "sentence_query")]
+    assert sum(weight.numel() for part in exported for weight in part.values()) == weights  # each once
+
+
+# The runner
+
+
+def test_runner_answers_as_the_pipeline(pipe, runner, images):
+    for image in images:
+        assert_agree(runner(image, text=SENTENCES), pipe(image, text=SENTENCES))
+    assert_agree(runner(str(PHOTO), text=SENTENCES[0]), pipe(str(PHOTO), text=SENTENCES[0]))
+    shares = [(np.asarray(result["mask"]) > 0).mean() for result in runner(images[0], text=SENTENCES)]
+    assert len(set(shares)) == len(SENTENCES) and 0 < min(shares) < max(shares) < 1  # none is empty or full
+
+
+def test_runner_takes_lists_generators_and_datasets(pipe, runner, images):
+    rows = [{"image": image, "text": SENTENCES[: 1 + index]} for index, image in enumerate(images)]
+    expected = pipe(rows)
+    for options in ({}, {"batch_size": 2}, {"batch_size": 8, "num_workers": 2}, {"show_progress": True}):
+        results = runner(rows, **options)
+        assert isinstance(results, list) and len(results) == len(rows)
+        for result, other in zip(results, expected):
+            assert_agree(result, other)
+    for lazy in ((row for row in rows), torch.utils.data.Subset(rows, range(3))):
+        results = runner(lazy, batch_size=2)
+        assert not isinstance(results, list)
+        assert [len(result) for result in results] == [1, 2, 3]
+    assert_agree(runner(images, text="a red ball")[2], pipe(images[2], text="a red ball"))
+    assert runner([], text="a red ball") == []
+
+
+def test_many_sentences_are_asked_in_parts(runner, images):
+    many = [SENTENCES[index % 4] for index in range(70)]
+    rows = [{"image": images[0], "text": many}, {"image": images[1], "text": SENTENCES}]
+    results = runner(rows, batch_size=2)
+    assert_agree(results[0], [runner(images[0], text=sentence)[0] for sentence in SENTENCES] * 17 + results[0][68:])
+    assert_agree(results[1], runner(images[1], text=SENTENCES))
+
+
+def test_encoded_images_are_not_encoded_again(runner, images, monkeypatch):
+    encoded = runner.encode_images(images)
+    assert all(isinstance(item, EncodedImage) for item in encoded)
+    expected = runner(images[0], text=SENTENCES)
+    monkeypatch.setattr(runner, "image_encoder", None)
+    for _ in range(2):
+        assert_agree(runner(encoded[0], text=SENTENCES), expected)
+    results = runner(encoded, text=SENTENCES[1], batch_size=3)
+    assert_agree(results[0], expected[1:2])
+    assert results[1][0]["mask"].size == images[1].size
+
+
+def make_odd_images():
+    """Images of every kind that the image processor reads in a way of its own."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (37, 90, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    rotated = image.copy()
+    rotated.getexif()[0x0112] = 6  # a quarter turn
+    return {
+        "rgb": image,
+        "tall": Image.fromarray(pixels.transpose(1, 0, 2)),
+        "thin": Image.fromarray(pixels[:1]),
+        "exact": Image.fromarray(rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)),
+        "exif": rotated,
+        "rgba": Image.fromarray(rng.integers(0, 256, (40, 30, 4), dtype=np.uint8)),
+        "grey and alpha": Image.fromarray(rng.integers(0, 256, (40, 30, 4), dtype=np.uint8)).convert("LA"),
+        "grey": image.convert("L"),
+        "bilevel": image.convert("1"),
+        "palette": image.convert("P"),
+        "cmyk": image.convert("CMYK"),
+        "16 bits": Image.fromarray(rng.integers(0, 65536, (20, 50)).astype(np.uint16)),
+        "float image": Image.fromarray(rng.random((20, 50), dtype=np.float32)),
+        "array": pixels,
+        "channels first": pixels.transpose(2, 0, 1),
+        "two dimensions": pixels[..., 0],
+        "booleans": pixels[..., 0] > 99,
+        "floats in 0..1": rng.random((30, 40, 3)),
+        "floats in 0..255": rng.random((30, 40, 3), dtype=np.float32) * 255,
+        "integers": rng.integers(0, 65536, (30, 40, 3)),
+    }
+
+
+@pytest.mark.parametrize("name", make_odd_images())
+def test_images_are_prepared_to_the_bit(pipe, runner, monkeypatch, name):
+    image = make_odd_images()[name]
+    for pad_after_normalization in (False, True):
+        options = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "rescale_factor": 1 / 255}
+        options["pad_after_normalization"] = pad_after_normalization
+        expected = pipe.processor.image_processor(image, **options)
+        monkeypatch.setattr(runner, "settings", runner.settings | options)
+        pixels, size = runner._prepare_image(image)
+        assert size == tuple(expected["original_sizes"][0])
+        np.testing.assert_array_equal(pixels, expected["pixel_values"][0], strict=True)
+
+
+def test_settings_are_those_of_the_processor(pipe, runner, images):
+    inputs = pipe.processor(images=images[0], text=SENTENCES[0], return_tensors="np")
+    np.testing.assert_array_equal(runner._prepare_image(images[0])[0], inputs["pixel_values"][0])
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        *SENTENCES,
+        "<pad> ball",
+        "UNKNOWN words; the  ball.",
+        "the ring, left of it " * 9,
+        "\tThe Ball\u2003\u0394\u03a3",
+        "red.",
+    ],
+)
+def test_words_are_those_of_the_tokenizer(pipe, runner, sentence):
+    expected = pipe.processor(text=sentence)["input_ids"]
+    np.testing.assert_array_equal(runner._encode_sentences([sentence]), expected)
+
+
+FRESH_PROCESS = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "modeling_restr", "onnx", "onnxscript"):
+            raise ImportError(f"{name} is not for this process")
+
+sys.meta_path.insert(0, Refuse())
+from restr_onnx import ReSTROnnxPipeline
+
+results = ReSTROnnxPipeline()(sys.argv[1], text=json.loads(sys.argv[2]))
+for number, result in enumerate(results):
+    result.pop("mask").save(f"{sys.argv[3]}/{number}.png")
+assert not {"torch", "transformers"} & set(sys.modules)
+print(json.dumps(results))
+"""
+
+
+def test_folder_runs_without_torch_and_transformers(pipe, folder, tmp_path):
+    command = [sys.executable, "-c", FRESH_PROCESS, PHOTO, json.dumps(SENTENCES), tmp_path]
+    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for number, result in enumerate(results):
+        result["mask"] = Image.open(tmp_path / f"{number}.png")
+    assert_agree(results, pipe(str(PHOTO), text=SENTENCES))
+
+
+def test_runner_explains_bad_input(runner, folder, tmp_path):
+    image = Image.new("RGB", (20, 10))
+    for arguments, options, message in [
+        ((image,), {}, "sentence or a list"),
+        ((image, "  "), {}, "at least one word"),
+        ((image, ["a ball", 3]), {}, "got 3 of type int"),
+        ((image, []), {}, "got none"),
+        (([image], ["a", "b"]), {}, "one image with a list of sentences"),
+        (({"image": image},), {}, "Expected dicts"),
+        (({"image": image, "text": "ball"}, "ball"), {}, "no text beside them"),
+        ((image, "a ball"), {"threshold": 1.5}, "threshold from 0 to 1"),
+        ((image, "a ball"), {"batch_size": 0}, "batch_size >= 1"),
+        (("absent.jpg", "a ball"), {}, "path of a file"),
+        ((3.5, "a ball"), {}, "got float"),
+        ((np.full((9, 9, 3), 7e4), "a ball"), {}, "0..1 or 0..255"),
+        ((np.zeros((9, 9, 2)), "a ball"), {}, "channels"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            runner(*arguments, **options)
+    with pytest.raises(ValueError, match="precision among float32, int8"):
+        ReSTROnnxPipeline(folder, precision="int4")
+    shutil.copyfile(folder / "image_encoder.onnx", tmp_path / "image_encoder.onnx")
+    with pytest.raises(ValueError, match=r"lacks \['sentence_query.onnx', 'restr_onnx.json', 'tokenizer.json'\]"):
+        ReSTROnnxPipeline(tmp_path)
+
+
+# The measurement
+
+
+def test_costs_are_measured(folder, tmp_path):
+    scenes, size = 2, {"image_size": IMAGE_SIZE}
+    arguments = (folder.parent / "model", folder, "--max_images", scenes, "--output", tmp_path / "results.json")
+    run_example("evaluate_onnx.py", *arguments)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(results) == ["torch", "float32", "int8"]
+
+    drawn = [DrawnScenes(scenes, 1_000_003, **size)[index] for index in range(scenes)]
+    intersection = union = 0
+    for scene in drawn:
+        texts = [expression.text for expression in scene.expressions]
+        answers = ReSTROnnxPipeline(folder)(Image.fromarray(scene.image), text=texts)
+        for expression, answer in zip(scene.expressions, answers):
+            mask, target = np.asarray(answer["mask"]) > 0, scene.masks[expression.target]
+            intersection, union = intersection + (mask & target).sum(), union + (mask | target).sum()
+    assert results["float32"]["overall_iou"] == round(100 * intersection / union, 2)
+    assert results["torch"]["sentences"] == sum(len(scene.expressions) for scene in drawn)
+    assert abs(results["torch"]["overall_iou"] - results["float32"]["overall_iou"]) < 0.1
+    megabytes = (
+        sum((folder / f"{name}_int8.onnx").stat().st_size for name in ("image_encoder", "sentence_query")) / 1e6
+    )
+    assert results["int8"]["megabytes"] == round(megabytes, 1)
+
+
+# The folder
+
+
+def write_names(model, name, folder, int8=False, program=False):
+    for ending in [".onnx"] + ["_int8.onnx"] * int8 + [".pt2"] * program:
+        (folder / f"{name}{ending}").write_text("new")
+
+
+def test_an_earlier_export_is_replaced_whole(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_folder, "save_graph", write_names)
+    out = tmp_path / "a" / "out"
+    save_onnx(pipe.model, pipe.processor, out, int8=True, programs=True)
+    (out / "notes.txt").write_text("mine")
+    save_onnx(pipe.model, pipe.processor, out)
+    files = ["image_encoder.onnx", "notes.txt", "restr_onnx.json", "restr_onnx.py", "sentence_query.onnx"]
+    assert sorted(path.name for path in out.iterdir()) == [*files, "tokenizer.json"]  # no old int8 beside new ones
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_folder, "save_graph", write_names)
+    save_onnx(pipe.model, pipe.processor, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(model, name, folder, **options):
+        write_names(model, name, folder)
+        if name == "sentence_query":
+            raise OSError("disk full")
+
+    monkeypatch.setattr(onnx_folder, "save_graph", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_onnx(pipe.model, pipe.processor, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_explains_what_it_cannot_do(pipe, tmp_path, monkeypatch):
+    processor = ReSTRProcessor(ReSTRImageProcessor(size=IMAGE_SIZE, do_normalize=False), pipe.processor.tokenizer)
+    with pytest.raises(ValueError, match=r"\['do_normalize'\] switched off"):
+        save_onnx(pipe.model, processor, tmp_path / "out")
+    with pytest.raises(ValueError, match="Expected a ReSTRForImageSegmentation"):
+        save_onnx(pipe.model.model, pipe.processor, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        save_onnx(pipe.model, pipe.processor, tmp_path / "file")
+    monkeypatch.setattr(onnx_folder, "PACKAGES", ("onnx", "absent_package"))
+    with pytest.raises(ImportError, match="needs absent_package: pip install"):
+        save_onnx(pipe.model, pipe.processor, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# The documentation
+
+
+def test_snippet_of_the_documentation(folder, tmp_path):
+    """It runs as it stands, where the folder and a photograph are called as it says."""
+    text = (REPOSITORY / "docs" / "export.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "restr-onnx").symlink_to(folder)
+    shutil.copyfile(PHOTO, tmp_path / "photo.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3  # it prints a line for each of its three sentences
