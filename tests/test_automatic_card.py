@@ -15,6 +15,8 @@ from modeling_restr.data.canonical import decode_mask
 from modeling_restr.hub import Example, push_to_hub, save_bundle, write_model_card
 from modeling_restr.hub.automatic_card import build_automatic_card, is_automatic
 from modeling_restr.hub.model_card import build_model_card
+from modeling_restr.training.recipe import Recipe
+from modeling_restr.training.trainer import ReferringTrainer
 
 
 PHOTO = Path(__file__).resolve().parents[1] / "examples" / "photos" / "shapes.jpg"
@@ -181,6 +183,14 @@ def test_trainer_renews_its_card_until_somebody_changes_it(hub, model, processor
     (tmp_path / "trainer" / "README.md").write_text(changed)
     trainer.push_to_hub()
     assert read_card(hub) == changed
+
+
+def test_the_package_s_own_trainer_pushes_the_processor_too(hub, model, processor, tmp_path):
+    arguments = TrainingArguments(str(tmp_path / "own"), use_cpu=True, report_to="none", hub_model_id="tester/own")
+    ReferringTrainer(model, arguments, processor=processor, recipe=Recipe()).push_to_hub()
+    files = hub.repositories["model", "tester/own"].files()
+    assert {"model.safetensors", "processor_config.json", "tokenizer.json"} <= files.keys()
+    assert f"the {len(processor.tokenizer)} entries of its vocabulary" in read_card(hub, "own")
 
 
 def test_where_a_model_was_loaded_from_is_its_base_only_on_the_hub(model, processor, tmp_path):

@@ -118,6 +118,12 @@ class ReferringTrainer(Trainer):
             self.stopped = self.is_stop_requested()
         return output
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the processor. A run of the scripts pushes its evaluated model instead."""
+        if self.args.should_save:
+            self.processor.save_pretrained(self.output_dir)
+        return super().push_to_hub(*args, **kwargs)
+
     def is_stop_requested(self) -> bool:
         """Whether SIGTERM has reached any process."""
         received = torch.tensor(int(self._stop_signal.received), device=self.args.device)
