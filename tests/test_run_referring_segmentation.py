@@ -220,7 +220,10 @@ def test_a_run_is_not_resumed_with_another_recipe(inputs, undisturbed, tmp_path)
 def test_sharded_over_two_processes_it_is_one_with_a_large_batch(inputs, large_batch, tmp_path):
     options = {"num_processes": 2, "per_device_train_batch_size": 2, "model": "plain", "optim": "sgd"}
     assert run(tmp_path, inputs, shard_on_cpus, flags=["--fsdp"], **options) == [0, 0], log(tmp_path)
-    assert (tmp_path / "checkpoint-6" / "pytorch_model_fsdp.bin").exists()
+    files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
+    assert "pytorch_model_fsdp.bin" in files and not [
+        name for name in files if "_fsdp_" in name and name.endswith("py")
+    ]
     assert_close(tmp_path, large_batch, inputs / "plain")
 
 

@@ -177,6 +177,8 @@ class ReferringTrainer(Trainer):
             is_main_process=self.is_world_process_zero(),
             wait_for_everyone=self.accelerator.wait_for_everyone,
         ) as folder:
+            if self.is_fsdp_enabled:
+                type(self.model)._auto_class = None  # one that FSDP made: its code is PyTorch's, not to be saved
             self._run_dir = str(folder.parent)
             try:
                 super()._save_checkpoint(model, trial)
