@@ -1,7 +1,7 @@
 """Loading of data that is prepared: a folder or a Hub id, as a whole or as a stream."""
 
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any
 
 import datasets
 
@@ -19,30 +19,6 @@ def are_parquet(files: list[str]) -> bool:
     return all(file.endswith(".parquet") for file in files)
 
 
-@overload
-def load_prepared(
-    path_or_id: str | Path,
-    split: str,
-    *,
-    max_images: int | None = None,
-    config_name: str | None = None,
-    revision: str | None = None,
-    streaming: Literal[False] = False,
-) -> datasets.Dataset: ...
-
-
-@overload
-def load_prepared(
-    path_or_id: str | Path,
-    split: str,
-    *,
-    max_images: int | None = None,
-    config_name: str | None = None,
-    revision: str | None = None,
-    streaming: Literal[True],
-) -> datasets.IterableDataset: ...
-
-
 def load_prepared(
     path_or_id: str | Path,
     split: str,
@@ -51,10 +27,12 @@ def load_prepared(
     config_name: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> Any:
     """
-    A split of prepared data. What a folder holds is read anew when its files have changed: `datasets` alone knows a
-    folder by its name and its card, and may give another folder's rows from its cache.
+    A split of prepared data: a `datasets.Dataset`, or when it is streamed a `datasets.IterableDataset`.
+
+    What a folder holds is read anew when its files have changed. `datasets` alone knows a folder by its name and its
+    card, and may give another folder's rows from its cache.
 
     Args:
         path_or_id: Folder or Hub id.
@@ -67,15 +45,14 @@ def load_prepared(
     Raises:
         ValueError: there is no such split.
     """
-    dataset: datasets.Dataset | datasets.IterableDataset
     files = find_data_files(path_or_id, config_name)[0] if Path(path_or_id).is_dir() else {}
     if files and split not in files:
         raise ValueError(f"Expected a split among {', '.join(files)} in {path_or_id}, got {split}.")
     if files and are_parquet(files[split]):
         dataset = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split, streaming=streaming)
     else:
-        options = {"split": split, "revision": revision, "streaming": streaming}
-        dataset = datasets.load_dataset(str(path_or_id), config_name, **options)
+        place = {"path": str(path_or_id), "name": config_name, "revision": revision}
+        dataset = datasets.load_dataset(**place, split=split, streaming=streaming)
     if max_images is None:
         return dataset
     return dataset.take(max_images if streaming else min(max_images, len(dataset)))
