@@ -6,10 +6,21 @@ from setuptools.command.build_py import build_py
 
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.0", "evaluate>=0.4", "pycocotools>=2.0.8", "scipy>=1.11"],
-    "tracking": ["tensorboard>=2.17", "trackio>=0.21.1"],
+    "tracking": ["matplotlib>=3.8", "tensorboard>=2.17", "trackio>=0.21.1"],
+    "space": ["gradio>=6.31,<7"],
+    "onnx": ["onnx>=1.19", "onnxruntime>=1.22", "onnxscript>=0.7"],
     "quality": ["mypy>=1.15", "ruff>=0.12"],
 }
-EXTRAS["test"] = [*EXTRAS["train"], "parameterized", "pytest>=8.0", "tensorboard>=2.17"]
+EXTRAS["test"] = [
+    *EXTRAS["train"],
+    *EXTRAS["onnx"],
+    *EXTRAS["space"],
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "parameterized",
+    "pytest>=8.0",
+    "tensorboard>=2.17",
+]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
