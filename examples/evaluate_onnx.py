@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", help="folder or Hub id of prepared data (default: drawn scenes)")
     parser.add_argument("--split", default="val", help="of the prepared data (default: val)")
     parser.add_argument("--backgrounds", help="folder of photographs for the drawn scenes to stand on")
+    parser.add_argument("--image_size", type=positive_int, help="side of the drawn scenes (default: the model's)")
     parser.add_argument("--max_images", type=positive_int, default=200, metavar="N", help="(default: 200)")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     return parser.parse_args()
@@ -145,7 +146,8 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     pipe: Any = pipeline("image-segmentation", model=args.model, device="cpu")
-    description, total, images = read_images(args, pipe.processor.image_processor.size["height"])
+    image_size = args.image_size or pipe.processor.image_processor.size["height"]
+    description, total, images = read_images(args, image_size)
     results = measure(load_runners(args, pipe), images, total)
     add_ratios(results, args.folder)
     print(json.dumps(results, indent=2))

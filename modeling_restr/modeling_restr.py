@@ -475,7 +475,7 @@ def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos
             f"{tuple(pixel_values.shape)}."
         )
     size, expected = (pixel_values.shape[2], pixel_values.shape[3]), _pair(config.image_size)
-    if size != expected and not interpolate_pos_encoding:
+    if not interpolate_pos_encoding and size != expected:
         raise ValueError(
             f"`pixel_values` have {size[0]}x{size[1]} pixels, but the model expects {expected[0]}x{expected[1]}. "
             f"Resize them with the processor, or pass `interpolate_pos_encoding=True`."

@@ -413,12 +413,13 @@ def test_runner_explains_bad_input(runner, folder, tmp_path):
 
 
 def test_costs_are_measured(folder, tmp_path):
-    scenes, size = 2, {"image_size": IMAGE_SIZE}
-    arguments = (folder.parent / "model", folder, "--max_images", scenes, "--output", tmp_path / "results.json")
-    run_example("evaluate_onnx.py", *arguments)
+    scenes, size = 2, {"image_size": 64}
+    options = ["--max_images", scenes, "--image_size", 64, "--output", tmp_path / "results.json"]
+    run_example("evaluate_onnx.py", folder.parent / "model", folder, *options)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert list(results) == ["torch", "float32", "int8"]
 
+    # The seed of unseen scenes in examples/train_drawn_scenes.py.
     drawn = [DrawnScenes(scenes, 1_000_003, **size)[index] for index in range(scenes)]
     intersection = union = 0
     for scene in drawn:
