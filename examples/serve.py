@@ -19,7 +19,7 @@ import modeling_restr  # noqa: F401  (so that a folder without code can be serve
 from modeling_restr.hub.handler import EndpointHandler
 
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parent / "restr-mini"
 
 
 class Server(ThreadingHTTPServer):

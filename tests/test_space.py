@@ -37,6 +37,7 @@ gr = pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[space
 SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
 PHOTOS = SPACE.parent / "photos"
 WAIT = 120  # seconds; a busy machine takes its time
+DRAWN_SHAPES = str(SPACE.parent / "checkpoint")  # the model that the sentences below are for
 SENTENCES = ["the biggest blue thing", "the triangle on the left"]
 
 
@@ -64,7 +65,7 @@ class Calls:
 
 @pytest.fixture(scope="module")
 def segmenter():
-    return app.Segmenter.from_pretrained(app.get_default_model())
+    return app.Segmenter.from_pretrained(DRAWN_SHAPES)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def image_processor(segmenter):
 @pytest.fixture(scope="module")
 def pipe(segmenter):
     return modeling_restr.ReSTRPipeline(
-        model=ReSTRForImageSegmentation.from_pretrained(app.get_default_model()), processor=segmenter.processor
+        model=ReSTRForImageSegmentation.from_pretrained(DRAWN_SHAPES), processor=segmenter.processor
     )
 
 
@@ -286,7 +287,7 @@ def test_front_matter_names_what_there_is():
 
 @pytest.fixture(scope="module")
 def demo(segmenter):
-    return app.build_demo(segmenter, app.get_default_model())
+    return app.build_demo(segmenter, DRAWN_SHAPES)
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,12 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 
 HERE = Path(__file__).resolve().parent
-SHIPPED_CHECKPOINT = HERE.parent / "checkpoint"  # in a clone; elsewhere the first of `models` in README.md
+SHIPPED_CHECKPOINT = HERE.parent / "restr-mini"  # in a clone; elsewhere the first of `models` in README.md
 PHOTOS = HERE / "photos" if (HERE / "photos").is_dir() else HERE.parent / "photos"
 EXAMPLES = {
-    "shapes.jpg": "the biggest blue thing\nthe triangle on the left\nthe star below the big star",
-    "stop_sign_at_night.jpg": "the red shape",
-    "clock.jpg": "the white circle",
+    "held_out/000000173350.jpg": "the dog at the bottom\nthe dog on top",
+    "held_out/000000551780.jpg": "the white clock",
+    "held_out/000000000370.jpg": "the kid\nthe broccoli on the right",
 }
 
 # One colour a sentence: those of `modeling_restr.visualization`, which a Space need not have installed.

@@ -283,7 +283,7 @@ def _read_kinds(evaluation: Mapping[str, Any]) -> list[_Result]:
     controls = {"mean_iou_of_other_sentences": evaluation["results_with_sentences_of_another_scene"]}
     if "results_of_the_best_constant_box" in evaluation:
         controls["mean_iou_of_constant_box"] = evaluation["results_of_the_best_constant_box"]
-        data, data_id, conditions = evaluation["data"], "held-out-photographs", "photographs' own size"
+        data, data_id, conditions = evaluation["data"], "held-out-photographs", "that size"
     else:
         background = "photographs and drawn backgrounds" if evaluation["photographs"] else "drawn backgrounds"
         data, data_id, conditions = f"{evaluation['data']}, {background}", "drawn-scenes", "scenes' own size"
