@@ -740,7 +740,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         self.fusion = ReSTRFusionEncoder(config)
         self.post_init()
         # CLIP's vision encoder also names layers that its language encoder alone has, and FSDP looks for every one.
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & {type(m).__name__ for m in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
