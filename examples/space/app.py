@@ -60,7 +60,7 @@ DEFAULT_THRESHOLD = 0.5
 SCROLL_TO_OVERLAY = """
 () => { if (innerWidth < 768) document.querySelector("#overlay").scrollIntoView({behavior: "smooth"}) }
 """
-SOURCES = ["upload", "webcam", "clipboard"]
+SOURCES: Any = ["upload", "webcam", "clipboard"]
 FONTS = ["system-ui", "sans-serif"]  # of the system: nothing is loaded
 
 HEADER = """
@@ -407,7 +407,7 @@ def ask(segmenter: Segmenter, path: str, text: str) -> Answer:
 class View(NamedTuple):
     """What the page shows of an answer at a threshold."""
 
-    overlay: tuple[np.ndarray, list[tuple[np.ndarray, str]]] | None = None
+    overlay: Any = None  # (photo, [(mask, label), ...]) as gr.AnnotatedImage takes it
     colors: dict[str, str] | None = None
     cards: str = ""
     archive: str | None = None  # path of a ZIP file
