@@ -30,7 +30,7 @@ def test_first_snippet_prints_what_stands_below_it():
 def test_features_are_kept_for_later_sentences_as_shown():
     code = next(code for language, code in BLOCKS if language == "python" and "vision_embeds" in code)
     out = run_python(code + "\nprint(len(masks), tuple(masks[0]['mask'].shape))")
-    assert out.split("\n")[-2] == "1 (300, 400)"
+    assert out.split("\n")[-2] == "1 (264, 352)"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\(((?:examples|tests)/[^)#]+)\)", README))))
