@@ -9,14 +9,13 @@ scene: the difference is what the words are worth.
 
 import argparse
 import json
-import os
 from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from evaluate_refcoco import find_revision
+from evaluate_refcoco import find_revision, write_text
 from PIL import Image
 from tqdm import tqdm
 from train_drawn_scenes import EVALUATION_SEED, SceneArguments, split_backgrounds
@@ -25,6 +24,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.drawn_scenes import DrawnScenes, Scene, kind_needs_context
 from modeling_restr.metrics import ReferringIoU
+from modeling_restr.metrics.evaluation import predict_masks
 from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, save_image
 
 
@@ -42,12 +42,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.inference_mode()
 def predict(model, processor, image: np.ndarray, texts: list[str]) -> list[np.ndarray]:
     """A mask of the image's own size for each sentence."""
-    inputs = processor(images=image, text=texts, return_tensors="pt").to(model.device)
-    sizes = inputs.pop("original_sizes")[inputs["image_indices"]]
-    results = processor.post_process_referring_segmentation(model(**inputs), sizes, threshold=THRESHOLD)
+    results = predict_masks(model, processor, Image.fromarray(image), texts, threshold=THRESHOLD)
     return [result["mask"].cpu().numpy() for result in results]
 
 
@@ -124,9 +121,7 @@ def main() -> None:
             "results_with_sentences_of_another_scene": shuffled,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        temporary = args.output.with_name(f".{args.output.name}.tmp")
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(temporary, args.output)
+        write_text(args.output, json.dumps(results, indent=2) + "\n")
     if args.sheet:
         save_image(draw_sheet(scenes, model, processor), args.sheet)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from evaluate_drawn_scenes import predict
-from evaluate_refcoco import find_revision
+from evaluate_refcoco import find_revision, write_text
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageSegmentation, AutoProcessor
@@ -37,7 +37,7 @@ from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks
 THRESHOLD = 0.5
 SEED = 1_000_003
 SCENE_SIZE = 352  # pixels, the longer side
-PLACE_WORDS = ("left", "right", "middle", "center", "top", "bottom")
+PLACE_WORDS = ("left", "right", "center", "top", "bottom")  # "middle" counts as "center"
 BOX_GRID = 16  # the corners of constant boxes lie on a grid of so many cells
 FREE_LICENSES = ("Attribution License", "Attribution-ShareAlike License", "No known copyright restrictions")
 
@@ -172,41 +172,43 @@ def write_results(args: argparse.Namespace, results: dict[str, dict[str, dict[st
         "results_of_the_best_constant_box": results["box"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    temporary = args.output.with_name(f".{args.output.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, args.output)
+    write_text(args.output, json.dumps(content, indent=2) + "\n")
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
 def draw_sheet(
-    args: argparse.Namespace, model: Any, processor: Any, columns: int = 4, rows: int = 3, sentences: int = 2
+    instances_file: Path,
+    photographs: Photographs,
+    model: Any,
+    processor: Any,
+    columns: int = 4,
+    rows: int = 3,
+    sentences: int = 2,
 ) -> tuple[Image.Image, list[str]]:
     """The first held-out photographs that may be shown, by their ids, unselected; and their credits."""
     free = {
         image["id"]: f"{image['flickr_url']} ({image['license']})"
-        for image in read_json(args.instances_file)["images"]
+        for image in read_json(instances_file)["images"]
         if image.get("license") in FREE_LICENSES and image.get("flickr_url")
     }
-    photographs = Photographs.load(args.instances_file, args.image_dir, held_out=True, progress=False)
     scenes = PhotoScenes(photographs, len(photographs), SCENE_SIZE, SEED, augment=False)
     tiles, credits = [], []
     for index, image_id in enumerate(photographs.image_ids):
-        expressions = express(scenes[index], np.random.default_rng((SEED, image_id)), sentences)
-        if image_id not in free or not expressions:
+        if image_id not in free:
             continue
-        texts = [expression.text for expression in expressions]
-        image = Image.fromarray(scenes[index].image)
-        masks = [Image.fromarray(mask) for mask in predict(model, processor, scenes[index].image, texts)]
-        tiles.append(add_legend(draw_masks(image, masks), texts))
+        scene = scenes[index]
+        texts = [e.text for e in express(scene, np.random.default_rng((SEED, image_id)), sentences)]
+        if not texts:
+            continue
+        masks = [Image.fromarray(mask) for mask in predict(model, processor, scene.image, texts)]
+        tiles.append(add_legend(draw_masks(Image.fromarray(scene.image), masks), texts))
         credits.append(free[image_id])
         if len(tiles) == columns * rows:
             break
     if not tiles:
-        raise ValueError(
-            f"No held-out photograph of {args.instances_file} has a `license` under which it may be shown."
-        )
+        raise ValueError(f"No held-out photograph of {instances_file} has a `license` under which it may be shown.")
     return arrange_in_grid(tiles, columns), credits
 
 
@@ -242,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output:
         write_results(args, results, len(described))
     if args.sheet:
-        sheet, credits = draw_sheet(args, model, processor)
+        sheet, credits = draw_sheet(args.instances_file, held_out, model, processor)
         save_image(sheet, args.sheet)
         print("The sheet's photographs, row by row:", *credits, sep="\n")
 
