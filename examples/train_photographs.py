@@ -37,7 +37,7 @@ from modeling_restr import (
     ReSTRVisionModel,
     build_tokenizer,
 )
-from modeling_restr.data.photo_expressions import KIND_WEIGHTS, Expression, express
+from modeling_restr.data.photo_expressions import KIND_WEIGHTS, Expression, NoiseWords, express
 from modeling_restr.data.photo_scenes import Photographs, PhotoScene, PhotoScenes, find_box, letterbox
 from modeling_restr.data.word_vectors import WordVectors, load_word_vectors, set_word_vectors
 from modeling_restr.hub import save_bundle
@@ -78,6 +78,7 @@ class PhotoArguments:
     dice_loss_weight: float = field(default=0.5, metadata={"help": "Weight of the soft Dice loss (the paper's: 0)."})
     lessons_weight: float = field(default=0.15, metadata={"help": "Of the vision encoder's lessons, beside masks."})
     expressions_per_scene: int = field(default=4, metadata={"help": "Sentences of a scene, which share its encoding."})
+    noise: float = field(default=0.15, metadata={"help": "How often a sentence gets words that say nothing."})
     evaluation_expressions: int = field(default=6, metadata={"help": "Sentences of a held-out photograph."})
     paste: float = field(default=0.5, metadata={"help": "How often instances of other photographs are pasted in."})
     pretraining_steps: int = field(default=1650, metadata={"help": "Steps of the vision encoder alone, at first."})
@@ -227,11 +228,19 @@ class VisionPretraining(nn.Module):
 class SentenceDataset(Dataset):
     """
     Scenes with up to `count` sentences about each. One about which nothing unambiguous can be said gives way to
-    another. With `shuffle` the sentences are those of the next photograph.
+    another. With `shuffle` the sentences are those of the next photograph; a share `noise` of them gets `noise_words`.
     """
 
-    def __init__(self, patches: PatchDataset, count: int, shuffle: bool = False):
+    def __init__(
+        self,
+        patches: PatchDataset,
+        count: int,
+        shuffle: bool = False,
+        noise_words: NoiseWords | None = None,
+        noise: float = 0.0,
+    ):
         self.patches, self.count, self.shuffle = patches, count, shuffle
+        self.noise_words, self.noise = noise_words, noise
 
     def __len__(self) -> int:
         return len(self.patches)
@@ -251,6 +260,9 @@ class SentenceDataset(Dataset):
         if self.shuffle:
             others = [expression.text for expression in self.draw((index + 1) % len(self))[1]]
             texts = [others[number % len(others)] for number in range(len(texts))]
+        if self.noise_words:
+            rng = np.random.default_rng((self.patches.scenes.seed, index, 2))
+            texts = [self.noise_words.insert(text, rng) if rng.random() < self.noise else text for text in texts]
         masks = letterbox(scene.masks[[e.target for e in expressions]], self.patches.scenes.image_size)
         kinds = [KINDS.index(expression.kind) for expression in expressions]
         return {"texts": texts, "masks": masks, "kinds": kinds, **self.patches.label(scene)}
@@ -351,11 +363,15 @@ def summarize(prediction: EvalPrediction) -> dict[str, float]:
 # --- Running it -------------------------------------------------------------------------------------------------------
 
 
+def read_words(args: PhotoArguments) -> list[str]:
+    lines = Path(args.word_vectors).read_text(encoding="utf-8").splitlines()
+    words = (line.split(" ", 1)[0] for line in lines)
+    return [word for word in words if word.isalnum()]
+
+
 def create_processor(args: PhotoArguments) -> tuple[ReSTRProcessor, WordVectors]:
     """The vocabulary is that of the word vectors, so that a word that no sentence had may still be understood."""
-    lines = Path(args.word_vectors).read_text(encoding="utf-8").splitlines()
-    words = [line.split(" ", 1)[0] for line in lines]
-    vocabulary = vocabulary_from_expressions([word for word in words if word.isalnum()])
+    vocabulary = vocabulary_from_expressions(read_words(args))
     image_processor = ReSTRImageProcessor(size={"height": args.image_size, "width": args.image_size})
     processor = ReSTRProcessor(image_processor, build_tokenizer(vocabulary))
     return processor, load_word_vectors(args.word_vectors, vocabulary)
@@ -441,7 +457,9 @@ def create_datasets(args: PhotoArguments, training_args: ScratchTrainingArgument
     patches = PatchDataset(scenes, TeacherFeatures(args.teacher_file), categories, args.patch_size)
     unseen_patches = PatchDataset(unseen, None, categories, args.patch_size)
     return {
-        "train": SentenceDataset(patches, args.expressions_per_scene),
+        "train": SentenceDataset(
+            patches, args.expressions_per_scene, noise_words=NoiseWords(read_words(args), categories), noise=args.noise
+        ),
         "unseen": SentenceDataset(unseen_patches, args.evaluation_expressions),
         "shuffled": SentenceDataset(unseen_patches, args.evaluation_expressions, shuffle=True),
     }

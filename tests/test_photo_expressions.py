@@ -8,8 +8,11 @@ from photographs import COLORS, write_photographs
 
 from modeling_restr.data.photo_expressions import (
     COLORS as COLOR_NAMES,
+    GARMENTS,
     KIND_WEIGHTS,
+    NO_NAMES,
     SYNONYMS,
+    NoiseWords,
     express,
     find_facts,
     name_colors,
@@ -34,7 +37,13 @@ BLUE, RED, BROWN, BLACK = (30, 60, 220), (220, 20, 30), (120, 70, 30), (10, 10, 
 
 
 def facts_of(scene: PhotoScene, kind: str) -> set[tuple[str, str, int]]:
-    return {(fact.name, fact.noun, fact.target) for fact in find_facts(scene) if fact.kind == kind}
+    return {(fact.color or fact.name, fact.noun, fact.target) for fact in find_facts(scene) if fact.kind == kind}
+
+
+def texts_of(scene: PhotoScene, kinds: str = " ".join(KIND_WEIGHTS)) -> set[str]:
+    """What is said of a scene in 400 attempts."""
+    drawn = [express(scene, np.random.default_rng(seed), 6) for seed in range(400)]
+    return {expression.text for expressions in drawn for expression in expressions if expression.kind in kinds}
 
 
 def test_colors_are_named_as_people_do():
@@ -81,8 +90,59 @@ def test_a_persons_colour_is_that_of_its_clothes():
     scene = make_scene(("person", (20, 10, 50, 90), BLACK), ("person", (90, 10, 120, 90), BLACK))
     scene.image[26:54, 20:50] = RED
     assert facts_of(scene, "color") == {("red", "person", 0), ("black", "person", 1)}
-    texts = {e.text for seed in range(40) for e in express(scene, np.random.default_rng(seed), 6) if e.kind == "color"}
-    assert texts and not any(re.match(r"(the )?(red|black)", text) for text in texts)  # never of the person itself
+    texts = texts_of(scene, "color")
+    of_clothes = re.compile(r"(in|wearing) (red|black)|(red|black) (clothes|" + "|".join(GARMENTS) + ")")
+    assert texts and all(of_clothes.search(text) for text in texts)  # never of the person itself
+    assert any(re.fullmatch("(the )?red shirt", text) for text in texts)
+    assert any(re.search("in red", text) for text in texts)
+    worn = replace(scene, is_clothing=True)  # a "red shirt" would be that shirt
+    assert texts_of(worn, "color") and not any(word in text for text in texts_of(worn) for word in GARMENTS)
+
+
+def test_a_colour_shared_by_some_leaves_place_to_tell_them_apart():
+    scene = make_scene(
+        ("car", (5, 40, 30, 80), RED), ("car", (110, 40, 140, 80), RED), ("car", (60, 35, 90, 85), BLUE)
+    )
+    colored = {(fact.kind, fact.name, fact.target) for fact in find_facts(scene) if fact.color == "red"}
+    assert {("place", "leftmost", 0), ("place", "rightmost", 1)} <= colored
+    assert not [fact for fact in colored if fact[0] == "color"]
+    assert {("color", "only", 2)} == {
+        (fact.kind, fact.name, fact.target)
+        for fact in find_facts(scene)
+        if fact.color == "blue" and fact.name == "only"
+    }
+    assert {"left red car", "red car on the right", "blue car"} <= texts_of(scene)
+
+
+def test_the_nearest_is_bigger_and_lower():
+    near, far, high = (100, 20, 145, 95), (10, 20, 30, 60), (10, 2, 70, 70)
+    scene = make_scene(("person", far, BLUE), ("person", near, BLACK))
+    assert {("nearest", "person", 1), ("farthest", "person", 0)} <= facts_of(scene, "place")
+    big_but_high = make_scene(("person", (100, 60, 120, 98), BLUE), ("person", high, BLACK))
+    assert not {name for name, _, _ in facts_of(big_but_high, "place")} & {"nearest", "farthest"}
+
+
+def test_what_is_alone_of_its_kind_needs_no_name():
+    boxes = [("dog", (5, 40, 45, 80), BROWN), ("dog", (90, 40, 130, 80), BLACK)]
+    scene = make_scene(*boxes)
+    everything = scene.known.union(SYNONYMS, {"truck", "bus", "bird", "elephant", "giraffe", "zebra", "bear", "apple"})
+    scene = replace(scene, known=everything | {"banana", "orange", "dog"})
+    assert {"left one", "right", "brown one", "one on the left"} <= texts_of(scene)
+    two = make_scene(*boxes, ("cup", (60, 10, 70, 20), RED))
+    for other in (replace(scene, unclear_categories={"cup"}), replace(two, known=scene.known)):
+        assert not any(re.search(r"\bone\b|^(the )?(left|right)$", text) for text in texts_of(other))
+
+
+def test_noise_words_are_added_and_none_is_taken_away():
+    words = ["there", "left", "dog", "red", "'s", "standing", "zebra", "oven"]
+    noise, rng = NoiseWords(words, ["dog", "zebra", "oven"]), np.random.default_rng(0)
+    assert noise.words == ["there", "standing"]
+    inserted = [noise.insert("left guy in red", rng).split() for _ in range(200)]
+    assert all(
+        [word for word in words if word not in noise.words] == ["left", "guy", "in", "red"] for words in inserted
+    )
+    assert {len(words) for words in inserted} == {5, 6}
+    assert sum(words.count("there") for words in inserted) > sum(words.count("standing") for words in inserted) > 0
 
 
 def test_relations_hold_for_one_only():
@@ -119,10 +179,9 @@ def test_nothing_is_said_of_what_is_not_clear():
 
 def test_ambiguous_synonyms_are_not_used():
     scene = make_scene(("bicycle", (5, 40, 45, 80), RED), ("motorcycle", (90, 40, 130, 80), BLUE))
-    texts = {e.text for seed in range(60) for e in express(scene, np.random.default_rng(seed), 6)}
+    texts = texts_of(scene)
     assert "motorbike" in texts and not any(re.search(r"\bbike\b", text) for text in texts)
-    alone = make_scene(("bicycle", (5, 40, 45, 80), RED))
-    assert "bike" in {e.text for seed in range(60) for e in express(alone, np.random.default_rng(seed), 6)}
+    assert "bike" in texts_of(make_scene(("bicycle", (5, 40, 45, 80), RED)))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +201,7 @@ def test_sentences_are_true_of_their_target_alone(scenes):
         assert len({expression.text for expression in expressions}) == len(expressions) <= 5
         for expression in expressions:
             category = scene.categories[expression.target]
-            names = {category, *SYNONYMS.get(category, ()), "animal"}
+            names = {category, *SYNONYMS.get(category, ()), "animal", *NO_NAMES, *GARMENTS}
             assert any(name in expression.text for name in names)
             checked[expression.kind] += _check(scene, expression)
     assert checked["category"] > 20 and checked["place"] > 20 and checked["order"] + checked["size"] > 5
@@ -151,15 +210,19 @@ def test_sentences_are_true_of_their_target_alone(scenes):
 def _check(scene: PhotoScene, expression) -> bool:
     text, target = expression.text, expression.target
     general = "animal" in text
+    colors = [name_colors(np.median(scene.image[mask], axis=0)[None].astype(np.uint8))[0] for mask in scene.masks]
+    colored = re.search("|".join(COLOR_NAMES), text)
+    assert not colored or colored[0] == COLOR_NAMES[colors[target]]
     group = [
         index
         for index, name in enumerate(scene.categories)
-        if name == scene.categories[target] or (general and name in ("dog", "elephant"))
+        if (name == scene.categories[target] or (general and name in ("dog", "elephant")))
+        and (not colored or colors[index] == colors[target])
     ]
     centers = np.array([[place.mean() for place in mask.nonzero()[::-1]] for mask in scene.masks])[group]
     areas = scene.masks[group].sum((1, 2))
     own = group.index(target)
-    if expression.kind == "category":
+    if expression.kind in ("category", "color"):
         assert len(group) == 1
     elif expression.kind == "size":
         assert own == (areas.argmax() if re.search("big|large", text) else areas.argmin())
@@ -181,11 +244,10 @@ def test_a_mirrored_scene_swaps_left_and_right(scenes):
         scene = scenes[index]
         mirrored = replace(scene, image=scene.image[:, ::-1], masks=scene.masks[:, :, ::-1])
         facts, others = (
-            {(f.kind, f.name, f.target, f.rank, f.anchor) for f in find_facts(s)} for s in (scene, mirrored)
+            {(f.kind, f.name, f.target, f.rank, f.anchor, f.color) for f in find_facts(s)} for s in (scene, mirrored)
         )
         turned = {
-            (kind, re.sub("left|right", lambda match: swapped[match[0]], name), target, rank, anchor)
-            for kind, name, target, rank, anchor in facts
+            (kind, re.sub("left|right", lambda match: swapped[match[0]], name), *rest) for kind, name, *rest in facts
         }
         assert turned == others
         compared += len(facts)

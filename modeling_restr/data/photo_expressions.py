@@ -1,6 +1,6 @@
 """
 Short sentences about what a photograph's instances are, in the words that people type: category with its synonyms,
-place, order, size, colour, and relation to another instance.
+place, order, size, colour, and relation to another instance, also two of these at once ("left guy in red").
 
     for expression in express(scene, np.random.default_rng(0), count=4):
         print(expression.text, scene.masks[expression.target].sum())
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +29,13 @@ KIND_WEIGHTS = {"category": 0.2, "place": 0.36, "order": 0.14, "size": 0.08, "co
 
 # Beside the category's own name. One that two categories share is used only where the other is not in the picture.
 SYNONYMS = {
-    "person": ("man", "guy", "woman", "girl", "kid", "lady", "boy", "person", "guy", "man", "woman", "human"),
+    "person": (
+        *("man", "guy", "woman", "girl", "kid", "lady", "boy", "person", "guy", "man", "woman", "human"),
+        *("dude", "child", "player", "male", "female"),
+    ),
     "bicycle": ("bike",),
     "motorcycle": ("bike", "motorbike"),
+    "car": ("vehicle",),
     "airplane": ("plane", "jet"),
     "boat": ("ship",),
     "couch": ("sofa",),
@@ -50,8 +55,18 @@ SYNONYMS = {
     "sports ball": ("ball",),
     "tennis racket": ("racket",),
     "baseball bat": ("bat",),
+    "skateboard": ("board",),
+    "surfboard": ("board",),
+    "snowboard": ("board",),
     "cat": ("kitty",),
-    "dog": ("puppy",),
+    "dog": ("puppy", "pup"),
+    "horse": ("pony",),
+    "cow": ("bull",),
+    "sheep": ("lamb",),
+    "chair": ("seat",),
+    "bowl": ("dish",),
+    "vase": ("pot",),
+    "sandwich": ("burger",),
     "teddy bear": ("stuffed animal", "teddy"),
     "pants": ("trousers",),
     "jeans": ("pants",),
@@ -74,6 +89,7 @@ GENERAL_NAMES = {
     "vehicle": ("car", "motorcycle", "bus", "truck"),
     "fruit": ("banana", "apple", "orange"),
 }
+NO_NAMES = ("one", "one", "")  # where all instances are of one category: "left one", "far right"
 NEVER_SAID = {"skin", "accessories"}  # categories that nobody asks for by this name
 
 # {0} is the noun, {1} the ordinal.
@@ -94,6 +110,15 @@ for _name, _more in {
     "biggest": ("big {0}", "the large {0}"),
     "smallest": ("tiny {0}", "small {0}", "littlest {0}"),
     "smaller": ("little {0}",),
+    "nearest": (
+        "front {0}",
+        "{0} in front",
+        "closest {0}",
+        "nearest {0}",
+        "{0} in the foreground",
+        "{0} closest to us",
+    ),
+    "farthest": ("back {0}", "{0} in back", "{0} in the back", "farthest {0}", "{0} in the background"),
     **{
         f"{vertical} {side}": (f"{side} {vertical} {{0}}", f"{{0}} {vertical} {side}", f"{{0}} at {vertical} {side}")
         for vertical in ("top", "bottom")
@@ -104,11 +129,21 @@ for _name, _more in {
         for end in ("left", "right", "top", "bottom")
     },
 }.items():
-    PHRASES[_name] = (*PHRASES[_name], *_more)
+    PHRASES[_name] = (*PHRASES.get(_name, ()), *_more)
 
 # {0} is the noun, {1} the colour.
-COLOR_PHRASES = ("{1} {0}", "{1} {0}", "{1} {0}", "{0} that is {1}")
-DRESS_PHRASES = ("{0} in {1}", "{0} in {1}", "{0} wearing {1}", "{0} dressed in {1}", "{0} with {1} clothes")
+COLOR_PHRASES = ("{1} {0}",) * 5 + ("{0} that is {1}",)
+DRESS_PHRASES = ("{0} in {1}",) * 5 + ("{0} wearing {1}", "{0} dressed in {1}", "{0} with {1} clothes")
+# {2} is a garment; the person is meant, where clothes are no instances of their own.
+GARMENT_PHRASES = (
+    "{0} in {1} {2}",
+    "{0} in {1} {2}",
+    "{0} in the {1} {2}",
+    "{0} with {1} {2}",
+    "{1} {2} {0}",
+    "{1} {2}",
+)
+GARMENTS = ("shirt", "shirt", "shirt", "jacket", "top", "coat")
 # {0} is the noun, {1} what it stands in relation to.
 RELATION_PHRASES = {
     "left of": ("{0} left of {1}", "{0} to the left of {1}"),
@@ -142,6 +177,7 @@ SAT_ON = frozenset(["bench", "chair", "couch", "bed"])
 COLORS = ("black", "white", "gray", "red", "orange", "brown", "yellow", "green", "blue", "purple", "pink")
 CLEAR_COLOR = 0.5  # the share of its pixels from which an instance has a colour
 OTHER_COLOR = 0.15  # and up to which another one clearly has not
+CLEAR_DEPTH = 1.6  # between the areas of instances of which one is nearer
 
 
 class Expression(NamedTuple):
@@ -153,7 +189,10 @@ class Expression(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """What is true of one instance of a noun: `value` is a key of phrases, a colour, or ..."""
+    """
+    What is true of one instance of a noun, or of the noun in a colour. `name` is a key of `PHRASES` or, with an
+    `anchor`, the noun that it stands in relation to, of `RELATION_PHRASES`.
+    """
 
     kind: str
     name: str
@@ -203,6 +242,7 @@ def find_facts(scene: PhotoScene) -> Iterator[Fact]:
             yield _to_fact(statement, instances[statement.target].noun)
     yield from _general_facts(instances, scene.known, unclear)
     groups = _groups(instances, unclear)
+    yield from _depth_facts(instances, groups, scene)
     yield from _color_facts(instances, groups, scene)
     yield from _relation_facts(instances, groups, scene)
 
@@ -290,19 +330,47 @@ def _color_shares(scene: PhotoScene, index: int) -> np.ndarray:
 
 
 def _color_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
+    """What tells instances apart among those of their noun that share a colour: often that there is but one."""
     for noun, members in groups.items():
         if len(members) > 12:
             continue
         shares = np.array([_color_shares(scene, index) for index in members])  # (members, colours)
-        for color in range(len(COLORS)):
-            ranked = shares[:, color].argsort()[::-1]
-            is_clear = shares[ranked[0], color] >= CLEAR_COLOR
-            if (
-                is_clear
-                and (shares[ranked[1:], color] < OTHER_COLOR).all()
-                and instances[members[ranked[0]]].can_be_target
-            ):
-                yield Fact("color", COLORS[color], members[ranked[0]], noun, color=COLORS[color])
+        for color, name in enumerate(COLORS):
+            is_colored = shares[:, color] >= CLEAR_COLOR
+            if (shares[~is_colored, color] >= OTHER_COLOR).any():
+                continue
+            colored = [replace(instances[members[number]], noun=noun) for number in is_colored.nonzero()[0]]
+            targets = [members[number] for number in is_colored.nonzero()[0]]
+            for statement in find_statements(colored):
+                if scene.is_clothing and statement.kind == "place":
+                    continue
+                # Of the only one, its place says nothing that the colour does not.
+                kind = "color" if len(colored) == 1 else statement.kind
+                yield Fact(kind, statement.name, targets[statement.target], noun, statement.rank, color=name)
+
+
+# --- Depth ------------------------------------------------------------------------------------------------------------
+
+
+def _depth_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
+    """
+    The nearest and the farthest of a noun: what is nearer to the camera is bigger, and stands lower in the picture.
+    """
+    for noun, members in groups.items():
+        if len(members) < 2 or scene.is_clothing:
+            continue
+        ranked = sorted(members, key=lambda index: instances[index].area, reverse=True)
+        nearest, *others = (instances[index] for index in ranked)
+        if nearest.can_be_target and all(_is_nearer(nearest, other) for other in others):
+            yield Fact("place", "nearest", ranked[0], noun)
+        *others, farthest = (instances[index] for index in ranked)
+        if farthest.can_be_target and all(_is_nearer(other, farthest) for other in others):
+            yield Fact("place", "farthest", ranked[-1], noun)
+
+
+def _is_nearer(first: Instance, second: Instance) -> bool:
+    heights = first.extent[1] / second.extent[1]
+    return first.area > CLEAR_DEPTH * second.area and heights > 1.1 and first.box[3] > second.box[3] + 0.05
 
 
 # --- Relations --------------------------------------------------------------------------------------------------------
@@ -379,22 +447,65 @@ class _Names:
             + [name for name in SYNONYMS.get(category, ()) if counts[name] == 1 or category == "person"]
             for category in present
         }
+        self.is_clothing = scene.is_clothing
+        is_all_known = all(scene.known.issuperset(categories) for categories in GENERAL_NAMES.values())
+        self.needs_none = is_all_known and len(present) == 1 and len(scene.categories) > 1
 
     def draw(self, rng: np.random.Generator, category: str) -> str:
         names = self.of.get(category, [category])
         return names[rng.integers(len(names))]
 
+    def draw_for(self, rng: np.random.Generator, fact: Fact) -> str:
+        """For what the sentence is about; where there is nothing else, it need not be named."""
+        if self.needs_none and fact.kind in ("place", "order", "size", "color") and rng.random() < 0.3:
+            return NO_NAMES[rng.integers(len(NO_NAMES))]
+        return self.draw(rng, fact.noun)
+
 
 def _say(rng: np.random.Generator, fact: Fact, names: _Names) -> str:
-    noun = names.draw(rng, fact.noun)
-    if fact.kind == "color":
-        phrases: tuple[str, ...] = DRESS_PHRASES if fact.noun == "person" else COLOR_PHRASES
-        values = (noun, fact.color)
-    elif fact.kind == "relation":
+    noun = names.draw_for(rng, fact)
+    if fact.color:
+        noun = _say_colored(rng, fact, noun, has_garments=fact.noun == "person" and not names.is_clothing)
+    if fact.anchor:
         article = "the " if rng.random() < 0.6 else ""
         phrases, values = RELATION_PHRASES[fact.name], (noun, article + names.draw(rng, fact.anchor))
     else:
         ordinals = coco.ORDINALS[fact.rank]
         phrases, values = PHRASES[fact.name], (noun, ordinals[rng.integers(len(ordinals))])
-    text = phrases[rng.integers(len(phrases))].format(*values)
+    text = " ".join(phrases[rng.integers(len(phrases))].format(*values).split())
     return f"the {text}" if rng.random() < 0.3 and not text.startswith("the ") else text
+
+
+def _say_colored(rng: np.random.Generator, fact: Fact, noun: str, has_garments: bool) -> str:
+    phrases: tuple[str, ...] = DRESS_PHRASES if fact.noun == "person" else COLOR_PHRASES
+    if has_garments and rng.random() < 0.5:
+        phrases = GARMENT_PHRASES
+    garment = GARMENTS[rng.integers(len(GARMENTS))]
+    return phrases[rng.integers(len(phrases))].format(noun, fact.color, garment)
+
+
+class NoiseWords:
+    """
+    Words that say nothing of the photograph, for robustness: people write more than the generator does ("guy standing
+    there on left").
+
+    Args:
+        words: the most frequent first, as in GloVe's files; these are drawn as much more often as they are in texts.
+            Those that the generator uses itself are left out.
+        categories: what it may name.
+    """
+
+    def __init__(self, words: Iterable[str], categories: Iterable[str]):
+        phrases = [*itertools.chain(*PHRASES.values()), *itertools.chain(*RELATION_PHRASES.values())]
+        phrases += [*DRESS_PHRASES, *GARMENT_PHRASES, *GARMENTS, *COLORS, *itertools.chain(*coco.ORDINALS)]
+        phrases += [*categories, *itertools.chain(*SYNONYMS.values()), *GENERAL_NAMES, *NO_NAMES]
+        used = {word for phrase in phrases for word in phrase.split()} - {"the", "that", "is", "to", "of", "in", "on"}
+        self.words = [word for word in words if word not in used and word.isalpha()]
+
+    def insert(self, text: str, rng: np.random.Generator) -> str:
+        """The sentence with one or two of them somewhere."""
+        words = text.split()
+        for _ in range(rng.integers(1, 3)):
+            rank = int((len(self.words) + 1) ** rng.random()) - 1  # Zipf's law
+            words.insert(int(rng.integers(len(words) + 1)), self.words[rank])
+        return " ".join(words)

@@ -159,6 +159,7 @@ class ReferringTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
                 callback.tb_writer.add_image("eval/overlays", np.asarray(panel), step, dataformats="HWC")
+                callback.tb_writer.flush()  # as Trainer does after its metrics, so that a look meanwhile shows both
         if "trackio" in (self.args.report_to or ()):
             import trackio
 
