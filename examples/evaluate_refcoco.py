@@ -33,7 +33,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.canonical import decode_mask
-from modeling_restr.data.loading import load_prepared
+from modeling_restr.data.loading import load_prepared, name_rows
 from modeling_restr.data.published_counts import Counts, compare_counts, published_counts
 from modeling_restr.hub.bundle import hash_file
 from modeling_restr.hub.model_card import PAPER_OVERALL_IOU
@@ -256,7 +256,7 @@ def format_report(results: dict[str, Any]) -> str:
     benchmarks = [BENCHMARKS[data["benchmark"]]] if data["benchmark"] else BENCHMARKS.values()
     for benchmark in benchmarks:
         for split, overall_iou in benchmark.overall_iou.items():
-            if data["benchmark"] is None or split == results["split"]:
+            if data["benchmark"] is None or split == results["split"].partition("[")[0]:
                 label = f"*the paper's ReSTR on {benchmark.title}, {split}*"
                 table.append(_format_row(label, {"overall_iou": overall_iou / 100}, columns, {}))
     lines = [
@@ -375,7 +375,7 @@ def evaluate(args: argparse.Namespace, state: PartialState) -> None:
     settings = {
         "model_revision": revision,
         "data_fingerprint": fingerprint(digests),
-        "split": args.split,
+        "split": name_rows(args.split, args.max_images, len(dataset)),
         "threshold": args.threshold,
         "dtype": args.dtype,
         "image_size": [size["height"], size["width"]],

@@ -1,11 +1,12 @@
 """
 Push a model's folder to the Hub, with everything that a machine without the package needs to run it:
 
-    python examples/push_to_hub.py runs/model you/restr --evaluation runs/val/results.json --recipe runs/recipe.json \\
+    python examples/push_to_hub.py runs/model you/restr --evaluation runs/evaluation.json --recipe runs/recipe.json \\
         --photo photo.jpg --sentence "the dog on the left" --sentence "ball" --credit "by me, CC BY 4.0" --tag v1
 
 With any option on the card, the folder's README.md is written anew first; otherwise it is pushed as it is, or, where
-there is none, a card that says how to use the model. Results are those of evaluation files of these very weights.
+there is none, a card that says how to use the model. Results are those of evaluation files of these very weights;
+a training script leaves one, and its recipe, in its OUTPUT_DIR.
 Needs a token that may write: `hf auth login`, or the variable HF_TOKEN.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from modeling_restr.hub import Example, push_to_hub, write_model_card
@@ -44,6 +46,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_card(args: argparse.Namespace) -> Path:
+    written = args.folder / "README.md"
+    if not args.evaluation and written.exists() and ModelCard.load(written).data.eval_results:
+        raise ValueError(
+            f"{written} has results, and these options would write it without them: pass its evaluation (--evaluation)"
+            " and its recipe (--recipe) again, or remove it first."
+        )
     return write_model_card(
         args.folder,
         training=None if args.recipe is None else json.loads(args.recipe.read_text(encoding="utf-8")),

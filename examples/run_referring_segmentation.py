@@ -33,6 +33,7 @@ from modeling_restr.training.runs import (
     DataArguments,
     ModelArguments,
     RecipeArguments,
+    choose_repo_id,
     count_steps,
     create_eval_dataset,
     create_train_dataset,
@@ -42,8 +43,9 @@ from modeling_restr.training.runs import (
     load_data,
     load_model,
     option,
+    prepare_push,
 )
-from modeling_restr.training.trainer import ReferringTrainer
+from modeling_restr.training.trainer import ReferringTrainer, use_one_device
 
 
 @dataclass
@@ -69,6 +71,7 @@ class ReferringTrainingArguments(RecipeArguments, TrainingArguments):  # type: i
         if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"power": self.power, "lr_end": 0.0}
         super().__post_init__()
+        use_one_device(self)
         # Trainer's own push would upload half a folder.
         self.push_folder_to_hub, self.push_to_hub = self.push_to_hub, False
 
@@ -122,6 +125,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
         deviations = recipe.deviations() or "nothing"
         print(f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {deviations}")
 
+    repo_id = choose_repo_id(args, args.push_folder_to_hub)
+    if is_main_process:
+        prepare_push(args, repo_id)
     checkpoint = find_checkpoint(args.output_dir, recipe, args.resume_from_checkpoint, is_main_process)
     train_dataset = create_train_dataset(
         train_data,
@@ -146,7 +152,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
         recipe,
         data_args,
         validation_data,
-        repo_id=(args.hub_model_id or trainer.output_dir.resolve().name) if args.push_folder_to_hub else None,
+        repo_id=repo_id,
         private=args.hub_private_repo,
         token=args.hub_token,
     )
@@ -156,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser([ModelArguments, DataArguments, ReferringTrainingArguments])  # type: ignore[list-item]
     try:
         train(*parser.parse_args_into_dataclasses(arguments))
-    except (LossNotFiniteError, ValueError) as error:
+    except (LossNotFiniteError, ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 

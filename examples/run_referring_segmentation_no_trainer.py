@@ -44,6 +44,7 @@ from modeling_restr.training.checkpoints import (
     check_weights,
     get_step,
     keep_last_checkpoints,
+    outlive_stop_signal,
     write_checkpoint,
 )
 from modeling_restr.training.overlays import draw_overlays
@@ -52,6 +53,7 @@ from modeling_restr.training.runs import (
     DataArguments,
     ModelArguments,
     RecipeArguments,
+    choose_repo_id,
     count_steps,
     create_eval_dataset,
     create_train_dataset,
@@ -61,6 +63,7 @@ from modeling_restr.training.runs import (
     load_data,
     load_model,
     option,
+    prepare_push,
 )
 from modeling_restr.training.trainer import compute_metrics, count_pixels
 from modeling_restr.visualization import save_image
@@ -156,6 +159,7 @@ def loader_options(run: Run) -> dict[str, Any]:
         "collate_fn": ReferringCollator(run.processor),
         "num_workers": run.args.dataloader_num_workers,
         "pin_memory": run.accelerator.device.type != "cpu",
+        "worker_init_fn": outlive_stop_signal(),
         "generator": torch.Generator(),  # else starting to read, which a resumed run does again, draws a random number
     }
 
@@ -204,7 +208,7 @@ class Validation:
         accelerator.print(f"Step {step}:", ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         if self.overlay_rows:
             panel = draw_overlays(model, self.run.processor, self.overlay_rows)
-            if accelerator.is_main_process:
+            if panel is not None and accelerator.is_main_process:
                 save_image(panel, Path(self.run.args.output_dir) / "overlays" / f"step-{step:07d}.png")
                 log_panel(accelerator, panel, step)
         model.train()
@@ -224,6 +228,7 @@ def log_panel(accelerator: Accelerator, panel: Image.Image, step: int) -> None:
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"eval/overlays": np.asarray(panel)[None]}, step=step, dataformats="NHWC")
+            tracker.writer.flush()  # so that a look meanwhile shows it
         elif tracker.name == "trackio":
             import trackio
 
@@ -246,7 +251,8 @@ def save_checkpoint(run: Run, step: int) -> None:
             run.processor.save_pretrained(folder)
             run.recipe.save(folder)
     if accelerator.is_main_process:
-        keep_last_checkpoints(run.args.output_dir, run.args.save_total_limit)
+        new = Path(run.args.output_dir) / folder.name
+        keep_last_checkpoints(run.args.output_dir, run.args.save_total_limit, protected=[new])
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
@@ -302,7 +308,6 @@ def run_steps(
 def finish(run: Run, validation_data: datasets.Dataset | None) -> None:
     """Save the model, evaluate what was saved, write its card, upload it."""
     args = run.args
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     finish_run(
         run.accelerator,
         run.model,
@@ -311,7 +316,7 @@ def finish(run: Run, validation_data: datasets.Dataset | None) -> None:
         run.recipe,
         run.data_args,
         validation_data,
-        repo_id=repo_id if args.push_to_hub else None,
+        repo_id=choose_repo_id(args, args.push_to_hub),
         private=args.hub_private_repo,
         token=args.hub_token,
     )
@@ -333,6 +338,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: LoopArgume
     deviations = recipe.deviations() or "nothing"
     accelerator.print(f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {deviations}")
 
+    if accelerator.is_main_process:
+        prepare_push(args, choose_repo_id(args, args.push_to_hub))
     checkpoint = find_checkpoint(args.output_dir, recipe, args.resume_from_checkpoint, accelerator.is_main_process)
     run = prepare_run(args, data_args, recipe, accelerator, model, processor)
     if checkpoint is not None:
@@ -354,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser([ModelArguments, DataArguments, LoopArguments])  # type: ignore[list-item]
     try:
         train(*parser.parse_args_into_dataclasses(arguments))
-    except (LossNotFiniteError, ValueError) as error:
+    except (LossNotFiniteError, ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 

@@ -44,11 +44,15 @@ def main() -> None:
     args = parse_args()
     if not args.photo.is_file():
         raise SystemExit(f"There is no file {args.photo}: expected the path of an image.")
-    pipe: Any = pipeline("image-segmentation", model=args.model, device=args.device)
     try:
+        pipe: Any = pipeline("image-segmentation", model=args.model, device=args.device)
         photo = read_photo(args.photo, pipe.processor.image_processor)
         results = pipe(photo, text=args.sentences, threshold=args.threshold)
-    except (ValueError, OSError) as error:  # no image, a sentence without words, a threshold out of range, ...
+    except (
+        ValueError,
+        OSError,
+        Image.DecompressionBombError,
+    ) as error:  # no model or image, a sentence without words, a threshold out of range, ...
         raise SystemExit(str(error)) from error
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -47,9 +47,11 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > self.server.max_body:
+        if not length.isdecimal() or len(length) > 18 or int(length) > self.server.max_body:
             self.close_connection = True  # what it sends is not read
-            message = f"Expected a Content-Length of at most {self.server.max_body} bytes, got {length or 'none'}."
+            message = (
+                f"Expected a Content-Length of at most {self.server.max_body} bytes, got {length[:18] or 'none'}."
+            )
             return self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _error(message))
         try:
             answer = self.server.handler(self._read_request(self.rfile.read(int(length))))

@@ -429,6 +429,7 @@ def pretrain_vision(
         per_device_train_batch_size=args.pretraining_batch_size,
         adamw_learning_rate=1e-3,
         eval_strategy="no",
+        load_best_model_at_end=False,
     )
     scenes = patches.scenes
     num_scenes = steps * pretraining_args.train_batch_size * pretraining_args.world_size

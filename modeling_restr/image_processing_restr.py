@@ -297,7 +297,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     low, high = float(array.min()), float(array.max())
-    ranges = [65535] if array.dtype == np.uint16 else [255, 65535]
+    ranges = [65535] if array.dtype.kind == "u" and array.dtype.itemsize == 2 else [255, 65535]
     if array.dtype.kind == "f":
         ranges = [1, 255]
     full = next((full for full in ranges if -_OVERSHOOT * full <= low and high <= full * (1 + _OVERSHOOT)), None)

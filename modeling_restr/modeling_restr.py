@@ -357,6 +357,20 @@ class ReSTRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ReSTRScoreProjection):
             # The scalar product is not scaled: this keeps its variance that of its inputs.
             init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, ReSTRChannelMap):
+            # The pixels' logits keep the variance of the decoder's inputs, however many maps lie between.
+            init.normal_(module.weight, std=module.initial_std)
+
+
+_OTHER_PARTS = [r"^model\.", r"^pixel_decoder\."]  # of a whole model's checkpoint, when one encoder is loaded
+
+
+def _load_part(from_pretrained: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An encoder by `from_pretrained`, where its weights may have the names of the whole model's."""
+    loaded = from_pretrained(*args, **{"key_mapping": {rf"^model\.{name}\.": ""}, **kwargs})
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    vars(model).pop("_weight_conversions", None)  # by which it would be saved under those names
+    return loaded
 
 
 @auto_docstring(custom_intro="The vision encoder of ReSTR: a plain pre-norm ViT with one class token.")
@@ -366,6 +380,7 @@ class ReSTRVisionModel(ReSTRPreTrainedModel):
     input_modalities = ["image"]
     _input_embed_layer = "patch_embedding"
     _no_split_modules = ["ReSTRVisionEmbeddings", "ReSTREncoderLayer"]
+    _keys_to_ignore_on_load_unexpected = _OTHER_PARTS
 
     def __init__(self, config: ReSTRVisionConfig):
         super().__init__(config)
@@ -374,6 +389,11 @@ class ReSTRVisionModel(ReSTRPreTrainedModel):
         self.layers = nn.ModuleList([ReSTREncoderLayer(config, rate) for rate in rates])
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As for every model, and also from the checkpoint of a whole ReSTR, of which it takes its part."""
+        return _load_part(super().from_pretrained, "vision_model", args, kwargs)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -420,6 +440,7 @@ class ReSTRTextModel(ReSTRPreTrainedModel):
     input_modalities = ["text"]
     # Without the embeddings: FSDP wraps these layers, and the word vectors, which are in there, once more by themselves.
     _no_split_modules = ["ReSTRTextLayer"]
+    _keys_to_ignore_on_load_unexpected = _OTHER_PARTS
     _can_record_outputs = {"hidden_states": ReSTRTextLayer, "attentions": ReSTRAttention}
 
     def __init__(self, config: ReSTRTextConfig):
@@ -429,6 +450,11 @@ class ReSTRTextModel(ReSTRPreTrainedModel):
         self.projection = nn.Linear(config.hidden_size, config.projection_dim)
         self.layer_norm = nn.LayerNorm(config.projection_dim, eps=config.layer_norm_eps)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As for every model, and also from the checkpoint of a whole ReSTR, of which it takes its part."""
+        return _load_part(super().from_pretrained, "text_model", args, kwargs)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -494,7 +520,7 @@ def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
             f"`input_ids` must have the shape (expressions, words) with at least one expression and one to "
             f"{config.max_position_embeddings} words, got {tuple(input_ids.shape)}."
         )
-    if torch.compiler.is_compiling():  # a look at the values would break the graph
+    if torch.compiler.is_compiling() or input_ids.is_meta:  # a look at the values would break the graph
         return
     if input_ids.min() < 0 or input_ids.max() >= config.vocab_size:
         raise ValueError(
@@ -609,7 +635,23 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         return ReSTRFusionOutput(patch_logits=patch_logits, patch_embeds=patches, visual_embeds=visual_embeds)
 
 
-class ReSTRFirstChannelMap(nn.Linear):
+class ReSTRChannelMap(nn.Module):
+    """
+    A linear map, without bias, of the channels of `(N, channels, height, width)`. It is no `nn.Linear`: what replaces
+    those (adapters, quantisers) would call it as one. A ReLU, which takes half of the variance, may follow.
+    """
+
+    def __init__(self, in_features: int, out_features: int, before_relu: bool = True):
+        super().__init__()
+        self.initial_std = ((2 if before_relu else 1) / in_features) ** 0.5
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=self.initial_std)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(hidden_states, self.weight[..., None, None])
+
+
+class ReSTRFirstChannelMap(ReSTRChannelMap):
     """
     The decoder's first map, of [projected visual tokens ; patches weighted with their logits]: the sum of a part that
     depends on the image alone, computed once an image, and a part that depends on the expression.
@@ -626,13 +668,6 @@ class ReSTRFirstChannelMap(nn.Linear):
         visual_part = F.linear(visual_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
         # The patch logit is a scalar a patch, so it may scale the patch after the linear map.
         return F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
-
-
-class ReSTRChannelMap(nn.Linear):
-    """A linear map of the channels of `(N, channels, height, width)`."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(hidden_states, self.weight[..., None, None])
 
 
 class ReSTRPixelDecoder(nn.Module):
@@ -653,9 +688,9 @@ class ReSTRPixelDecoder(nn.Module):
         self.patch_size = _pair(config.vision_config.patch_size)
         num_blocks = max(1, math.ceil(math.log2(max(self.patch_size))))
         widths = [max(1, dim // 2**index) for index in range(num_blocks)]
-        self.layers = nn.ModuleList([ReSTRFirstChannelMap(2 * dim, dim, bias=False)])
-        self.layers.extend(ReSTRChannelMap(*sizes, bias=False) for sizes in pairwise(widths))
-        self.head = ReSTRChannelMap(widths[-1], 1, bias=False)
+        self.layers = nn.ModuleList([ReSTRFirstChannelMap(2 * dim, dim)])
+        self.layers.extend(ReSTRChannelMap(*sizes) for sizes in pairwise(widths))
+        self.head = ReSTRChannelMap(widths[-1], 1, before_relu=False)
         self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # 88 MB an expression at 480x480
 
     def _upsample(self, hidden_states: torch.Tensor, block: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -699,7 +734,7 @@ def _check_image_indices(image_indices: torch.Tensor, num_images: int, num_expre
         )
     if image_indices.is_floating_point() or image_indices.dtype == torch.bool:
         raise ValueError(f"`image_indices` must be integers, got {image_indices.dtype}.")
-    if torch.compiler.is_compiling():  # a look at the values would break the graph
+    if torch.compiler.is_compiling() or image_indices.is_meta:  # a look at the values would break the graph
         return
     if not 0 <= int(image_indices.min()) <= int(image_indices.max()) < num_images:
         raise ValueError(
@@ -852,7 +887,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}."
             )
-        if torch.compiler.is_compiling():  # a look at the values would break the graph
+        if torch.compiler.is_compiling() or attention_mask.is_meta:  # a look at the values would break the graph
             return attention_mask
         has_words = attention_mask.any(dim=1)
         if not has_words.all():
@@ -991,7 +1026,7 @@ def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
             f"`labels` must have the shape (expressions, height, width) with {num_expressions} expressions, got "
             f"{tuple(labels.shape)}."
         )
-    if torch.compiler.is_compiling():  # a look at the values would break the graph
+    if torch.compiler.is_compiling() or labels.is_meta:  # a look at the values would break the graph
         return
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError(
@@ -1080,14 +1115,14 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
                 embeddings are resized bilinearly, once.
             kwargs:
                 Passed to `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...);
-                `attn_implementation` is set for the whole model.
+                `attn_implementation` and `dtype`, which is float32 by default, are set for the whole model.
 
         Raises:
             `ValueError`: The checkpoint is not that of a plain ViT, lacks weights, or does not fit `image_size`.
         """
-        attn_implementation = kwargs.pop("attn_implementation", None)  # of the whole model
+        attn_implementation, dtype = kwargs.pop("attn_implementation", None), kwargs.pop("dtype", torch.float32)
         vision_model, loading_info = AutoModel.from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, output_loading_info=True, dtype=torch.float32, **kwargs
         )
         vision_config, state_dict = _convert_vision_model(vision_model)
         if config is None:
@@ -1110,7 +1145,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             )
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
-        return model.eval()
+        return model.to(dtype).eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

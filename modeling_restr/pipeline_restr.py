@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers.pipelines import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
@@ -79,9 +79,10 @@ class ReSTRPipeline(Pipeline):
                     ' To ask about several images pass [{"image": ..., "text": ...}, ...].'
                 )
             return super().__call__(list(image), **kwargs) if image else []
-        if isinstance(image, (torch.utils.data.Dataset, Iterator)):
-            images = image if isinstance(image, torch.utils.data.Dataset) else (item for item in image)
-            return super().__call__(images, **kwargs)
+        if isinstance(image, Iterator):
+            return super().__call__((item for item in image), **kwargs)
+        if _is_dataset(image):
+            return super().__call__(image if isinstance(image, Dataset) else _Items(image), **kwargs)
         return super().__call__([image], **kwargs)[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -168,6 +169,26 @@ class ReSTRPipeline(Pipeline):
         (result,) = processor.post_process_referring_segmentation(outputs, [size], threshold)
         mask = Image.fromarray(result["mask"].to(torch.uint8).mul_(255).cpu().numpy())
         return {"label": model_outputs["text"][number], "score": result["score"], "mask": mask}
+
+
+class _Items(Dataset):
+    """Those of `datasets.Dataset` and the like, as torch's kind of dataset, which transformers asks for."""
+
+    def __init__(self, items: Any):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+def _is_dataset(value: Any) -> bool:
+    """Whether it has items by their numbers, and is no image."""
+    if isinstance(value, (str, os.PathLike, Mapping, Image.Image, torch.Tensor)) or hasattr(value, "__array__"):
+        return False
+    return isinstance(value, Dataset) or (isinstance(value, Sized) and hasattr(value, "__getitem__"))
 
 
 def _split_input(input_: Any, text: Any) -> tuple[Any, Any]:

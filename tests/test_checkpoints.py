@@ -121,7 +121,8 @@ def test_no_checkpoint_in_a_folder_that_is_empty_or_absent(tmp_path):
 def test_checkpoints_are_ordered_by_number_and_the_protected_stay(tmp_path):
     for step in (5, 40, 300):
         shutil.copytree(tmp_path / "checkpoint-5", tmp_path / f"checkpoint-{step}") if step > 5 else save(tmp_path, 5)
-    keep_last_checkpoints(tmp_path, None)
+    for everything in (None, 0, -1):
+        keep_last_checkpoints(tmp_path, everything)
     assert [get_step(path) for path in list_checkpoints(tmp_path)] == [5, 40, 300]
     keep_last_checkpoints(tmp_path, 1, protected=[tmp_path / "checkpoint-5"])
     assert [get_step(path) for path in list_checkpoints(tmp_path)] == [5, 300]

@@ -41,6 +41,7 @@ from modeling_restr.export.restr_onnx import EncodedImage, ReSTROnnxPipeline
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+MINI = REPOSITORY / "examples" / "restr-mini"
 PHOTO = REPOSITORY / "examples" / "photos" / "shapes.jpg"
 SENTENCES = ["the biggest blue thing", "the triangle on the left", "a red ball", "the ring, left of it."]
 VOCABULARY = vocabulary_from_expressions(SENTENCES)
@@ -158,6 +159,23 @@ def test_graphs_give_the_models_logits(pipe, folder, num_images, num_sentences, 
     assert expected.logits.std() > 1  # 1e-3 is little
     np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-3)
     np.testing.assert_allclose(patch_logits, expected.patch_logits, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_shipped_checkpoint_gives_the_same_logits_on_photographs(tmp_path):
+    model, processor = (kind.from_pretrained(MINI) for kind in (ReSTRForImageSegmentation, ReSTRProcessor))
+    save_onnx(model.eval(), processor, tmp_path / "restr-onnx")
+    photos = sorted((MINI.parent / "photos").rglob("*.jpg"))
+    sentences = ["the guy on the left", "biggest dog"]
+    inputs = processor(images=[Image.open(photo) for photo in photos], text=[sentences] * len(photos))
+    inputs = {
+        name: torch.as_tensor(np.asarray(inputs[name])) for name in ("pixel_values", "input_ids", "image_indices")
+    }
+    expected = model(**inputs).logits
+    (vision_embeds,) = run_graph(tmp_path / "restr-onnx" / "image_encoder.onnx", inputs)
+    logits, _ = run_graph(tmp_path / "restr-onnx" / "sentence_query.onnx", inputs | {"vision_embeds": vision_embeds})
+    assert len(photos) > 10 and expected.std() > 1
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -481,10 +499,14 @@ def test_export_explains_what_it_cannot_do(pipe, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         save_onnx(pipe.model, pipe.processor, tmp_path / "file")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(ValueError, match="which has a model in it"):
+        save_onnx(pipe.model, pipe.processor, tmp_path / "model")
     monkeypatch.setattr(onnx_folder, "PACKAGES", ("onnx", "absent_package"))
     with pytest.raises(ImportError, match="needs absent_package: pip install"):
         save_onnx(pipe.model, pipe.processor, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "model", "config.json"}
 
 
 # The documentation

@@ -270,6 +270,7 @@ BAD_REQUESTS = {
     "unknown parameter": ({"parameters": {"subtask": "semantic"}}, "in 'parameters', got subtask"),
     "parameters as a list": ({"parameters": []}, "'parameters' as an object with text, .* got list"),
     "a number as text": ({"text": 5}, "Expected 'text' as a list of sentences"),
+    "half a character": ({"text": "dog \ud83d"}, "Expected sentences in Unicode"),
     "numbers as sentences": ({"text": ["a", 5]}, "Expected 'text' as a list of sentences"),
     "no sentences": ({"text": []}, "Expected 1 to 3 sentences, got 0"),
     "an empty sentence": ({"text": " \n "}, "Expected 1 to 3 sentences, got 0"),
@@ -373,7 +374,7 @@ def test_bounds_have_to_be_positive_integers(monkeypatch, value):
 
 def test_local_server_refuses_what_it_need_not_read(url):
     json_type = {"Content-Type": "application/json"}
-    for length in ("100000000", "-1", "many"):
+    for length in ("100000000", "-1", "many", "9" * 5000):
         status, answer = post(url, b"{}", **json_type, **{"Content-Length": length})
         assert status == 413 and "Expected a Content-Length of at most" in answer["error"]
     for body in (b"{", b"\xff", b"[" * 20_000):

@@ -129,6 +129,12 @@ def test_modes_become_rgb(processor, mode):
         assert (region - value).abs().max() <= (2 if mode == "YCbCr" else 0)
 
 
+def test_dark_16_bit_images_stay_dark_in_either_byte_order(processor):
+    dark = np.full((96, 96), 200, np.uint16)  # of 65,535
+    for array in (dark, dark.astype(">u2")):
+        assert pixels_of(processor, Image.fromarray(array)).max() <= 1
+
+
 def test_bilevel_images_become_black_and_white(processor):
     pixels = pixels_of(processor, Image.fromarray(np.eye(96, dtype=bool)))
     assert torch.equal(pixels, 255 * torch.eye(96).expand(3, 96, 96))

@@ -751,6 +751,12 @@ def test_vit_weights_become_restr_s_own_encoder(tmp_path, model_class):
     assert model.config.vision_config.layer_norm_eps == VISION_CONFIGS["vit"][0].layer_norm_eps
 
 
+def test_dtype_of_a_model_with_a_pretrained_encoder(tmp_path):
+    ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} == {model.dtype}
+
+
 @pytest.mark.parametrize("name", ["deit", "dinov2"])
 @torch.no_grad()
 def test_other_encoders_keep_their_class(tmp_path, name):
@@ -936,6 +942,58 @@ def test_half_precision_round_trip(tmp_path):
     assert_close(reloaded(**inputs).logits, single(**inputs).logits, bound=0.02)
 
 
+@pytest.mark.parametrize(("encoder", "name"), [(ReSTRVisionModel, "vision_model"), (ReSTRTextModel, "text_model")])
+def test_an_encoder_loads_its_part_of_a_whole_model(tmp_path, encoder, name):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "whole")
+    expected = getattr(model.model, name).state_dict()
+    for folder in ("whole", "part"):
+        part, info = encoder.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(info.values())
+        assert part.state_dict().keys() == expected.keys()
+        assert all(weight.equal(expected[key]) for key, weight in part.state_dict().items())
+        part.save_pretrained(tmp_path / "part")
+        assert load_file(tmp_path / "part" / "model.safetensors").keys() == expected.keys()
+
+
+@pytest.mark.parametrize("width", [48, 192])
+@torch.no_grad()
+def test_new_pixel_decoders_keep_the_variance(width):
+    torch.manual_seed(0)
+    decoder = tiny_model(hidden_size=width, initializer_range=0.02).pixel_decoder
+    inputs = (torch.randn(4, 16, width), torch.randn(4, 16, width), torch.randn(4, 4, 4), torch.arange(4))
+    assert 0.1 < decoder(*inputs).std() < 3
+
+
+@torch.no_grad()
+def test_linear_layers_can_be_replaced():
+    """As adapters and quantisers do: whatever is an `nn.Linear` is called as one."""
+
+    class Replaced(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight, self.bias = linear.weight, linear.bias
+
+        def forward(self, values):
+            return F.linear(values, self.weight, self.bias)
+
+    model = tiny_model()
+    inputs = {"pixel_values": images(1), "input_ids": words(2)}
+    expected = model(**inputs).logits
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.set_submodule(name, Replaced(module))
+    assert_close(model(**inputs).logits, expected)
+
+
+def test_meta_tensors_go_through():
+    with torch.device("meta"):
+        model = tiny_model()
+        inputs = {"pixel_values": torch.empty(2, 3, 32, 32), "input_ids": torch.empty(3, NUM_WORDS, dtype=torch.long)}
+        indices, labels = torch.empty(3, dtype=torch.long), torch.empty(3, 32, 32)
+        assert model(**inputs, image_indices=indices, labels=labels).logits.shape == (3, 32, 32)
+
+
 # Neighbours in one module are in different sets, so that each is once missing and once loaded.
 @pytest.mark.parametrize(
     "missing",
@@ -950,7 +1008,7 @@ def test_half_precision_round_trip(tmp_path):
             "model.vision_model.embeddings.position_embeddings": 0.2,
             "model.text_model.embeddings.embed_tokens.weight": 0.2,
             "model.fusion.classifier_projection.weight": 96**-0.5,
-            "pixel_decoder.layers.0.weight": 0.2,
+            "pixel_decoder.layers.0.weight": (2 / 192) ** 0.5,
         },
     ],
 )

@@ -99,6 +99,12 @@ def test_a_persons_colour_is_that_of_its_clothes():
     assert texts_of(worn, "color") and not any(word in text for text in texts_of(worn) for word in GARMENTS)
 
 
+def test_what_a_person_wears_is_open_where_the_head_is_hidden():
+    scene = make_scene(("person", (20, 0, 50, 90), BLACK), ("person", (90, 10, 120, 90), RED))
+    assert not facts_of(scene, "color")
+    assert facts_of(make_scene(("person", (90, 10, 120, 90), RED)), "color")
+
+
 def test_a_colour_shared_by_some_leaves_place_to_tell_them_apart():
     scene = make_scene(
         ("car", (5, 40, 30, 80), RED), ("car", (110, 40, 140, 80), RED), ("car", (60, 35, 90, 85), BLUE)

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 from photographs import write_photographs
-from PIL import Image
+from PIL import ExifTags, Image
+from pycocotools import mask as coco_mask
 
 from modeling_restr import ReSTRImageProcessor
 from modeling_restr.data import photo_scenes
@@ -116,7 +117,29 @@ def test_partly_annotated_photographs_know_what_they_do_not_know(tmp_path):
     assert photographs[0].crowds == {"person"}
     scenes = PhotoScenes(photographs, 60, 96, seed=3, paste=1.0)
     pasted = [name for index in range(60) for name in scenes[index].categories[len(scenes[index].categories) - 1 :]]
-    assert "dog" in pasted and "person" in pasted  # nobody leaves a dog out; skirts were never there
+    assert "dog" in pasted and "person" in pasted and "skirt" not in pasted
+    for index in range(60):  # what is not annotated may be there twice
+        scene = scenes[index]
+        if len(scene.windows) > 1:
+            assert scene.categories[-1] in {"person", *scene.unclear_categories}
+
+
+def test_photographs_are_upright_and_empty_masks_are_not_forgotten(tmp_path):
+    path = write_photographs(tmp_path / "data")
+    content = json.loads(path.read_text())
+    mask = coco_mask.encode(np.zeros((96, 128), np.uint8, order="F"))
+    category = content["annotations"][0]["category_id"]
+    content["annotations"][0]["segmentation"] = {"size": [96, 128], "counts": mask["counts"].decode()}
+    path.write_text(json.dumps(content))
+    file = path.parent / "images" / content["images"][1]["file_name"]
+    upright = np.asarray(Image.open(file))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # lies on its left side
+    Image.fromarray(np.rot90(upright)).save(file, exif=exif)
+    photographs = Photographs.load(path, path.parent / "images", held_out=False, progress=False)
+    name = next(kind["name"] for kind in content["categories"] if kind["id"] == category)
+    assert photographs[0].crowds == {name}
+    np.testing.assert_array_equal(photographs[1].image, upright)
 
 
 def test_no_photographs_is_an_error(tmp_path):

@@ -1,5 +1,6 @@
 import copy
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -179,6 +180,14 @@ def test_datasets(pipe, images):
     results = list(pipe(KeyDataset(Rows(images), "image"), text=SENTENCES[:2]))
     assert [[r["label"] for r in result] for result in results] == [SENTENCES[:2]] * 3
     assert agree(results[0][0], expected[0])
+
+
+def test_datasets_of_the_library_datasets(pipe, images):
+    rows = datasets.Dataset.from_list([{"image": image, "text": SENTENCES[0]} for image in images])
+    rows = rows.cast_column("image", datasets.Image())
+    expected = [pipe(image, text=SENTENCES[0])[0] for image in images]
+    assert all(agree(result[0], e) for result, e in zip(pipe(rows), expected, strict=True))
+    assert all(agree(result[0], e) for result, e in zip(pipe(rows["image"], text=SENTENCES[0]), expected, strict=True))
 
 
 def test_an_empty_list_has_no_results(pipe):

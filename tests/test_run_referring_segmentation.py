@@ -135,7 +135,8 @@ def test_a_run_that_was_killed_ends_in_the_same_weights(inputs, undisturbed, tmp
 
 
 def test_sigterm_saves_and_exits_with_143(inputs, undisturbed, tmp_path):
-    assert run(tmp_path, inputs, lambda: signal_at(5, tmp_path, signal.SIGTERM)) == 143
+    workers = {"dataloader_num_workers": 1}
+    assert run(tmp_path, inputs, lambda: signal_at(5, tmp_path, signal.SIGTERM), **workers) == 143
     left = [get_step(path) for path in list_checkpoints(tmp_path)]
     assert left == [2, 3] and not (tmp_path / "model").exists()  # it came while 2 was written
     assert run(tmp_path, inputs) == 0, log(tmp_path)

@@ -129,14 +129,15 @@ def assert_close(output_dir, other_dir, start_dir, share=1e-5):
 
 
 def signal_at(moment, output_dir, number):
-    """Send this process a signal at a change of the file system in the run's folder."""
+    """Send this process and its workers a signal at a change of the file system in the run's folder."""
     changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "shutil.rmtree")
     events = iter(range(1_000_000))
 
     def hook(event, arguments):
         is_change = event in changes and arguments and f"{output_dir}/" in f"{arguments[0]}/"
         if is_change and "log-" not in str(arguments[0]) and next(events) == moment:
-            os.kill(os.getpid(), number)
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, number)
 
     sys.addaudithook(hook)
 

@@ -46,6 +46,7 @@ EXAMPLES = {
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#0072b2")
 MAX_SENTENCES = len(COLORS)
 MAX_CHARACTERS = 200  # a sentence; the model reads the first 20 words or so
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no others, some of which run programs
 MAX_MEGAPIXELS = 50
 MAX_FILE_SIZE = "20mb"
 MAX_SIDE = 2048  # pixels; longer photos are made smaller, so that each user takes little memory
@@ -140,7 +141,7 @@ def read_photo(path: str | os.PathLike, image_processor: Any) -> np.ndarray:
     """
     too_large = refuse(f"This image has more than {MAX_MEGAPIXELS} megapixels: make it smaller first.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_MEGAPIXELS * 1_000_000:
                 raise too_large
             image.thumbnail((MAX_SIDE, MAX_SIDE))

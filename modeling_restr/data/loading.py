@@ -58,4 +58,9 @@ def load_prepared(
     return dataset.take(max_images if streaming else min(max_images, len(dataset)))
 
 
-__all__ = ["are_parquet", "find_data_files", "load_prepared"]
+def name_rows(split: str, max_images: int | None, num_rows: int) -> str:
+    """What `load_prepared` returned, as `datasets` names it: the split, or its first rows."""
+    return split if max_images is None or num_rows < max_images else f"{split}[:{num_rows}]"
+
+
+__all__ = ["are_parquet", "find_data_files", "load_prepared", "name_rows"]

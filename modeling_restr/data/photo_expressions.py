@@ -35,7 +35,6 @@ SYNONYMS = {
     ),
     "bicycle": ("bike",),
     "motorcycle": ("bike", "motorbike"),
-    "car": ("vehicle",),
     "airplane": ("plane", "jet"),
     "boat": ("ship",),
     "couch": ("sofa",),
@@ -316,10 +315,15 @@ def name_colors(pixels: np.ndarray) -> np.ndarray:
 
 
 def _color_shares(scene: PhotoScene, index: int) -> np.ndarray:
-    """The share of each of `COLORS` in an instance; of a person, in what is most likely its clothing."""
+    """
+    The share of each of `COLORS` in an instance; of a person, in what is most likely its clothing. Of a person without
+    a head, which the picture's edge or something else hides, it is open where its clothing is.
+    """
     mask = scene.masks[index]
     if scene.categories[index] == "person":
         rows = mask.any(1).nonzero()[0]
+        if rows[0] < 0.01 * len(mask) or not scene.is_clear[index]:
+            return np.full(len(COLORS), (CLEAR_COLOR + OTHER_COLOR) / 2)
         height = rows[-1] + 1 - rows[0]
         mask = mask.copy()
         mask[: rows[0] + round(0.22 * height)] = False

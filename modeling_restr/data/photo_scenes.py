@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
 from .canonical import decode_mask, segmentation_to_rle
@@ -35,7 +35,8 @@ KNOWN_CATEGORIES: dict[str, tuple[str, ...]] = {
 CLOTHING_SOURCE = "clothing-co-parsing"  # knows the person and what the person wears
 # How often an image of a source is drawn, relative to its number.
 SOURCE_WEIGHTS = {"coco2017": 4.0, "coco2017-traffic-only": 2.5, "coco2017-persons-only": 1.0, CLOTHING_SOURCE: 0.6}
-# Nobody leaves these out of a photograph's annotation by oversight: they may be pasted anywhere.
+# What does not belong to anything else in a photograph: it may be pasted anywhere. Where its category is not annotated,
+# nothing is said of it.
 UNMISTAKABLE = frozenset(
     """
     airplane bear bed bird boat bus cat couch cow dog elephant fire-hydrant giraffe horse kite oven parking-meter pizza
@@ -183,7 +184,8 @@ class _Reader:
         }
 
     def read(self, image: dict[str, Any]) -> Photograph:
-        pixels = np.asarray(Image.open(self.image_dir / image["file_name"]).convert("RGB"))
+        opened = Image.open(self.image_dir / image["file_name"])
+        pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))  # upright, as its annotation is
         packed, categories, crowds = [], [], set()
         for annotation in self.annotations[image["id"]]:
             name = self.names[annotation["category_id"]]
@@ -194,6 +196,8 @@ class _Reader:
             if mask.any():
                 packed.append(np.packbits(mask, axis=1))
                 categories.append(name)
+            else:
+                crowds.add(name)  # one that is there, nobody knows where
         empty = np.zeros((0, len(pixels), -(-pixels.shape[1] // 8)), np.uint8)
         source = image.get("source", "")
         return Photograph(
@@ -311,6 +315,7 @@ class PhotoScenes:
     def _paste(self, rng: np.random.Generator, scene: PhotoScene, image: np.ndarray) -> PhotoScene:
         image, masks = image.copy(), list(scene.masks)
         categories, is_clear, windows = list(scene.categories), list(scene.is_clear), list(scene.windows)
+        unclear = set(scene.unclear_categories)
         before = [mask.sum() for mask in masks]
         for _ in range(rng.integers(1, 4)):
             photo, instance = self.photographs.pasteable[self._draw_pasteable(rng, categories)]
@@ -326,6 +331,8 @@ class PhotoScenes:
             before.append(where.sum())
             categories.append(label)
             is_clear.append(True)
+            if label not in scene.known:
+                unclear.add(label)  # there may be another one, which nobody annotated
             windows.append((window, where))
         shares = [mask.sum() / full for mask, full in zip(masks, before)]
         alive = [index for index, share in enumerate(shares) if share > CUT_SHARE]
@@ -335,6 +342,7 @@ class PhotoScenes:
             masks=np.stack([masks[index] for index in alive]) if alive else scene.masks[:0],
             categories=[categories[index] for index in alive],
             is_clear=[bool(is_clear[index] and shares[index] >= SEEN_SHARE) for index in alive],
+            unclear_categories=unclear,
             windows=windows,
         )
 

@@ -53,12 +53,14 @@ def save_onnx(
 
     Raises:
         `ValueError`: `model` or `processor` is of another class, they do not fit each other, the processor leaves out
-            a step of its work, or `folder` is a file.
+            a step of its work, or `folder` is a file or holds a model.
         `ImportError`: A package of the extra `onnx` is missing.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Expected a folder to save to, but {folder} is a file.")
+    if (folder / "config.json").exists():  # its tokenizer.json, which is another one, would be lost
+        raise ValueError(f"Expected a folder for the export alone, got {folder}, which has a model in it.")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"The export needs {', '.join(missing)}: pip install onnx onnxruntime onnxscript")

@@ -22,6 +22,7 @@ from .bundle import weight_files
 from .model_card import MODEL_ID_PLACEHOLDER, build_model_card, check_card
 
 
+_SNIPPET = re.compile(r'pipeline\("image-segmentation", model="([^"]+)"')
 _SIGNATURE = re.compile(r"\n<!-- Written by a push; once changed, never by another. ([0-9a-f]{64}) -->\n\Z")
 
 
@@ -35,8 +36,23 @@ def build_automatic_card(
 ) -> str:
     """A card without results and pictures, signed so that a later push can tell whether anybody has changed it."""
     card = build_model_card(folder, model_id=model_id, training=training, card_data=card_data)
-    text = f"{_add_tags(str(card), tags).rstrip()}\n"
+    return _sign(f"{_add_tags(str(card), tags).rstrip()}\n")
+
+
+def _sign(text: str) -> str:
     return f"{text}\n<!-- Written by a push; once changed, never by another. {_hash(text)} -->\n"
+
+
+def readdress(text: str, model_id: str) -> str:
+    """An automatic card, for another repository: its snippet loads the model from there."""
+    match = _SIGNATURE.search(text)
+    snippet = _SNIPPET.search(text)
+    if match is None or snippet is None:
+        return build_automatic_card(model_id)
+    old = snippet[1]
+    text = text[: match.start()].replace(f'"{old}"', f'"{model_id}"')
+    titles = [f"\n# {name.rpartition('/')[2]}\n" for name in (old, model_id)]
+    return _sign(text.replace(*titles, 1))
 
 
 def is_automatic(text: str) -> bool:
@@ -154,4 +170,4 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-__all__ = ["build_automatic_card", "build_trainer_card", "find_card", "is_automatic", "upload_with_card"]
+__all__ = ["build_automatic_card", "build_trainer_card", "find_card", "is_automatic", "readdress", "upload_with_card"]

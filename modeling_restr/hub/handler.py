@@ -117,6 +117,8 @@ class EndpointHandler:
             raise ValueError("Expected 'text' as a list of sentences, or as a string with one sentence a line.")
         if not 1 <= len(sentences) <= self.max_sentences:
             raise ValueError(f"Expected 1 to {self.max_sentences} sentences, got {len(sentences)}.")
+        if any("\ud800" <= character <= "\udfff" for sentence in sentences for character in sentence):
+            raise ValueError("Expected sentences in Unicode, got one half of a surrogate pair.")
         longest = max(map(len, sentences))
         if longest > self.max_sentence_length:
             raise ValueError(f"Expected sentences of at most {self.max_sentence_length} characters, got {longest}.")

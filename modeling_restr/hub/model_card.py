@@ -45,7 +45,12 @@ _CONTROLS = (
     "mean_iou_of_constant_box",
     "mean_iou_of_other_sentences",
 )  # what to compare with; no results of the model
-_RESULT = re.compile(r"(?<![a-z])[a-z]?iou(?![a-z])|precision ?@|p@0|accuracy|(?<![a-z])dice(?![a-z])", re.IGNORECASE)
+_METRIC = re.compile(
+    r"(?<![a-z])[a-z]?iou(?![a-z])|intersection.over.union|precision ?@|(?<![a-z])pr?@|accuracy|(?<![a-z])dice(?![a-z])",
+    re.IGNORECASE,
+)
+_SHARE = re.compile(r"\d\s*(%|per ?cent)", re.IGNORECASE)
+_NAMES = ("dataset", "split", "start")  # of the recipe: what others have called their things
 _WEIGHTS_LINE = re.compile(r"^- `([^`]+)`: SHA-256 `([0-9a-f]{64})`$", re.MULTILINE)
 
 
@@ -87,7 +92,7 @@ def write_model_card(
     data: str | None = None,
     datasets: Sequence[str] = (),
     base_model: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = "apache-2.0",
     limits: str | None = None,
     example: Example | None = None,
     figures: Mapping[str | os.PathLike, str] | None = None,
@@ -106,7 +111,7 @@ def write_model_card(
         data (`str`, *optional*): Markdown on what the weights were trained on, and under which terms.
         datasets (`Sequence[str]`): Ids of these datasets on the Hub.
         base_model (`str`, *optional*): Id of the model on the Hub that the training started from.
-        license (`str`, defaults to `"apache-2.0"`): Of the weights, as the Hub names it.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): Of the weights, as the Hub names it.
         limits (`str`, *optional*): Markdown on limits beyond those of every ReSTR.
         example ([`Example`], *optional*): What to show the model with; the model is run on it.
         figures (`Mapping[str | os.PathLike, str]`, *optional*): Pictures of results and what to say of each (Markdown,
@@ -154,7 +159,10 @@ def build_model_card(
 ) -> ModelCard:
     """The card of [`write_model_card`], in memory and without its pictures; without a folder that of any ReSTR."""
     captions = {Path(figure).name: caption for figure, caption in (figures or {}).items()}
-    _check_no_results({**(training or {}), **captions, "data": options.get("data"), "limits": options.get("limits")})
+    texts = {**captions, "data": options.get("data"), "limits": options.get("limits")}
+    if example is not None:
+        texts["credit"] = example.credit
+    _check_no_results(training or {}, texts)
     results = [] if folder is None else _read_evaluations(folder, evaluations)
     model_id = options.get("model_id")
     values = dict(card_data or {})
@@ -207,14 +215,21 @@ def _format_weights(folder: Path) -> str:
     return "\n".join(["The results and pictures of this card are those of these weights:", "", *lines])
 
 
-def _check_no_results(values: Mapping[str, Any]) -> None:
-    """Results come from evaluation files alone."""
-    for name, value in values.items():
-        if _RESULT.search(f"{name} {value}") and re.search(r"\d", str(value)):
-            raise ValueError(
-                f"{name!r} has a result: {value!s:.200}. Results get into the card through the JSON files of an "
-                f"evaluation (`evaluations`) alone."
-            )
+def _check_no_results(training: Mapping[str, Any], texts: Mapping[str, str | None]) -> None:
+    """Results come from evaluation files alone: no numbers beside a metric's name, and in what is said no shares."""
+    settings = {name: f"{name} {value}" for name, value in training.items() if name not in _NAMES}
+    found = [name for name, text in settings.items() if _METRIC.search(text) and re.search(r"\d", text)]
+    found += [
+        name
+        for name, text in texts.items()
+        if text and ((_METRIC.search(text) and re.search(r"\d", text)) or _SHARE.search(text))
+    ]
+    if found:
+        text = {**settings, **texts}[found[0]]
+        raise ValueError(
+            f"{found[0]!r} has a result: {text!s:.200}. Results get into the card through the JSON files of an "
+            f"evaluation (`evaluations`) alone."
+        )
 
 
 def _read_evaluations(folder: Path, paths: Iterable[str | os.PathLike]) -> list[_Result]:

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
-from .automatic_card import build_automatic_card, find_card
+from .automatic_card import build_automatic_card, find_card, is_automatic, readdress
 from .bundle import WEIGHT_PATTERNS, add_code, save_bundle
 from .model_card import MODEL_ID_PLACEHOLDER, check_card
 
@@ -120,6 +120,8 @@ def _prepare_card(folder: Path, repo_id: str, temporary: Path, api: HfApi) -> Pa
     path, written = temporary / "README.md", folder / "README.md"
     if written.exists():
         text = written.read_text(encoding="utf-8").replace(MODEL_ID_PLACEHOLDER, repo_id)
+        if is_automatic(text):
+            text = readdress(text, repo_id)
     else:
         text = find_card(repo_id, token=api.token) or build_automatic_card(repo_id)
     check_card(text, folder)

@@ -23,6 +23,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -132,6 +133,18 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def check_whole(checkpoint: str | Path) -> None:
+    """
+    Raises:
+        ValueError: a folder is no checkpoint, or part of one.
+    """
+    if not _is_whole(Path(checkpoint)):
+        raise ValueError(
+            f"Expected the folder of a whole checkpoint of a training script of this package, got {checkpoint}. Leave it"
+            " out to go on from the last one of the output_dir."
+        )
+
+
 def find_last_checkpoint(output_dir: str | Path, remove_leftovers: bool = True) -> Path | None:
     """
     The whole checkpoint of the most steps, None if there is none.
@@ -148,8 +161,11 @@ def find_last_checkpoint(output_dir: str | Path, remove_leftovers: bool = True) 
 
 
 def keep_last_checkpoints(output_dir: str | Path, number: int | None, protected: Iterable[str | Path] = ()) -> None:
-    """Remove the oldest checkpoints until `number` are left (`None`: all are kept), never the protected ones."""
-    if not number:
+    """
+    Remove the oldest checkpoints until `number` are left, never the protected ones. `None` and numbers below 1 keep
+    all, as in transformers.
+    """
+    if number is None or number < 1:
         return
     kept = {Path(path).name for path in protected}
     for checkpoint in list_checkpoints(output_dir)[:-number]:
@@ -179,6 +195,20 @@ class StopSignal:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+def outlive_stop_signal(worker_init_fn: Callable[[int], None] | None = None) -> Callable[[int], None]:
+    """
+    The `worker_init_fn` for a `DataLoader` of a run: SIGTERM often goes to a whole group of processes, and workers that
+    died of it would take the run with them before it has saved. They end with the run.
+    """
+    return partial(_start_worker, worker_init_fn)
+
+
+def _start_worker(worker_init_fn: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if worker_init_fn is not None:
+        worker_init_fn(worker)
 
 
 def check_loss(loss: torch.Tensor, step: int, batch: Mapping[str, Any]) -> None:
@@ -224,9 +254,11 @@ __all__ = [
     "StopSignal",
     "check_loss",
     "check_weights",
+    "check_whole",
     "find_last_checkpoint",
     "get_step",
     "keep_last_checkpoints",
     "list_checkpoints",
+    "outlive_stop_signal",
     "write_checkpoint",
 ]

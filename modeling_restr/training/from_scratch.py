@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_restr import ReSTRForImageSegmentation, ReSTRVisionModel
+from .trainer import use_one_device
 
 
 def initialize_weights(model: ReSTRForImageSegmentation) -> None:
@@ -38,11 +39,6 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     # A step of Adam moves the patch logits by about learning rate x width ** 2 x this weight: as in attention, the
     # scalar product is divided by the root of the width.
     nn.init.constant_(fusion.layer_norm.weight, model.config.hidden_size**-0.5)
-    assert model.pixel_decoder is not None
-    *hidden, last = [module for module in model.pixel_decoder.modules() if isinstance(module, nn.Linear)]
-    for layer in hidden:
-        nn.init.kaiming_normal_(layer.weight, a=0.01)
-    nn.init.normal_(last.weight, std=last.in_features**-0.5)
 
 
 @torch.no_grad()
@@ -180,6 +176,7 @@ class ScratchTrainingArguments(TrainingArguments):
         self.lr_scheduler_type = "warmup_stable_decay"
         self.lr_scheduler_kwargs = {"num_decay_steps": self.decay_steps}
         super().__post_init__()
+        use_one_device(self)
 
     @property
     def optimizer_and_options(self) -> Any:

@@ -16,25 +16,28 @@ TILES_PER_ROW = 4
 
 
 @torch.no_grad()
-def draw_overlays(model: Any, processor: Any, rows: Iterable[Mapping[str, Any]]) -> Image.Image:
+def draw_overlays(model: Any, processor: Any, rows: Iterable[Mapping[str, Any]]) -> Image.Image | None:
     """
-    One tile an image: the masks of its first few sentences, about different objects as far as there are any.
+    One tile an image: the masks of its first few sentences, about different objects as far as there are any. None
+    where no image has a sentence.
 
     Args:
         model: Called once an image, so that it may be a wrapped one; in evaluation mode.
         processor: Its [`ReSTRProcessor`].
-        rows: Of a dataset in the canonical form.
+        rows: Of a dataset in the canonical form; those without sentences are left out.
     """
     device = next(model.parameters()).device
     tiles = []
     for row in rows:
         texts = choose_sentences(row)
+        if not texts:
+            continue
         inputs = processor(images=row["image"], text=texts, return_tensors="pt").to(device)
         sizes = inputs.pop("original_sizes")[inputs["image_indices"].cpu()]
         results = processor.post_process_referring_segmentation(model(**inputs), sizes)
         masks = [Image.fromarray(result["mask"].cpu().numpy()) for result in results]
         tiles.append(_draw_tile(row["image"], masks, [f"{t} ({r['score']:.2f})" for t, r in zip(texts, results)]))
-    return arrange_in_grid(tiles, TILES_PER_ROW)
+    return arrange_in_grid(tiles, TILES_PER_ROW) if tiles else None
 
 
 def choose_sentences(row: Mapping[str, Any]) -> list[str]:

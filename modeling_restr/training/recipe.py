@@ -44,6 +44,8 @@ class Recipe:
     max_words: int = 20
     patch_loss_weight: float = 0.1
     drop_path_rate: float = 0.1
+    fusion_type: str = "coupled"
+    word_vectors: str = "GloVe 300-d"
     augmentation: str = "none"
     precision: str = "float32"
     start: str = "google/vit-base-patch16-384"

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,12 +15,13 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from huggingface_hub import HfApi
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from ..configuration_restr import ReSTRConfig, ReSTRTextConfig
 from ..data.canonical import FEATURES
-from ..data.loading import load_prepared
+from ..data.loading import load_prepared, name_rows
 from ..data.word_vectors import load_word_vectors, set_word_vectors
 from ..hub import push_to_hub, save_bundle, write_model_card
 from ..hub.bundle import hash_weights
@@ -31,7 +33,7 @@ from ..processing_restr import ReSTRProcessor
 from ..tokenization_restr import build_tokenizer, read_vocabulary, split_expression, vocabulary_from_expressions
 from .augmentation import Augmentation
 from .batches import ReferringDataset, ReferringStream, count_expressions
-from .checkpoints import find_last_checkpoint
+from .checkpoints import check_whole, find_last_checkpoint
 from .recipe import Recipe
 
 
@@ -114,7 +116,9 @@ class RecipeArguments:
     eval_steps: int = option(10_000, "Steps between evaluations.")
     save_steps: int = option(2_000, "Steps between checkpoints: what a kill can cost.")
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
-    resume_from_checkpoint: str | None = option(None, "Checkpoint to go on from; by default the last one, if any.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint to go on from, each time the command runs; by default the last one, if any."
+    )
     logging_steps: int = option(50, "Steps between two lines of the log.")
     dataloader_num_workers: int = option(4, "Processes that decode images, for each device.")
     seed: int = option(PAPER.seed, "Of new weights, the order of the data, and drop path.")
@@ -255,12 +259,24 @@ def describe_start(
         "patch_loss_weight": config.patch_loss_weight,
         "drop_path_rate": getattr(config.vision_config, "drop_path_rate", 0.0),
         "augmentation": ", ".join(f"{name} {value}" for name, value in probabilities.items() if value) or "none",
+        "fusion_type": config.fusion_type,
+        "word_vectors": _name_word_vectors(model_args),
         "start": shorten(model_args.model_name_or_path or model_args.vision_model_name_or_path),
         "dataset": shorten(data_args.dataset_name)
         + (f"@{data_args.dataset_revision}" if data_args.dataset_revision else ""),
         "split": data_args.train_split,
         "num_expressions": None if is_stream else int(count_expressions(train_data).sum()),
     }
+
+
+def _name_word_vectors(args: ModelArguments) -> str:
+    if args.model_name_or_path is not None:
+        return "those of the start"
+    if args.word_vectors is None:
+        return "random"
+    name = Path(args.word_vectors).name
+    glove = re.fullmatch(r"glove\..*?(\d+)d\b.*", name)
+    return f"GloVe {glove[1]}-d" if glove else name
 
 
 def shorten(name: str) -> str:
@@ -314,13 +330,30 @@ def find_checkpoint(
     The checkpoint to go on from: `resume_from`, or else the last whole one.
 
     Raises:
-        ValueError: it is of another recipe.
+        ValueError: it is of another recipe, or it is not whole.
     """
     last = find_last_checkpoint(output_dir, remove_leftovers=is_main_process)
     checkpoint = last if resume_from is None else Path(resume_from)
     if checkpoint is not None:
+        check_whole(checkpoint)
         recipe.check_same(checkpoint)
     return checkpoint
+
+
+def choose_repo_id(args: RecipeArguments, push: bool) -> str | None:
+    """The repository to push to at the end, if any."""
+    return (args.hub_model_id or Path(args.output_dir).resolve().name) if push else None
+
+
+def prepare_push(args: RecipeArguments, repo_id: str | None) -> None:
+    """
+    Make the repository before the training, so that it does not fail after it for want of a token or a valid name.
+
+    Raises:
+        OSError, ValueError: nobody is logged in who may push to it, or its name is no repository's.
+    """
+    if repo_id is not None:
+        HfApi(token=args.hub_token).create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
 
 
 def gather_model(accelerator: Accelerator, model: Any) -> ReSTRForImageSegmentation | None:
@@ -365,12 +398,14 @@ def finish_run(
         evaluation = evaluate_folder(
             folder, validation_data, accelerator.device, accelerator.process_index, accelerator.num_processes
         )
-        evaluation["data"]["name"], evaluation["split"] = recipe.dataset, args.validation_split
+        evaluation["data"]["name"] = recipe.dataset
+        evaluation["split"] = name_rows(args.validation_split, args.max_eval_samples, len(validation_data))
         if accelerator.is_main_process:
             path.write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
             evaluations.append(path)
-            print(f"{args.validation_split}: {evaluation['metrics']}")
+            print(f"{evaluation['split']}: {evaluation['metrics']}")
     if accelerator.is_main_process:
+        recipe.save(output_dir)
         write_card(folder, recipe, args, evaluations)
         print(f"Wrote {folder}")
         if repo_id is not None:
@@ -434,5 +469,6 @@ def write_card(folder: Path, recipe: Recipe, args: DataArguments, evaluations: S
         evaluations=evaluations,
         data=f"The split `{recipe.split}` of `{recipe.dataset}`, {size}. Its terms are those of its own card.",
         datasets=[] if Path(args.dataset_name).exists() else [args.dataset_name],
+        license=None,  # whoever trains decides on it
         base_model=recipe.start if "/" in recipe.start else None,  # else the name of a folder
     )

@@ -1,5 +1,6 @@
 """transformers' Trainer for referring expressions: the paper's optimizer, whole checkpoints, pairs that count alike."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,31 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 from ..metrics import ReferringIoU
 from ..visualization import save_image
 from .batches import ReferringDataset, ReferringStream, loss_weight, split_ids
-from .checkpoints import StopSignal, check_loss, check_weights, keep_last_checkpoints, write_checkpoint
+from .checkpoints import (
+    StopSignal,
+    check_loss,
+    check_weights,
+    keep_last_checkpoints,
+    outlive_stop_signal,
+    write_checkpoint,
+)
 from .overlays import draw_overlays
 from .recipe import Recipe, create_parameter_groups
 
 
+logger = logging.getLogger(__name__)
+
 _PADDING = -100  # what Trainer fills up with when batches have different sizes
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """
+    One device a process, also where several GPUs are seen: Trainer would spread a batch over them with `DataParallel`,
+    which splits images and sentences alike and knows nothing of `image_indices`. `torchrun` uses all of them.
+    """
+    if args.n_gpu > 1:
+        logger.warning(f"One of {args.n_gpu} GPUs is used: start with torchrun or accelerate launch to use all.")
+        args._n_gpu = 1
 
 
 class ReferringTrainer(Trainer):
@@ -74,7 +94,7 @@ class ReferringTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, ReferringStream):
-            return super().get_train_dataloader()
+            return _outlive_stop_signal(super().get_train_dataloader())
         return DataLoader(  # Trainer's own would shard it once more
             self.train_dataset,
             batch_size=self.args.train_batch_size,
@@ -82,8 +102,12 @@ class ReferringTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=outlive_stop_signal(),
             generator=torch.Generator(),  # else starting it, which a resumed run does once more, draws a number
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return _outlive_stop_signal(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -152,7 +176,7 @@ class ReferringTrainer(Trainer):
 
     def _show_overlays(self) -> None:
         panel = draw_overlays(self.model, self.processor, self.overlay_rows)
-        if not self.is_world_process_zero():
+        if panel is None or not self.is_world_process_zero():
             return
         step = self.state.global_step
         save_image(panel, self.output_dir / "overlays" / f"step-{step:07d}.png")
@@ -192,8 +216,13 @@ class ReferringTrainer(Trainer):
                 self.processor.save_pretrained(folder)
                 self.recipe.save(folder)
         if self.is_world_process_zero():
-            best = self.state.best_model_checkpoint
-            keep_last_checkpoints(output_dir, self.args.save_total_limit, protected=[best] if best else [])
+            kept = [output_dir / folder.name, self.state.best_model_checkpoint]
+            keep_last_checkpoints(output_dir, self.args.save_total_limit, [path for path in kept if path])
+
+
+def _outlive_stop_signal(loader: DataLoader) -> DataLoader:
+    loader.worker_init_fn = outlive_stop_signal(loader.worker_init_fn)
+    return loader
 
 
 class _StepCallback(TrainerCallback):
@@ -246,4 +275,4 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return ReferringIoU(keep_in_memory=True).compute(predictions=predictions)
 
 
-__all__ = ["ReferringTrainer", "compute_metrics", "count_pixels"]
+__all__ = ["ReferringTrainer", "compute_metrics", "count_pixels", "use_one_device"]
