@@ -368,8 +368,8 @@ _OTHER_PARTS = [r"^model\.", r"^pixel_decoder\."]  # of a whole model's checkpoi
 def _load_part(from_pretrained: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An encoder by `from_pretrained`, where its weights may have the names of the whole model's."""
     loaded = from_pretrained(*args, **{"key_mapping": {rf"^model\.{name}\.": ""}, **kwargs})
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    vars(model).pop("_weight_conversions", None)  # by which it would be saved under those names
+    model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.__dict__.pop("_weight_conversions", None)  # by which it would be saved under those names
     return loaded
 
 

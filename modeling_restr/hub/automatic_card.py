@@ -51,8 +51,8 @@ def readdress(text: str, model_id: str) -> str:
         return build_automatic_card(model_id)
     old = snippet[1]
     text = text[: match.start()].replace(f'"{old}"', f'"{model_id}"')
-    titles = [f"\n# {name.rpartition('/')[2]}\n" for name in (old, model_id)]
-    return _sign(text.replace(*titles, 1))
+    title, new_title = (f"\n# {name.rpartition('/')[2]}\n" for name in (old, model_id))
+    return _sign(text.replace(title, new_title, 1))
 
 
 def is_automatic(text: str) -> bool:
