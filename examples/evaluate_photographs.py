@@ -4,7 +4,8 @@ Evaluate a model on the photographs that its training held out, with generated s
     python examples/evaluate_photographs.py examples/restr-mini --instances_file instances.json --image_dir images \\
         --output results.json --sheet sheet.png --training_log trainer_state.json --curve curve.png
 
-Prints mean IoU, overall IoU and precision@0.5 for each kind of sentence, beside two baselines: the model with every
+Prints mean IoU, overall IoU and precision@0.5 for each kind of sentence, and for those that need their words of place
+or order since there are several of the category, beside two baselines: the model with every
 sentence taken from another photograph, and the best constant box by the words left, right, middle, top and bottom.
 """
 
@@ -38,6 +39,7 @@ THRESHOLD = 0.5
 SEED = 1_000_003
 SCENE_SIZE = 352  # pixels, the longer side
 PLACE_WORDS = ("left", "right", "center", "top", "bottom")  # "middle" counts as "center"
+AMONG_SEVERAL = "place or order, among several"
 BOX_GRID = 16  # the corners of constant boxes lie on a grid of so many cells
 FREE_LICENSES = ("Attribution License", "Attribution-ShareAlike License", "No known copyright restrictions")
 
@@ -113,10 +115,17 @@ class ConstantBoxes:
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def summarize(kinds: list[str], counts: list[dict[str, int]]) -> dict[str, dict[str, float]]:
-    """Mean IoU, overall IoU and precision@0.5, in percent, of all sentences and by kind."""
+def find_groups(scene: PhotoScene, expression: Expression) -> set[str]:
+    """What the results of an expression count for."""
+    is_one_of_several = scene.categories.count(scene.categories[expression.target]) > 1
+    needs_place = is_one_of_several and expression.kind in ("place", "order")
+    return {"all", expression.kind, *([AMONG_SEVERAL] if needs_place else [])}
+
+
+def summarize(groups_of: list[set[str]], counts: list[dict[str, int]]) -> dict[str, dict[str, float]]:
+    """Mean IoU, overall IoU and precision@0.5, in percent, of each group of sentences."""
     metric = ReferringIoU(keep_in_memory=True)
-    groups = {"all": [True] * len(kinds)} | {name: [kind == name for kind in kinds] for name in KIND_WEIGHTS}
+    groups = {name: [name in found for found in groups_of] for name in ("all", *KIND_WEIGHTS, AMONG_SEVERAL)}
     summary = {}
     for name, selected in groups.items():
         if any(selected):
@@ -135,18 +144,18 @@ def count(scene: PhotoScene, expressions: list[Expression], masks: list[np.ndarr
 def evaluate(
     model: Any, processor: Any, described: list[tuple[PhotoScene, list[Expression]]], boxes: ConstantBoxes
 ) -> dict[str, dict[str, dict[str, float]]]:
-    kinds: list[str] = []
+    groups_of: list[set[str]] = []
     counts: dict[str, list[dict[str, int]]] = {"model": [], "shuffled": [], "box": []}
     for index, (scene, expressions) in enumerate(tqdm(described, unit="photo")):
         others = [expression.text for expression in described[(index + 1) % len(described)][1]]
         texts = [expression.text for expression in expressions]
         shuffled = [others[number % len(others)] for number in range(len(texts))]
         masks = predict(model, processor, scene.image, texts + shuffled)  # the photograph is encoded once for both
-        kinds += [expression.kind for expression in expressions]
+        groups_of += [find_groups(scene, expression) for expression in expressions]
         counts["model"] += count(scene, expressions, masks[: len(texts)])
         counts["shuffled"] += count(scene, expressions, masks[len(texts) :])
         counts["box"] += count(scene, expressions, [boxes.draw(text, scene.image.shape[:2]) for text in texts])
-    return {name: summarize(kinds, part) for name, part in counts.items()}
+    return {name: summarize(groups_of, part) for name, part in counts.items()}
 
 
 def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -80,6 +80,15 @@ def test_parts_leave_the_template_s_card_whatever_their_order(hub, model, proces
     assert 'pipeline("image-segmentation", model="tester/restr", trust_remote_code=True)' in card
 
 
+def test_a_pushed_folder_s_card_is_of_its_new_repository(hub, model, processor, tmp_path):
+    save_bundle(model, processor, tmp_path / "restr")
+    training = {"training": {"steps": 5}, "card_data": {"base_model": "a/start"}}
+    (tmp_path / "restr" / "README.md").write_text(build_automatic_card("a/another", **training))
+    push_to_hub(tmp_path / "restr", "restr")
+    card = read_card(hub)
+    assert card == build_automatic_card("tester/restr", **training) and is_automatic(card)
+
+
 def test_parts_that_are_pushed_as_they_are_saved_leave_it_too(hub, model, processor, tmp_path):
     model.save_pretrained(tmp_path / "restr", push_to_hub=True)
     processor.save_pretrained(str(tmp_path / "restr"), push_to_hub=True)

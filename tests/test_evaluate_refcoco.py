@@ -239,17 +239,17 @@ def test_a_finished_evaluation_is_not_made_again(output_dir, results, evaluate, 
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "named", "number"),
     [
-        (["--threshold", 0.4], "threshold: 0.5 there, 0.4 now"),
-        (["--dtype", "bfloat16"], "dtype: float32 there, bfloat16 now"),
-        (["--max_images", 3], "data_fingerprint: "),
+        (["--threshold", 0.4], "threshold: 0.5 there, 0.4 now", 1),
+        (["--dtype", "bfloat16"], "dtype: float32 there, bfloat16 now", 1),
+        (["--max_images", 3], "split: val there, val[:3] now", 2),  # and other rows
     ],
 )
-def test_other_settings_do_not_mix(output_dir, results, evaluate, evaluated, options, named):
+def test_other_settings_do_not_mix(output_dir, results, evaluate, evaluated, options, named, number):
     with pytest.raises(SystemExit, match="other settings") as error:
         evaluate(output_dir, *options)
-    assert named in str(error.value) and str(error.value).count(" there, ") == 1
+    assert named in str(error.value) and str(error.value).count(" there, ") == number
     assert not evaluated
     assert json.loads((output_dir / "results.json").read_text()) == results
 
@@ -276,7 +276,7 @@ def test_damaged_lines_are_named(tmp_path, output_dir, evaluate):
 
 def test_first_images_in_bfloat16(tmp_path, results, evaluate):
     found = evaluate(tmp_path, "--max_images", 3, "--dtype", "bfloat16", "--expressions_per_batch", 2)
-    assert found["data"]["images"] == 3 and found["dtype"] == "bfloat16"
+    assert found["data"]["images"] == 3 and found["dtype"] == "bfloat16" and found["split"] == "val[:3]"
     exact = {record["sent_id"]: record for record in results["expressions"]}
     for record in found["expressions"]:
         assert abs(record["union"] - exact[record["sent_id"]]["union"]) < 0.3 * exact[record["sent_id"]]["union"]

@@ -287,6 +287,15 @@ def test_example_shows_what_the_model_finds(folder):
     assert f"- `model.safetensors`: SHA-256 `{hash_weights(folder)['model.safetensors']}`" in card.text
 
 
+def test_the_script_does_not_write_results_away(folder, evaluation, tmp_path, monkeypatch):
+    path = write_model_card(folder, evaluations=[write_json(tmp_path / "val.json", evaluation)])
+    before = path.read_text()
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(folder), "a/b", "--space", "a/c"])
+    with pytest.raises(SystemExit, match="has results, and these options would write it without them"):
+        runpy.run_path(str(EXAMPLES / "push_to_hub.py"), run_name="__main__")
+    assert path.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("example", "message"),
     [

@@ -182,6 +182,18 @@ def test_training_on_photographs_resumes_and_its_model_is_evaluated(folder, tmp_
     assert Image.open(tmp_path / "sheet.png").width > 0
 
 
+@pytest.mark.parametrize("name", ["cpu_2_cores", "gpu"])
+def test_models_of_the_configurations_are_small_enough_to_ship(folder, name):
+    options = ["--instances_file", "a", "--image_dir", "b", "--teacher_file", "c"]
+    options += ["--word_vectors", str(folder / "words.txt"), "--text_num_attention_heads", "2"]
+    config = f"{EXAMPLES}/restr_mini_configs/{name}.args"
+    args, training_args = train_photographs.parse_args(["--config", config, *options])
+    _, vectors = train_photographs.create_processor(args)
+    num_parameters = train_photographs.create_model(args, vectors).num_parameters() + 25_000 * 50  # GloVe's words
+    assert 2 * num_parameters < 40e6  # bytes of float16
+    assert training_args.decay_steps < training_args.max_steps
+
+
 def test_a_missing_config_is_not_passed_over(folder):
     with pytest.raises(SystemExit, match=r"got missing\.args"):
         train_photographs.parse_args(["--config", "missing.args"])

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from modeling_restr.training.batches import ReferringCollator, ReferringDataset
+from modeling_restr.training.overlays import draw_overlays
 from modeling_restr.training.recipe import Recipe
-from modeling_restr.training.trainer import ReferringTrainer, count_pixels
+from modeling_restr.training.trainer import ReferringTrainer, count_pixels, use_one_device
 
 
 @pytest.fixture
@@ -97,6 +98,22 @@ def test_overlays_are_written_and_shown_by_tensorboard(trainer, tmp_path, monkey
     (shown,) = events.Images("eval/overlays")
     with Image.open(tmp_path / "overlays" / "step-0000000.png") as panel:
         np.testing.assert_array_equal(Image.open(io.BytesIO(shown.encoded_image_string)), panel)
+
+
+def test_images_without_sentences_are_left_out_of_the_panel(trainer, tmp_path):
+    for row in trainer.overlay_rows[1:]:
+        row["references"] = []
+    trainer.evaluate()
+    with Image.open(tmp_path / "overlays" / "step-0000000.png") as panel:
+        first = draw_overlays(trainer.model, trainer.processor, trainer.overlay_rows[:1])
+        np.testing.assert_array_equal(panel, first)
+    assert draw_overlays(trainer.model, trainer.processor, trainer.overlay_rows[1:]) is None
+
+
+def test_one_of_several_gpus_is_used(caplog):
+    args = SimpleNamespace(n_gpu=2, _n_gpu=2)
+    use_one_device(args)
+    assert args._n_gpu == 1 and "torchrun" in caplog.text
 
 
 def test_overlays_are_sent_to_trackio(trainer, tmp_path, monkeypatch):
