@@ -100,7 +100,7 @@ with open(f"{output}/classes.json", "w") as file:
 '''
 
 
-def build_model(seed: int = 0, **options) -> ReSTRForImageSegmentation:
+def build_model(seed: int = 3, **options) -> ReSTRForImageSegmentation:
     torch.manual_seed(seed)
     encoder = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
     options = {"vision_config": {**encoder, "image_size": 32, "patch_size": 8}, **options}

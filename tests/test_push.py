@@ -307,7 +307,9 @@ def test_training_streams_data_by_id(pushed, script):
     changed = [name for name in start if not torch.equal(trained[name], start[name])]
     assert len(changed) == len(start) and all(trained[name].isfinite().all() for name in start)
     twin = load_file(folder.parent / "run_referring_segmentation" / "model" / "model.safetensors")
-    assert all(torch.allclose(trained[name], twin[name], atol=1e-6) for name in start)
+    different = {name: (trained[name] - twin[name]).abs().max().item() for name in start}
+    # Attention does not depend on the keys' bias: its gradient is noise around zero, which Adam blows up.
+    assert not {name: gap for name, gap in different.items() if gap > 1e-6 and not name.endswith("k_proj.bias")}
     card = ModelCard.load(folder / "model" / "README.md")
     assert card.data.datasets == ["tester/boxes"] and card.data.base_model == "tester/restr"
     assert "The split `val` of `tester/boxes`, a stream." in card.text

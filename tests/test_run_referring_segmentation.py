@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,19 +259,28 @@ def test_words_that_a_trained_model_does_not_know_are_reported(inputs, tmp_path)
     )
 
 
+def test_a_repository_that_cannot_be_made_stops_the_run_before_it_starts(inputs, tmp_path):
+    assert run(tmp_path, inputs, push_to_hub=True, hub_model_id="no name/of a repository") == 1
+    assert "Cannot push to no name/of a repository at the end" in log(tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_the_models_folder_is_pushed_not_the_runs(inputs, tmp_path):
+    made = []
+
     def before():
         def note(folder, repo_id, **options):
             files = sorted(path.name for path in folder.iterdir())
-            (tmp_path / "pushed.json").write_text(json.dumps([str(folder), repo_id, options, files]))
+            (tmp_path / "pushed.json").write_text(json.dumps([str(folder), repo_id, options, files, made]))
             return CommitInfo("https://huggingface.co/tester/squares/commit/0", "", "", "")
 
         runs.push_to_hub = note
+        runs.HfApi = lambda token: SimpleNamespace(create_repo=lambda repo_id, private, exist_ok: made.append(repo_id))
 
     options = {"push_to_hub": True, "hub_model_id": "tester/squares", "hub_private_repo": True, "max_steps": 2}
     assert run(tmp_path / "run", inputs, before, **options) == 0, log(tmp_path / "run")
-    folder, repo_id, push_options, files = json.loads((tmp_path / "pushed.json").read_text())
-    assert (folder, repo_id) == (str(tmp_path / "run" / "model"), "tester/squares")
+    folder, repo_id, push_options, files, made = json.loads((tmp_path / "pushed.json").read_text())
+    assert (folder, repo_id, made) == (str(tmp_path / "run" / "model"), "tester/squares", ["tester/squares"])
     assert push_options == {"private": True, "token": None}
     assert {"README.md", "config.json", "model.safetensors", "pipeline_restr.py", "tokenizer.json"} <= {*files}
 

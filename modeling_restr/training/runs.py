@@ -350,10 +350,16 @@ def prepare_push(args: RecipeArguments, repo_id: str | None) -> None:
     Make the repository before the training, so that it does not fail after it for want of a token or a valid name.
 
     Raises:
-        OSError, ValueError: nobody is logged in who may push to it, or its name is no repository's.
+        ValueError: there is no connection, nobody is logged in who may push to it, or its name is no repository's.
     """
     if repo_id is not None:
-        HfApi(token=args.hub_token).create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
+        try:
+            HfApi(token=args.hub_token).create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
+        except Exception as error:
+            raise ValueError(
+                f"Cannot push to {repo_id} at the end: {error}. Log in (`hf auth login`), choose another --hub_model_id, or"
+                " train without --push_to_hub and push OUTPUT_DIR/model with examples/push_to_hub.py."
+            ) from error
 
 
 def gather_model(accelerator: Accelerator, model: Any) -> ReSTRForImageSegmentation | None:

@@ -221,7 +221,8 @@ class ReferringTrainer(Trainer):
 
 
 def _outlive_stop_signal(loader: DataLoader) -> DataLoader:
-    loader.worker_init_fn = outlive_stop_signal(loader.worker_init_fn)
+    inner = getattr(loader, "base_dataloader", loader)  # Accelerate's has one in it
+    inner.worker_init_fn = outlive_stop_signal(inner.worker_init_fn)
     return loader
 
 
