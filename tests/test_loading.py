@@ -9,7 +9,7 @@ from hub_server import Repository, serve
 from tiny_training import make_dataset
 
 from modeling_restr.data import load_prepared
-from modeling_restr.data.loading import find_data_files
+from modeling_restr.data.loading import find_data_files, name_rows
 
 
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
@@ -83,3 +83,12 @@ def test_versions_on_the_hub(tmp_path, monkeypatch):
             for revision, number in (("v1", 2), ("v2", 3), (None, 3)):
                 loaded = list(load_prepared("tester/squares", "val", revision=revision, streaming=streaming))
                 assert masks(loaded) == masks(make_dataset(number, seed=number))
+
+
+@pytest.mark.parametrize("max_images", [None, 2, 9])
+def test_rows_have_the_name_that_datasets_gives_them(tmp_path, max_images):
+    write_data(tmp_path / "data", 5, seed=0)
+    rows = load_prepared(tmp_path / "data", "val", max_images=max_images)
+    name = name_rows("val", max_images, len(rows))
+    named = datasets.load_dataset(str(tmp_path / "data"), split=name)
+    assert rows["image_id"] == named["image_id"] and (name == "val") == (max_images != 2)

@@ -202,7 +202,7 @@ def test_a_checkpoint_is_a_model_whether_of_one_process_or_of_two(inputs, tmp_pa
 
 
 def test_evaluation_is_logged_with_a_panel_and_ends_in_a_folder_with_a_card(inputs, tmp_path):
-    options = {"validation_split": "val", "eval_steps": 4, "num_overlays": 3, "max_eval_samples": 4}
+    options = {"validation_split": "val", "eval_steps": 4, "num_overlays": 3}
     if importlib.util.find_spec("tensorboard"):
         options["report_to"] = "tensorboard"
     assert run(tmp_path, inputs, **options) == 0, read_log(tmp_path)
