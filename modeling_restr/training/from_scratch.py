@@ -39,11 +39,10 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     # A step of Adam moves the patch logits by about learning rate x width ** 2 x this weight: as in attention, the
     # scalar product is divided by the root of the width.
     nn.init.constant_(fusion.layer_norm.weight, model.config.hidden_size**-0.5)
-    assert model.pixel_decoder is not None
-    for layer in model.pixel_decoder.layers:
+    decoder: Any = model.pixel_decoder
+    for layer in decoder.layers:
         nn.init.kaiming_normal_(layer.weight, a=0.01)
-    head = model.pixel_decoder.head
-    nn.init.normal_(head.weight, std=head.in_features**-0.5)
+    nn.init.normal_(decoder.head.weight, std=decoder.head.in_features**-0.5)
 
 
 @torch.no_grad()
