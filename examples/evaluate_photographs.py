@@ -5,8 +5,8 @@ Evaluate a model on the photographs that its training held out, with generated s
         --output results.json --sheet sheet.png --training_log trainer_state.json --curve curve.png
 
 Prints mean IoU, overall IoU and precision@0.5 for each kind of sentence, and for those that need their words of place
-or order since there are several of the category, beside two baselines: the model with every
-sentence taken from another photograph, and the best constant box by the words left, right, middle, top and bottom.
+or order since there are several of the category, beside two baselines: the model with every sentence taken from another
+photograph, and the best constant box by the words left, right, middle, top and bottom.
 """
 
 import argparse

@@ -48,11 +48,8 @@ def main() -> None:
         pipe: Any = pipeline("image-segmentation", model=args.model, device=args.device)
         photo = read_photo(args.photo, pipe.processor.image_processor)
         results = pipe(photo, text=args.sentences, threshold=args.threshold)
-    except (
-        ValueError,
-        OSError,
-        Image.DecompressionBombError,
-    ) as error:  # no model or image, a sentence without words, a threshold out of range, ...
+    # No model or image, a sentence without words, a threshold out of range, ...
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
         raise SystemExit(str(error)) from error
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -514,13 +514,18 @@ def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos
         )
 
 
+def _can_look_at(values: torch.Tensor) -> bool:
+    """Whether checks may ask for values: it would break a compiled graph, and on the meta device there are none."""
+    return not (torch.compiler.is_compiling() or values.is_meta)
+
+
 def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
     if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"`input_ids` must have the shape (expressions, words) with at least one expression and one to "
             f"{config.max_position_embeddings} words, got {tuple(input_ids.shape)}."
         )
-    if torch.compiler.is_compiling() or input_ids.is_meta:  # a look at the values would break the graph
+    if not _can_look_at(input_ids):
         return
     if input_ids.min() < 0 or input_ids.max() >= config.vocab_size:
         raise ValueError(
@@ -735,7 +740,7 @@ def _check_image_indices(image_indices: torch.Tensor, num_images: int, num_expre
         )
     if image_indices.is_floating_point() or image_indices.dtype == torch.bool:
         raise ValueError(f"`image_indices` must be integers, got {image_indices.dtype}.")
-    if torch.compiler.is_compiling() or image_indices.is_meta:  # a look at the values would break the graph
+    if not _can_look_at(image_indices):
         return
     if not 0 <= int(image_indices.min()) <= int(image_indices.max()) < num_images:
         raise ValueError(
@@ -888,7 +893,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}."
             )
-        if torch.compiler.is_compiling() or attention_mask.is_meta:  # a look at the values would break the graph
+        if not _can_look_at(attention_mask):
             return attention_mask
         has_words = attention_mask.any(dim=1)
         if not has_words.all():
@@ -1027,7 +1032,7 @@ def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
             f"`labels` must have the shape (expressions, height, width) with {num_expressions} expressions, got "
             f"{tuple(labels.shape)}."
         )
-    if torch.compiler.is_compiling() or labels.is_meta:  # a look at the values would break the graph
+    if not _can_look_at(labels):
         return
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError(

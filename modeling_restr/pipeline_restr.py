@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.pipelines import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
@@ -82,7 +82,9 @@ class ReSTRPipeline(Pipeline):
         if isinstance(image, Iterator):
             return super().__call__((item for item in image), **kwargs)
         if _is_dataset(image):
-            return super().__call__(image if isinstance(image, Dataset) else _Items(image), **kwargs)
+            # transformers asks for torch's kind of dataset, which that of `datasets` is not.
+            rows = image if isinstance(image, Dataset) else Subset(image, range(len(image)))
+            return super().__call__(rows, **kwargs)
         return super().__call__([image], **kwargs)[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -169,19 +171,6 @@ class ReSTRPipeline(Pipeline):
         (result,) = processor.post_process_referring_segmentation(outputs, [size], threshold)
         mask = Image.fromarray(result["mask"].to(torch.uint8).mul_(255).cpu().numpy())
         return {"label": model_outputs["text"][number], "score": result["score"], "mask": mask}
-
-
-class _Items(Dataset):
-    """Those of `datasets.Dataset` and the like, as torch's kind of dataset, which transformers asks for."""
-
-    def __init__(self, items: Any):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
 
 
 def _is_dataset(value: Any) -> bool:

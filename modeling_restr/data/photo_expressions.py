@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -343,14 +342,13 @@ def _color_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]],
             is_colored = shares[:, color] >= CLEAR_COLOR
             if (shares[~is_colored, color] >= OTHER_COLOR).any():
                 continue
-            colored = [replace(instances[members[number]], noun=noun) for number in is_colored.nonzero()[0]]
-            targets = [members[number] for number in is_colored.nonzero()[0]]
-            for statement in find_statements(colored):
+            colored = list(itertools.compress(members, is_colored))
+            for statement in find_statements([instances[index] for index in colored]):
                 if scene.is_clothing and statement.kind == "place":
                     continue
                 # Of the only one, its place says nothing that the colour does not.
                 kind = "color" if len(colored) == 1 else statement.kind
-                yield Fact(kind, statement.name, targets[statement.target], noun, statement.rank, color=name)
+                yield Fact(kind, statement.name, colored[statement.target], noun, statement.rank, color=name)
 
 
 # --- Depth ------------------------------------------------------------------------------------------------------------

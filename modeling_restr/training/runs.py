@@ -332,10 +332,11 @@ def find_checkpoint(
     Raises:
         ValueError: it is of another recipe, or it is not whole.
     """
-    last = find_last_checkpoint(output_dir, remove_leftovers=is_main_process)
-    checkpoint = last if resume_from is None else Path(resume_from)
+    checkpoint = find_last_checkpoint(output_dir, remove_leftovers=is_main_process)
+    if resume_from is not None:
+        check_whole(resume_from)
+        checkpoint = Path(resume_from)
     if checkpoint is not None:
-        check_whole(checkpoint)
         recipe.check_same(checkpoint)
     return checkpoint
 
