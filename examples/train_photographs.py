@@ -373,7 +373,7 @@ def create_processor(args: PhotoArguments) -> tuple[ReSTRProcessor, WordVectors]
     """The vocabulary is that of the word vectors, so that a word that no sentence had may still be understood."""
     vocabulary = vocabulary_from_expressions(read_words(args))
     image_processor = ReSTRImageProcessor(size={"height": args.image_size, "width": args.image_size})
-    processor = ReSTRProcessor(image_processor, build_tokenizer(vocabulary))
+    processor = ReSTRProcessor(image_processor, build_tokenizer(vocabulary, drop_unknown_punctuation=True))
     return processor, load_word_vectors(args.word_vectors, vocabulary)
 
 

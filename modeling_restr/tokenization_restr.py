@@ -5,13 +5,14 @@ any code of this package.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase, Normalizer, Replace, Sequence as NormalizerSequence
+from tokenizers.normalizers import NFC, Lowercase, Normalizer, Replace, Sequence as NormalizerSequence
 from tokenizers.pre_tokenizers import PreTokenizer, Sequence as PreTokenizerSequence, Split
 from transformers import PreTrainedTokenizerFast
 
@@ -23,32 +24,39 @@ SPECIAL_TOKENS = {PAD_TOKEN: 0, GO_TOKEN: 1, EOS_TOKEN: 2, UNK_TOKEN: 3}
 # not count the four separators as white space.
 _WORD = r"[\p{L}\p{N}_]"
 _SPACES = r"[\s\x1c-\x1f]+"
-# Python lower-cases a capital sigma by its place in the word, `Lowercase` looks at single characters.
-_FINAL_SIGMA = r"(?<=\p{Cased}\p{Case_Ignorable}*)\u03a3(?!\p{Case_Ignorable}*\p{Cased})"
+# Python lower-cases a capital sigma by its place in the word, `Lowercase` looks at single characters. What is both
+# cased and ignorable, such as U+0345, Python ignores.
+_CASED = r"[\p{Cased}&&\P{Case_Ignorable}]"
+_FINAL_SIGMA = rf"(?<={_CASED}\p{{Case_Ignorable}}*)\u03a3(?!\p{{Case_Ignorable}}*{_CASED})"
+# What may be dropped as punctuation: also ASCII's symbols, accents that stand alone, control and invisible characters.
+# Other symbols, such as emoji, and marks say something.
+_PUNCTUATION = r"[\p{P}\p{Sk}\p{Cc}\p{Cf}$+<=>^`|~\s&&[^_]]"
 
 
 def split_expression(text: str) -> list[str]:
     r"""Splits a referring expression into the pieces that are looked up, as the original does.
 
-    The text is stripped, lower-cased and split by `(\W+)` with the separators kept. Pieces of white space alone are
-    dropped, other pieces keep their spaces (`"man, left"` has the piece `", "`), and so is one last piece `"."`.
-    This is the reference that the tokenizer of [`build_tokenizer`] reproduces.
+    The text is composed (NFC, which the original leaves to whoever wrote it), stripped, lower-cased and split by
+    `(\W+)` with the separators kept. Pieces of white space alone are dropped, other pieces keep their spaces
+    (`"man, left"` has the piece `", "`), and so is one last piece `"."`. This is the reference that the tokenizer of
+    [`build_tokenizer`] reproduces.
     """
-    pieces = [piece for piece in re.split(r"(\W+)", text.strip().lower()) if piece.strip()]
+    composed = unicodedata.normalize("NFC", text)
+    pieces = [piece for piece in re.split(r"(\W+)", composed.strip().lower()) if piece.strip()]
     return pieces[:-1] if pieces and pieces[-1] == "." else pieces
 
 
 def read_vocabulary(path: str | Path) -> dict[str, int]:
-    """Reads a vocabulary file: one word a line (UTF-8), the line number, from 0, is the id.
+    """Reads a vocabulary file: one word per line (UTF-8), the line number, from 0, is the id.
 
-    A word that stands on several lines gets the id of its last line, as in the original, where each line overwrites
+    Words are composed (NFC). A word that stands on several lines gets the id of its last line, as in the original, where each line overwrites
     the one before. The ids then have gaps: the original's RefCOCO file has 12,112 lines and 12,107 distinct words,
     and an embedding needs the largest id + 1 rows.
 
     Raises:
         ValueError: if `<pad>`, `<go>`, `<eos>` and `<unk>` are not the words of ids 0 to 3.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8")).split("\n")
     vocabulary = {line.strip(): index for index, line in enumerate(lines) if line.strip()}
     _check_special_tokens(vocabulary, source=f"vocabulary file {path}")
     return vocabulary
@@ -68,10 +76,12 @@ def vocabulary_from_expressions(sentences: Iterable[str], min_count: int = 1) ->
     return SPECIAL_TOKENS | {word: len(SPECIAL_TOKENS) + index for index, word in enumerate(words)}
 
 
-def build_tokenizer(vocabulary: Mapping[str, int], max_length: int = 20) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    vocabulary: Mapping[str, int], max_length: int = 20, drop_unknown_punctuation: bool = False
+) -> PreTrainedTokenizerFast:
     """Builds the tokenizer that splits as [`split_expression`] does and looks the pieces up in `vocabulary`.
 
-    Unknown pieces become `<unk>`. With `padding="max_length", truncation=True` (the processor's defaults) the ids are
+    Unknown pieces become `<unk>`, unless they are dropped. With `padding="max_length", truncation=True` (the processor's defaults) the ids are
     padded on the left to exactly `max_length`, and the first `max_length` words are kept. No token is added to a
     sentence, and the text `"<pad>"` in a sentence is text, not padding.
 
@@ -79,6 +89,9 @@ def build_tokenizer(vocabulary: Mapping[str, int], max_length: int = 20) -> PreT
         vocabulary: word -> id, with `<pad>` 0, `<go>` 1, `<eos>` 2 and `<unk>` 3. The ids may have gaps, which
             survive saving and reloading.
         max_length: number of word slots of the model, 20 in the original.
+        drop_unknown_punctuation: whether pieces of punctuation that the vocabulary lacks are dropped beside words:
+            `"guy's t-shirt!"` is then `guy s t shirt`, which has three more `<unk>` otherwise, as in the original. A
+            sentence of nothing else stays one `<unk>`. Saved in tokenizer.json with the rest.
 
     Raises:
         ValueError: if a special token is missing or has another id, an id is negative or stands for two words, or
@@ -91,7 +104,7 @@ def build_tokenizer(vocabulary: Mapping[str, int], max_length: int = 20) -> PreT
         raise ValueError(f"Expected max_length >= 1, got {max_length}.")
 
     backend = Tokenizer(WordLevel(dict(vocabulary), unk_token=UNK_TOKEN))
-    backend.normalizer = _build_normalizer()
+    backend.normalizer = _build_normalizer(vocabulary if drop_unknown_punctuation else None)
     backend.pre_tokenizer = _build_pre_tokenizer()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -107,16 +120,21 @@ def build_tokenizer(vocabulary: Mapping[str, int], max_length: int = 20) -> PreT
     )
 
 
-def _build_normalizer() -> Normalizer:
-    return NormalizerSequence(
-        [
-            Replace(Regex(rf"\A{_SPACES}|{_SPACES}\z"), ""),
-            Replace(Regex(_FINAL_SIGMA), "\u03c2"),
-            Lowercase(),
-            # A last piece that is "." alone: nothing or a word stands before it.
-            Replace(Regex(rf"(?:\A|(?<={_WORD}))\.\z"), ""),
-        ]
-    )
+def _build_normalizer(known_punctuation: Iterable[str] | None) -> Normalizer:
+    """What [`split_expression`] does before it splits; unless None, unknown punctuation then becomes white space."""
+    steps = [
+        NFC(),
+        Replace(Regex(rf"\A{_SPACES}|{_SPACES}\z"), ""),
+        Replace(Regex(_FINAL_SIGMA), "\u03c2"),
+        Lowercase(),
+        # A last piece that is "." alone: nothing or a word stands before it.
+        Replace(Regex(rf"(?:\A|(?<={_WORD}))\.\z"), ""),
+    ]
+    if known_punctuation is not None:
+        known = "|".join(re.escape(piece) for piece in sorted(known_punctuation) if not re.search(r"\w", piece))
+        piece = rf"(?!(?:{known})(?:{_WORD}|\z)){_PUNCTUATION}+" if known else rf"{_PUNCTUATION}+"
+        steps.append(Replace(Regex(rf"(?<={_WORD}){piece}(?={_WORD}|\z)|\A{piece}(?={_WORD})"), " "))
+    return NormalizerSequence(steps)
 
 
 def _build_pre_tokenizer() -> PreTokenizer:

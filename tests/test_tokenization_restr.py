@@ -36,8 +36,18 @@ PIECES = {
     "first\nsecond.\n": ["first", "second"],
     "snake_case 2nd 1.5": ["snake_case", "2nd", "1", ".", "5"],
     "Café É": ["café", "é"],
-    "cafe\u0301": ["cafe", "\u0301"],  # a combining accent is not a word character
+    "cafe\u0301": ["café"],  # one character, however it was typed
+    "x\u0301": ["x", "\u0301"],  # a combining accent is not a word character
     "ΟΔΟΣ ΣΑΣ": ["οδος", "σας"],  # a sigma at the end of a word has its own small letter
+    "\u0345Σ aΣ\u0345 aΣ\u0345b": [
+        "\u0345",
+        "\u03c3",
+        "aς",
+        "\u0345 ",
+        "a\u03c3",
+        "\u0345",
+        "b",
+    ],  # cased, but ignored
     "½ ² Ⅷ": ["½", "²", "ⅷ"],
     "Ⓐ dog": ["ⓐ ", "dog"],
     "a\u00a0b\x1cc": ["a", "b", "c"],
@@ -48,7 +58,7 @@ PIECES = {
 def plain_pieces(text: str) -> list[str]:
     """The rule, written with Python's `re` and nothing of the package."""
     pieces = []
-    for piece in re.compile(r"(\W+)").split(text.strip().lower()):
+    for piece in re.compile(r"(\W+)").split(unicodedata.normalize("NFC", text).strip().lower()):
         if not piece.isspace() and piece != "":
             pieces.append(piece)
     if pieces[-1:] == ["."]:
@@ -74,7 +84,7 @@ def test_tokenizer_of_known_sentences(text):
 
 
 def test_tokenizer_agrees_with_the_plain_rule_on_random_text():
-    letters = "aAbZ  ..,'-\n\t_17éÉΣ\u03c3\u0391\u0301İßǅ½²日Ⓐ\x1c\x1f\x85\u00a0\u200b😀"
+    letters = "aAbZ  ..,'-\n\t_17éÉΣ\u03c3\u0391\u0301\u0345İßǅ½²日Ⓐ\x1c\x1f\x85\u00a0\u200b😀"
     generator = random.Random(0)
     texts = ["".join(generator.choices(letters, k=generator.randint(0, 12))) for _ in range(5000)]
     vocabulary = vocabulary_of({piece for text in texts for piece in plain_pieces(text)})
@@ -91,6 +101,74 @@ def test_every_character_is_split_as_python_splits_it():
     vocabulary = vocabulary_of({piece for text in texts for piece in plain_pieces(text)})
     encoded = build_tokenizer(vocabulary, max_length=10**6)(texts)["input_ids"]
     assert encoded == [[vocabulary[piece] for piece in plain_pieces(text)] for text in texts]
+
+
+WORDS = vocabulary_from_expressions(["the dog guy s hat t shirt left"])
+# Sentence -> its words where unknown punctuation is dropped.
+DROPPED = {
+    "dog!": "dog",
+    "guy's hat": "guy s hat",
+    "guy\u2019s hat; guy\u00b4s t-shirt": "guy s hat guy s t shirt",
+    "\u201cdog\u201d \u2014 (left) ...": "dog left",
+    ". the -- dog .": "the dog",
+    "dog\u200b \u200eleft\ufeff": "dog left",  # invisible characters
+    "$dog = <hat>|^`~+": "dog hat",
+    "the zebra, left": "the <unk> left",
+    "the 🐶": "the <unk>",
+    "the ← 🐶!": "the <unk>",
+    "dog_hat": "<unk>",
+    "?!": "<unk>",
+    " ... ": "<unk>",
+    ".": "",
+}
+
+
+@pytest.mark.parametrize("text", DROPPED)
+def test_unknown_punctuation_is_dropped_beside_words(text, tmp_path):
+    tokenizer = build_tokenizer(WORDS, drop_unknown_punctuation=True)
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each.convert_ids_to_tokens(each(text)["input_ids"]) == DROPPED[text].split()
+
+
+def test_known_punctuation_is_kept():
+    words = WORDS | {"'": 20, " - ": 21, "..": 22, "?": 23, "[": 24}
+    tokenizer = build_tokenizer(words, drop_unknown_punctuation=True)
+    text = "[guy's - hat.. - dog? left? 't"
+    tokens = ["[", "guy", "'", "s", " - ", "hat", "dog", "left", "t"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == tokens
+    assert tokenizer("guy..")["input_ids"] == [WORDS["guy"], 22]
+
+
+def keeps(piece: str, known: set[str]) -> bool:
+    """The rule for dropping, written without the tokenizer's expressions."""
+    categories = ("P", "Sk", "Cc", "Cf", "Z")
+    drops = [
+        char != "_" and (unicodedata.category(char).startswith(categories) or char in "$+<=>^`|~") for char in piece
+    ]
+    return piece in known or not all(drops)
+
+
+def test_dropping_agrees_with_the_plain_rule_on_random_text():
+    letters = "aAb_1 ..,'-!\"$€←🐶\n\u0301\u200b\u2019\u00b4\x1f"
+    generator = random.Random(1)
+    texts = ["".join(generator.choices(letters, k=generator.randint(0, 10))) for _ in range(5000)]
+    known = {piece for text in texts[:50] for piece in plain_pieces(text)}
+    vocabulary = vocabulary_of(known)
+    encoded = build_tokenizer(vocabulary, drop_unknown_punctuation=True)(texts)["input_ids"]
+    for text, ids in zip(texts, encoded, strict=True):
+        pieces = plain_pieces(text)
+        kept = [piece for piece in pieces if keeps(piece, known)] if len(pieces) > 1 else pieces
+        assert ids == [vocabulary.get(piece, SPECIAL_TOKENS["<unk>"]) for piece in kept], text
+
+
+def test_composed_and_decomposed_text_are_the_same(tmp_path):
+    (tmp_path / "vocabulary.txt").write_text("<pad>\n<go>\n<eos>\n<unk>\ncafe\u0301\n", encoding="utf-8")
+    vocabulary = read_vocabulary(tmp_path / "vocabulary.txt")
+    assert vocabulary == vocabulary_from_expressions(["cafe\u0301"]) == SPECIAL_TOKENS | {"café": 4}
+    for drop in (False, True):
+        tokenizer = build_tokenizer(vocabulary, drop_unknown_punctuation=drop)
+        assert tokenizer("Cafe\u0301 CAFÉ")["input_ids"] == [4, 4]
 
 
 def test_pads_on_the_left_and_keeps_the_first_words():
