@@ -1,11 +1,16 @@
 """ReSTR model configuration."""
 
+import dataclasses
+import difflib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 
 if TYPE_CHECKING:  # `__post_init__` resolves these fields: a config never holds None or a dict
@@ -15,7 +20,7 @@ if TYPE_CHECKING:  # `__post_init__` resolves these fields: a config never holds
 else:
     _Config, _Int, _Float = dict | PreTrainedConfig | None, int | None, float | int | None
 
-FUSION_TYPES = ("coupled", "independent", "vanilla")
+logger = logging.get_logger(__name__)
 
 # Where the classes are in a folder or Hub repository that carries the code.
 _AUTO_MAP = {
@@ -25,47 +30,91 @@ _AUTO_MAP = {
 }
 _PIPELINE = {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
 
-# Keys that are no fields of a config and still come through `config.json` or `from_pretrained`; so do private ones.
-_KEYS_HANDLED_BY_TRANSFORMERS = frozenset(
-    {
-        "attn_implementation",
-        "auto_map",
-        "base_model_tp_plan",
-        "custom_pipelines",
-        "experts_implementation",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "quantization_config",
-        "tie_last_hidden_states",
-        "tie_word_embeddings",
-        "torch_dtype",
-    }
-)
+
+def _count(maximum: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"from 1 to {maximum}", lambda value: 1 <= value <= maximum
 
 
-def _reject_unknown_keys(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    """Raise a `ValueError` that names the keys which transformers would store without a word."""
-    known = _KEYS_HANDLED_BY_TRANSFORMERS | GenerationConfig._get_default_generation_params().keys()
-    unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
-    if unknown:
-        expected = list(type(config).__annotations__)
-        raise ValueError(
-            f"{type(config).__name__} got unknown keys {unknown}: check their spelling, expected any of {expected}."
-        )
+def _one_of(values: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {tuple(values)}", lambda value: value in values
 
 
-def _check_heads(name: str, hidden_size: int, num_attention_heads: int) -> None:
-    if num_attention_heads <= 0 or hidden_size % num_attention_heads != 0:
-        raise ValueError(
-            f"{name}: `hidden_size` must be a multiple of `num_attention_heads`, got {hidden_size} and "
-            f"{num_attention_heads}."
-        )
+# What each field must be, by its name. The upper bounds of counts are far above every known model: with them, a digit
+# too many is an error at once, where it would fill the memory or build layers for hours.
+_BOUNDS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "projection_dim"), _count(2**16)),
+    **dict.fromkeys(("num_hidden_layers", "num_fusion_layers"), _count(1000)),
+    **dict.fromkeys(("image_size", "patch_size", "max_position_embeddings"), _count(2**14)),
+    "num_channels": _count(2**10),
+    "vocab_size": _count(2**24),
+    "fusion_type": _one_of(("coupled", "independent", "vanilla")),
+    "hidden_act": _one_of(ACT2FN),
+    **dict.fromkeys(("attention_dropout", "drop_path_rate"), ("in [0, 1)", lambda value: 0 <= value < 1)),
+    "layer_norm_eps": ("positive and finite", lambda value: 0 < value < math.inf),
+    **dict.fromkeys(
+        ("initializer_range", "patch_loss_weight", "pad_token_id"),
+        ("finite and not negative", lambda value: 0 <= value < math.inf),
+    ),
+}
+
+
+class ReSTRBaseConfig(PreTrainedConfig):
+    """What ReSTR's configs share: they keep keys that they do not know, and hold the bounds of those that they do."""
+
+    def __post_init__(self, **kwargs):
+        self.resolve_defaults()
+        self.validate_architecture()
+        super().__post_init__(**kwargs)
+        self._warn_of_misspelt_keys(kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, which sets what `from_pretrained(..., key=value)` is given after the checks."""
+        config, unused_kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        config.resolve_defaults()
+        config.validate_architecture()
+        config._warn_of_misspelt_keys(unused_kwargs)
+        return (config, unused_kwargs) if return_unused_kwargs else config
+
+    def resolve_defaults(self) -> None:
+        """Fill in what follows from other values; a subclass that has such fields overrides this."""
+
+    def validate_architecture(self) -> None:
+        """Raise a `ValueError` when a value is out of its bounds; subclasses add what has to fit one another."""
+        for name in (field.name for field in dataclasses.fields(self) if field.name in _BOUNDS):
+            expected, is_valid = _BOUNDS[name]
+            if not is_valid(getattr(self, name)):
+                raise ValueError(f"{type(self).__name__}: `{name}` must be {expected}, got {getattr(self, name)!r}.")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"{type(self).__name__}: `hidden_size` must be a multiple of `num_attention_heads`, got "
+                f"{self.hidden_size} and {self.num_attention_heads}."
+            )
+
+    def _known_fields(self) -> dict[str, str]:
+        """Every field's name and how a user reaches it, parts included: `{"patch_size": "vision_config.patch_size"}`."""
+        parts = {name: getattr(self, name) for name in self.sub_configs}
+        fields = {f.name: f"{part}.{f.name}" for part, config in parts.items() for f in dataclasses.fields(config)}
+        return {**fields, **{field.name: field.name for field in dataclasses.fields(self)}}
+
+    def _warn_of_misspelt_keys(self, keys: Iterable[str]) -> None:
+        """
+        Log one warning that names the field which each key probably means. Other keys pass in silence, as they do in
+        transformers, whose tools write many: the ids of special tokens, for one, resemble `pad_token_id`.
+        """
+        fields = self._known_fields()
+        nearest = {key: difflib.get_close_matches(key, fields, n=1, cutoff=0.8) for key in keys}
+        hints = [
+            f"`{key}` (did you mean `{fields[matches[0]]}`?)"
+            for key, matches in nearest.items()
+            if matches and not key.startswith("_") and not key.endswith("_token_id")
+        ]
+        if hints:
+            logger.warning(f"{type(self).__name__} has no field {', '.join(hints)}. Unknown keys have no effect.")
 
 
 @strict
-class ReSTRVisionConfig(PreTrainedConfig):
+class ReSTRVisionConfig(ReSTRBaseConfig):
     r"""
     Configuration of [`ReSTRVisionModel`], a plain ViT. The defaults are ReSTR's: ViT-B/16 at 480x480.
 
@@ -99,33 +148,26 @@ class ReSTRVisionConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float | int = 1e-5
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.1
     image_size: int = 480
     patch_size: int = 16
     num_channels: int = 3
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        _reject_unknown_keys(self, kwargs)
-        self.validate_architecture()
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self):
-        """Raise a `ValueError` when sizes do not fit one another."""
-        _check_heads(type(self).__name__, self.hidden_size, self.num_attention_heads)
-        if self.patch_size <= 0 or self.image_size <= 0 or self.image_size % self.patch_size != 0:
+    def validate_architecture(self) -> None:
+        """Raise a `ValueError` when values are out of bounds or do not fit one another."""
+        super().validate_architecture()
+        if self.image_size % self.patch_size != 0:
             raise ValueError(
-                f"{type(self).__name__}: `image_size` must be a positive multiple of `patch_size`, got "
-                f"{self.image_size} and {self.patch_size}."
+                f"{type(self).__name__}: `image_size` must be a multiple of `patch_size`, got {self.image_size} and "
+                f"{self.patch_size}."
             )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"{type(self).__name__}: `drop_path_rate` must be in [0, 1), got {self.drop_path_rate}.")
 
 
 @strict
-class ReSTRTextConfig(PreTrainedConfig):
+class ReSTRTextConfig(ReSTRBaseConfig):
     r"""
     Configuration of [`ReSTRTextModel`]. The defaults are ReSTR's for the RefCOCO family.
 
@@ -161,26 +203,16 @@ class ReSTRTextConfig(PreTrainedConfig):
     intermediate_size: int = 1200
     projection_dim: int = 768
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float | int = 1e-5
     attention_dropout: float | int = 0.0
     max_position_embeddings: int = 20
     pad_token_id: int = 0
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        _reject_unknown_keys(self, kwargs)
-        self.validate_architecture()
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self):
-        """Raise a `ValueError` when sizes do not fit one another."""
-        _check_heads(type(self).__name__, self.hidden_size, self.num_attention_heads)
-        if self.max_position_embeddings < 1:
-            raise ValueError(
-                f"{type(self).__name__}: `max_position_embeddings` must be 1 or more, got "
-                f"{self.max_position_embeddings}."
-            )
-        if not 0 <= self.pad_token_id < self.vocab_size:
+    def validate_architecture(self) -> None:
+        """Raise a `ValueError` when values are out of bounds or do not fit one another."""
+        super().validate_architecture()
+        if self.pad_token_id >= self.vocab_size:
             raise ValueError(
                 f"{type(self).__name__}: `pad_token_id` must be below `vocab_size`, got {self.pad_token_id} and "
                 f"{self.vocab_size}."
@@ -188,7 +220,7 @@ class ReSTRTextConfig(PreTrainedConfig):
 
 
 @strict
-class ReSTRConfig(PreTrainedConfig):
+class ReSTRConfig(ReSTRBaseConfig):
     r"""
     Configuration of [`ReSTRModel`] and [`ReSTRForImageSegmentation`]. The defaults are those of the published model
     (ReSTR, CVPR 2022, arXiv 2203.16768).
@@ -256,15 +288,15 @@ class ReSTRConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: _Int = None
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float | int = 1e-5
     attention_dropout: float | int = 0.0
     use_pixel_decoder: bool = True
     patch_loss_weight: _Float = None
     attend_to_padding: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        _reject_unknown_keys(self, kwargs)
+    def resolve_defaults(self) -> None:
+        """Fill in the encoders' configs, and the values that follow from them where the caller left them open."""
         self.vision_config = self._resolve_vision_config(self.vision_config)
         self.text_config = self._resolve_text_config(self.text_config)
         if self.hidden_size is None:
@@ -273,8 +305,6 @@ class ReSTRConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.patch_loss_weight is None:
             self.patch_loss_weight = 0.1 if self.use_pixel_decoder else 0.0
-        self.validate_architecture()
-        super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -309,15 +339,9 @@ class ReSTRConfig(PreTrainedConfig):
             raise ValueError(f"`text_config` must be a {ReSTRTextConfig.model_type!r}, got a {model_type!r}.")
         return text_config if isinstance(text_config, PreTrainedConfig) else ReSTRTextConfig(**values)
 
-    def validate_architecture(self):
-        """Raise a `ValueError` when values do not fit one another."""
-        if self.fusion_type not in FUSION_TYPES:
-            raise ValueError(f"`fusion_type` must be one of {FUSION_TYPES}, got {self.fusion_type!r}.")
-        if self.patch_loss_weight < 0:
-            raise ValueError(f"`patch_loss_weight` must not be negative, got {self.patch_loss_weight}.")
-        if self.num_fusion_layers < 1:
-            raise ValueError(f"`num_fusion_layers` must be 1 or more, got {self.num_fusion_layers}.")
-        _check_heads(type(self).__name__, self.hidden_size, self.num_attention_heads)
+    def validate_architecture(self) -> None:
+        """Raise a `ValueError` when values are out of bounds or do not fit one another."""
+        super().validate_architecture()
         if getattr(self.vision_config, "num_detection_tokens", 0):
             raise ValueError(
                 f"`vision_config` must be that of a plain ViT, whose patch tokens come last; a "

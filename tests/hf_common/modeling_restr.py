@@ -16,7 +16,6 @@ from modeling_restr import (
     ReSTRVisionModel,
 )
 
-from ... import test_modeling_common
 from ...test_configuration_common import ConfigTester
 from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
@@ -25,16 +24,6 @@ from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 MODEL_MAPPING_NAMES.update(
     restr="ReSTRModel", restr_vision_model="ReSTRVisionModel", restr_text_model="ReSTRTextModel"
 )
-
-
-def set_config_for_less_flaky_test(config):
-    """transformers' own sets the epsilon under seven names; here a config refuses names that it does not know."""
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        if part is not None:
-            part.layer_norm_eps = 1.0
-
-
-test_modeling_common.set_config_for_less_flaky_test = set_config_for_less_flaky_test
 
 
 class ReSTRVisionModelTester:
