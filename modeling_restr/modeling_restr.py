@@ -4,8 +4,7 @@ import copy
 import inspect
 import math
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
+from .vision_encoder_restr import (
+    as_pair,
+    convert_vision_model,
+    resize_position_embeddings,
+    resize_state_dict_positions,
+)
 
 
 if TYPE_CHECKING:  # transformers saves and loads a model's code with all that it imports: so the pipeline comes along
@@ -252,29 +257,6 @@ class ReSTRTextLayer(GradientCheckpointingLayer):
         return self.layer_norm2(hidden_states + self.mlp(hidden_states))
 
 
-def _pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of a config's `image_size` or `patch_size`."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def resize_position_embeddings(
-    position_embeddings: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> torch.Tensor:
-    """
-    Resize the grid part of `(1, prefix + h * w, hidden_size)` position embeddings bilinearly (align_corners=False, as
-    the original does); the rows of the prefix tokens, which come first, are kept.
-    """
-    # Where an export leaves the size free, to ask for one would bind the program to all others.
-    if not isinstance(new_grid[0], torch.SymInt) and old_grid == new_grid:
-        return position_embeddings
-    num_prefix_tokens = position_embeddings.shape[1] - old_grid[0] * old_grid[1]
-    prefix, grid = position_embeddings[:, :num_prefix_tokens], position_embeddings[:, num_prefix_tokens:]
-    grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, hidden, h, w)
-    grid = F.interpolate(grid, size=new_grid, mode="bilinear", align_corners=False)
-    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, prefix + new h * w, hidden)
-
-
 class ReSTRVisionEmbeddings(nn.Module):
     """Patch embedding behind one class token, plus learned positions."""
 
@@ -500,13 +482,13 @@ def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos
             f"`pixel_values` must have the shape (batch, {config.num_channels}, height, width), got "
             f"{tuple(pixel_values.shape)}."
         )
-    size, expected = (pixel_values.shape[2], pixel_values.shape[3]), _pair(config.image_size)
+    size, expected = (pixel_values.shape[2], pixel_values.shape[3]), as_pair(config.image_size)
     if not interpolate_pos_encoding and size != expected:
         raise ValueError(
             f"`pixel_values` have {size[0]}x{size[1]} pixels, but the model expects {expected[0]}x{expected[1]}. "
             f"Resize them with the processor, or pass `interpolate_pos_encoding=True`."
         )
-    patch_size = _pair(config.patch_size)
+    patch_size = as_pair(config.patch_size)
     if size[0] % patch_size[0] or size[1] % patch_size[1]:
         raise ValueError(
             f"`pixel_values` have {size[0]}x{size[1]} pixels, which patches of {patch_size[0]}x{patch_size[1]} do not "
@@ -691,7 +673,7 @@ class ReSTRPixelDecoder(nn.Module):
     def __init__(self, config: ReSTRConfig):
         super().__init__()
         dim = config.hidden_size
-        self.patch_size = _pair(config.vision_config.patch_size)
+        self.patch_size = as_pair(config.vision_config.patch_size)
         num_blocks = max(1, math.ceil(math.log2(max(self.patch_size))))
         widths = [max(1, dim // 2**index) for index in range(num_blocks)]
         self.layers = nn.ModuleList([ReSTRFirstChannelMap(2 * dim, dim)])
@@ -823,7 +805,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         if self._vision_model_takes_interpolate_pos_encoding:
             options["interpolate_pos_encoding"] = interpolate_pos_encoding
         outputs = self.vision_model(pixel_values.to(self.dtype), **options)
-        patch_size = _pair(config.patch_size)
+        patch_size = as_pair(config.patch_size)
         num_patches = (pixel_values.shape[2] // patch_size[0]) * (pixel_values.shape[3] // patch_size[1])
         if outputs.last_hidden_state.shape[1] < num_patches:
             raise ValueError(
@@ -905,11 +887,11 @@ class ReSTRModel(ReSTRPreTrainedModel):
         self, num_patches: int, pixel_values: torch.Tensor | None, image_size: tuple[int, int] | None
     ) -> tuple[int, int]:
         """(h, w) of the patches: of the pixels where they are given, of `image_size`, of the config, else a square."""
-        patch_height, patch_width = _pair(self.config.vision_config.patch_size)
+        patch_height, patch_width = as_pair(self.config.vision_config.patch_size)
         if pixel_values is not None:
             image_size = (pixel_values.shape[2], pixel_values.shape[3])
         elif image_size is None:
-            image_size = _pair(self.config.vision_config.image_size)
+            image_size = as_pair(self.config.vision_config.image_size)
             if (image_size[0] // patch_height) * (image_size[1] // patch_width) != num_patches:
                 side = math.isqrt(num_patches)
                 image_size = (side * patch_height, side * patch_width)
@@ -1041,55 +1023,6 @@ def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
         )
 
 
-def _convert_vision_model(vision_model: PreTrainedModel) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The config and weights under which a pretrained ViT becomes ReSTR's vision encoder; others stay as they are."""
-    config, state_dict = vision_model.config, vision_model.state_dict()
-    if config.model_type != "vit" or len({*_pair(config.image_size)}) > 1 or len({*_pair(config.patch_size)}) > 1:
-        return config, state_dict
-    names = (  # the newer and the older names of transformers' ViT -> ours
-        (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
-        (r"^(?:encoder\.)?layers?\.(\d+)\.", r"layers.\1."),
-        (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.", r".self_attn.\1_proj."),
-        (r"\.attention\.(?:o_proj|output\.dense)\.", ".self_attn.out_proj."),
-        (r"\.layernorm_before\.", ".layer_norm1."),
-        (r"\.layernorm_after\.", ".layer_norm2."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
-        (r"^layernorm\.", "layer_norm."),
-    )
-    converted = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in names:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = tensor
-    copied = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    values = {name: getattr(config, name) for name in (*copied, "layer_norm_eps", "num_channels")}
-    values.update(image_size=_pair(config.image_size)[0], patch_size=_pair(config.patch_size)[0])
-    return ReSTRVisionConfig(**values), converted
-
-
-def _resize_state_dict_positions(
-    state_dict: dict[str, torch.Tensor], config: Any, image_size: int | None
-) -> dict[str, torch.Tensor]:
-    """Set `config.image_size` and resize the position embeddings in `state_dict` to its grid."""
-    old_size, patch_size = _pair(config.image_size), _pair(config.patch_size)
-    if image_size is None or old_size == (image_size, image_size):
-        return state_dict
-    if image_size <= 0 or image_size % patch_size[0] or image_size % patch_size[1]:
-        raise ValueError(f"`image_size` must be a positive multiple of the patch size {patch_size}, got {image_size}.")
-    names = [name for name in state_dict if name.endswith("position_embeddings")]
-    if len(names) != 1:
-        raise ValueError(
-            f"Cannot resize the positions of a {config.model_type!r} encoder to `image_size={image_size}`: expected "
-            f"one tensor named 'position_embeddings', found {names}. Leave `image_size` at {old_size}."
-        )
-    old_grid = (old_size[0] // patch_size[0], old_size[1] // patch_size[1])
-    new_grid = (image_size // patch_size[0], image_size // patch_size[1])
-    config.image_size = image_size
-    return {**state_dict, names[0]: resize_position_embeddings(state_dict[names[0]], old_grid, new_grid)}
-
-
 @auto_docstring(custom_intro="ReSTR for referring image segmentation: one mask for each expression about an image.")
 class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
     def __init__(self, config: ReSTRConfig):
@@ -1130,7 +1063,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         vision_model, loading_info = AutoModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, dtype=torch.float32, **kwargs
         )
-        vision_config, state_dict = _convert_vision_model(vision_model)
+        vision_config, state_dict = convert_vision_model(vision_model)
         if config is None:
             config = ReSTRConfig(
                 vision_config=vision_config, num_attention_heads=getattr(vision_config, "num_attention_heads", 12)
@@ -1139,7 +1072,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             config = copy.deepcopy(config)
             config.vision_config = vision_config
             config.validate_architecture()
-        state_dict = _resize_state_dict_positions(state_dict, config.vision_config, image_size)
+        state_dict = resize_state_dict_positions(state_dict, config.vision_config, image_size)
         model = cls(config)
         missing, unexpected = model.model.vision_model.load_state_dict(state_dict, strict=False)
         missing += [name for name in loading_info["missing_keys"] if not name.startswith("pooler.")]

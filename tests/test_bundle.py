@@ -35,6 +35,7 @@ CODE_FILES = {
     "modeling_restr.py",
     "pipeline_restr.py",
     "processing_restr.py",
+    "vision_encoder_restr.py",
 }
 SERVING_FILES = {"handler.py", "requirements.txt"}
 OTHER_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -908,7 +908,7 @@ def test_labels_of_any_dtype(dtype):
 def test_save_and_load(tmp_path, values):
     model = tiny_model(**values)
     model.save_pretrained(tmp_path)
-    code = {"configuration_restr.py", "modeling_restr.py", "pipeline_restr.py"}
+    code = {"configuration_restr.py", "modeling_restr.py", "pipeline_restr.py", "vision_encoder_restr.py"}
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
     reloaded = ReSTRForImageSegmentation.from_pretrained(tmp_path)
     inputs = {"pixel_values": images(1), "input_ids": words(2)}

@@ -37,6 +37,7 @@ CODE_FILES = {
     "modeling_restr.py",
     "pipeline_restr.py",
     "processing_restr.py",
+    "vision_encoder_restr.py",
 }
 SERVING_FILES = {"handler.py", "requirements.txt"}
 MODEL_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
