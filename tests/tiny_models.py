@@ -30,3 +30,76 @@ def make_model(vocab_size: int) -> ReSTRForImageSegmentation:
         num_attention_heads=2,
     )
     return ReSTRForImageSegmentation(config)
+
+
+# Models of 32x32 pixels, for exact comparisons
+
+
+FUSION_TYPES = ["coupled", "independent", "vanilla"]
+NUM_WORDS = 6
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+# Large random weights, so that every part of the model has a say in the logits.
+TINY_VISION = {**SIZES, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}
+TINY_TEXT = {
+    **SIZES,
+    "hidden_size": 24,
+    "vocab_size": 50,
+    "projection_dim": 40,
+    "max_position_embeddings": NUM_WORDS,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_config(vision_config=None, text_config=None, **values) -> ReSTRConfig:
+    if vision_config is None or isinstance(vision_config, dict):
+        vision_config = {**TINY_VISION, **(vision_config or {})}
+    values = {"hidden_size": 36, "num_attention_heads": 4, "initializer_range": 0.2, **values}
+    return ReSTRConfig(vision_config=vision_config, text_config={**TINY_TEXT, **(text_config or {})}, **values)
+
+
+def tiny_model(*args, **values) -> ReSTRForImageSegmentation:
+    torch.manual_seed(0)
+    return ReSTRForImageSegmentation(tiny_config(*args, **values)).eval()
+
+
+def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
+
+
+def words(count: int, num_words: int = NUM_WORDS) -> torch.Tensor:
+    """Ids of expressions with one to all words, padded on the left."""
+    input_ids = torch.randint(4, 50, (count, num_words), generator=torch.Generator().manual_seed(count))
+    for row in range(count):
+        input_ids[row, : row % num_words] = 0
+    return input_ids
+
+
+def masks(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randint(0, 2, (count, height, width), generator=torch.Generator().manual_seed(count))
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
+    """The largest difference is at most `bound` times the largest magnitude."""
+    assert actual.shape == expected.shape
+    difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
+    assert difference <= bound * expected.abs().max().item()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients by name; they are taken off the model."""
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-5
+) -> None:
+    """As `assert_close`, parameter by parameter."""
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        if name.endswith("k_proj.bias"):  # it shifts all scores of a query alike: no gradient but rounding
+            assert max(gradient.abs().max().item(), actual[name].abs().max().item()) < 1e-5 * largest
+        else:
+            assert_close(actual[name], gradient, bound)
