@@ -1,15 +1,14 @@
-"""The canonical form against pycocotools, Pillow and masks that NumPy draws."""
+"""The canonical form against Pillow and masks that NumPy draws."""
 
 import io
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
 from modeling_restr.data.canonical import (
     FEATURES,
@@ -22,32 +21,16 @@ from modeling_restr.data.canonical import (
     build_rows,
     decode_mask,
     encode_mask,
-    segmentation_to_rle,
 )
+from modeling_restr.data.records import Problems
+from modeling_restr.data.segmentation import SeveralObjects
 
 
 HEIGHT, WIDTH = 24, 32
-BOX = [3.0, 5.0, 13.0, 5.0, 13.0, 17.0, 3.0, 17.0]
-TRIANGLE = [18.5, 4.0, 30.0, 20.5, 16.0, 21.0]
 
 
 def random_mask(seed=0, size=(HEIGHT, WIDTH)):
     return np.random.default_rng(seed).random(size) < 0.4
-
-
-def run_lengths(mask):
-    """COCO's uncompressed RLE by its definition: run lengths in column order, the first of them outside."""
-    pixels = mask.flatten(order="F")
-    starts = np.flatnonzero(np.diff(pixels)) + 1
-    counts = np.diff([0, *starts, pixels.size]).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if pixels[0] else counts}
-
-
-def coco_annotation_mask(segmentation, size=(HEIGHT, WIDTH)):
-    """The mask of an annotation as pycocotools' own API makes it."""
-    coco = COCO()
-    coco.imgs = {1: {"id": 1, "height": size[0], "width": size[1]}}
-    return coco.annToMask({"image_id": 1, "segmentation": segmentation}).astype(bool)
 
 
 def random_pixels(seed=0, size=(HEIGHT, WIDTH)):
@@ -71,87 +54,6 @@ def annotate(path, mask=None, size=(HEIGHT, WIDTH), image_id=7, bbox=None):
 def decoded(row):
     """The image of a row as a user of `datasets` gets it."""
     return FEATURES["image"].decode_example(row["image"])
-
-
-# Masks
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_masks_come_back(seed):
-    mask = random_mask(seed)
-    rle = encode_mask(mask)
-    assert rle["size"] == [HEIGHT, WIDTH]
-    assert isinstance(rle["counts"], str)
-    assert np.array_equal(decode_mask(rle), mask)
-    assert np.array_equal(coco_mask.decode(rle), mask)
-    assert np.array_equal(decode_mask(encode_mask(mask * 255)), mask)
-    with pytest.raises(ValueError, match=r"shape \(height, width\), got \(24, 32, 1\)"):
-        encode_mask(mask[..., None])
-
-
-@pytest.mark.parametrize("mask", [random_mask(1), np.ones((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)])
-def test_every_form_of_a_mask_is_the_same(mask):
-    expected = encode_mask(mask)
-    compressed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    assert isinstance(compressed["counts"], bytes)
-    halves = [mask & (np.arange(WIDTH) < 16), mask & (np.arange(WIDTH) >= 12)]
-    forms = [mask, lambda: mask, run_lengths(mask), compressed, expected, [expected]]
-    forms += [[encode_mask(half) for half in halves], [run_lengths(halves[0]), encode_mask(halves[1])]]
-    for form in forms:
-        assert segmentation_to_rle(form, (HEIGHT, WIDTH)) == expected
-
-
-def test_polygons_are_united_as_in_coco():
-    shifted = [number + 4 for number in BOX]
-    for polygons in ([BOX], [TRIANGLE], [BOX, TRIANGLE], [BOX, shifted]):
-        rle = segmentation_to_rle(polygons, (HEIGHT, WIDTH))
-        assert np.array_equal(decode_mask(rle), coco_annotation_mask(polygons))
-    mask = decode_mask(segmentation_to_rle([BOX, shifted], (HEIGHT, WIDTH)))
-    expected = np.zeros((HEIGHT, WIDTH), bool)
-    expected[5:17, 3:13] = expected[9:21, 7:17] = True
-    assert np.array_equal(mask, expected)  # what both parts cover is inside
-
-
-def test_polygons_and_rles_are_united():
-    mask = random_mask()
-    rle = segmentation_to_rle([BOX, run_lengths(mask), TRIANGLE], (HEIGHT, WIDTH))
-    assert np.array_equal(decode_mask(rle), mask | coco_annotation_mask([BOX, TRIANGLE]))
-
-
-def test_no_parts_are_an_empty_mask():
-    assert segmentation_to_rle([], (HEIGHT, WIDTH)) == encode_mask(np.zeros((HEIGHT, WIDTH)))
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        (random_mask(size=(WIDTH, HEIGHT)), r"size \(32, 24\) .* its image of \(24, 32\)"),
-        (run_lengths(random_mask(size=(WIDTH, HEIGHT))), r"size \(32, 24\) .* its image of \(24, 32\)"),
-        ([BOX, encode_mask(random_mask(size=(WIDTH, HEIGHT)))], r"size \(32, 24\) .* its image of \(24, 32\)"),
-        ([[1.0, 2.0, 3.0, 4.0]], "at least 3 points"),
-        ([BOX[:7]], "at least 3 points"),
-        ([[*BOX[:7], float("nan")]], "at least 3 points"),
-        (BOX, "at least 3 points"),
-        ([[BOX]], "at least 3 points"),
-        ({"counts": [768]}, r"must have size and counts, got \['counts'\]"),
-        ({"size": [HEIGHT, WIDTH], "counts": [30, 40]}, r"size \[24, 32\] cover 70 pixels"),
-        ({"size": [HEIGHT, WIDTH], "counts": [700, 100]}, "cover 800 pixels"),
-        ([BOX, {"size": [HEIGHT, WIDTH], "counts": ""}], "cover 0 pixels"),
-        ({"size": [HEIGHT, WIDTH], "counts": "a"}, "damaged: 'a'"),
-        ({"size": [HEIGHT, WIDTH], "counts": "~~"}, "damaged"),
-        ({"size": [HEIGHT, WIDTH], "counts": "O"}, "damaged"),  # a run of -1
-    ],
-)
-def test_bad_segmentations_are_explained(segmentation, message):
-    with pytest.raises(ValueError, match=message):
-        segmentation_to_rle(segmentation, (HEIGHT, WIDTH))
-
-
-def test_compressed_counts_that_are_cut_short_are_noticed():
-    counts = encode_mask(random_mask())["counts"]
-    for length in range(len(counts)):
-        with pytest.raises(ValueError, match=r"pixels|damaged"):
-            segmentation_to_rle({"size": [HEIGHT, WIDTH], "counts": counts[:length]}, (HEIGHT, WIDTH))
 
 
 # Rows
@@ -185,7 +87,7 @@ def test_box_of_the_mask_stands_in_for_a_missing_one(tmp_path):
     assert row["references"][0]["bbox"] == [7, 4, 13, 6]
     row = build_row(annotate(write_image(tmp_path / "a.png"), []))
     assert row["references"][0]["bbox"] == [0, 0, 0, 0]
-    for bbox in ([1, 2, 3], [1, 2, 3, float("nan")], [1, 2, 3, None]):
+    for bbox in ([1, 2, 3], [1, 2, 3, float("nan")], [1, 2, 3, None], 5, [1, 2, 3, 10**400], [[1], 2, 3, 4], "1234"):
         with pytest.raises(BadImage, match=r"a\.png: ref_id 11: A bbox must be \[x, y, width, height\]"):
             build_row(annotate(write_image(tmp_path / "a.png"), mask, bbox=bbox))
 
@@ -297,8 +199,43 @@ def test_no_image_at_all(tmp_path):
     with pytest.raises(BadImage, match=r"^b\.jpg: cannot be decoded \(not an image\)$"):
         build_row(annotate(tmp_path / "b.jpg"))
     (tmp_path / "c.jpg").mkdir()
-    with pytest.raises(BadImage, match=r"^c\.jpg: cannot be decoded"):
+    with pytest.raises(BadImage, match=r"^c\.jpg: cannot be read \(it is no regular file\)$"):
         build_row(annotate(tmp_path / "c.jpg"))
+
+
+def test_objects_without_a_pixel_are_bad_but_sentences_about_nothing_are_not(tmp_path):
+    path = write_image(tmp_path / "a.png")
+    for segmentation in (
+        np.zeros((HEIGHT, WIDTH)),
+        [[-9, -9, -3, -9, -3, -1]],
+        [[]],
+        {"size": [24, 32], "counts": [768]},
+    ):
+        with pytest.raises(BadImage, match=r"^a\.png: ref_id 11: ") as error:
+            build_row(annotate(path, segmentation))
+        assert error.value.problem == "images with an object without a usable mask or box"
+    assert not decode_mask(build_row(annotate(path, []))["references"][0]["mask"]).any()
+    box = [[3, 5, 13, 5, 13, 17, 3, 17]]
+    with pytest.raises(BadImage, match=r"a\.png: ref_id 11: The object covers no pixel"):
+        build_row(annotate(path, SeveralObjects((box, [[3, 3, 9, 3, 9, 3]]))))
+
+
+@pytest.mark.parametrize("segmentation", [None, 5, "x", [5], [[None]], [["1", "2"] * 4], {"size": 1, "counts": {}}])
+def test_annotations_of_any_type_are_the_images_fault(tmp_path, segmentation):
+    with pytest.raises(BadImage, match=r"^a\.png: ref_id 11: "):
+        build_row(annotate(write_image(tmp_path / "a.png"), segmentation or {}))
+
+
+def test_images_lie_in_their_folder(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    annotated = annotate(write_image(tmp_path / "a.png"))
+    assert build_row(replace(annotated, image_dir=tmp_path)) == build_row(annotated)
+    for path in (annotated.image, inside / "../a.png"):
+        with pytest.raises(
+            BadImage, match=r"^a\.png: cannot be read \(it leads out of the folder of the images, .*inside"
+        ):
+            build_row(replace(annotated, image=path, image_dir=inside))
 
 
 def test_images_that_a_dataset_holds(tmp_path):
@@ -312,6 +249,9 @@ def test_images_that_a_dataset_holds(tmp_path):
         assert build_row(held) == build_row(held, embed=False) == row
     paths[0].unlink()
     with pytest.raises(BadImage, match=r"0\.png: missing"):
+        build_row(AnnotatedImage(7, "0.png", ImageInDataset(source, 0, "photo"), ()))
+    source = datasets.Dataset.from_dict({"photo": [None]}, features=features)
+    with pytest.raises(BadImage, match=r"0\.png: cannot be read \(its row holds no image\)"):
         build_row(AnnotatedImage(7, "0.png", ImageInDataset(source, 0, "photo"), ()))
 
 
@@ -352,9 +292,23 @@ def test_bad_images_are_left_out_with_a_warning(tmp_path, caplog):
     assert dataset["image_id"][:] == [0, 3]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert all(text in caplog.text for text in ("Left out 3 images", "b.png: missing", "c.png", "e.png"))
+    assert "1 missing images: b.png\n1 images that cannot be decoded: c.png\n1 images of another size" in caplog.text
     none_left = build_dataset(images[1:3], skip_bad=True, progress=False)
     assert len(none_left) == 0
     assert none_left.features == FEATURES
+
+
+def test_what_a_summary_should_say_of_good_images(tmp_path):
+    stray = annotate(write_image(tmp_path / "a.png"), [[1, 2], [3, 5, 13, 5, 13, 17, 3, 17], [1, 2, 3, 4]])
+    turned = annotate(write_image(tmp_path / "b.jpg", orientation=6))
+    for num_threads in (1, 2):
+        problems = Problems()
+        rows, bad = build_rows([stray, turned, stray], num_threads=num_threads, progress=False, problems=problems)
+        assert len(rows) == 3 and not bad
+        assert problems == {
+            "polygons of one or two points, dropped": ["a.png: ref_id 11"] * 4,
+            "images that EXIF turns, annotated as if it did not (look at some)": ["b.jpg"],
+        }
 
 
 def make_dataset(folder, num_images=4):

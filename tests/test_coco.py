@@ -511,14 +511,13 @@ def test_tiny_instances_count_without_being_referred_to(write):
         None,
         [],
         [[1, 2, 3, 4]],
-        [5, 5, 9, 5, 9, 9],
         "mask",
         {"counts": [1, 2]},
         {"size": [HEIGHT, WIDTH], "counts": [3, 4]},
         {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
         {"size": [2, 3], "counts": [1, 5]},
     ],
-    ids=["missing", "none", "line", "flat", "text", "no size", "short", "empty", "of another size"],
+    ids=["missing", "none", "line", "text", "no size", "short", "empty", "of another size"],
 )
 def test_annotations_without_a_mask_silence_their_category(write, caplog, segmentation):
     dog = annotate(3, 7, RIGHT, category_id=4)

@@ -1,5 +1,5 @@
 """
-The canonical form of referring-expression data: one row an image, with all references to it and all their expressions.
+The canonical form of referring-expression data: one row per image, with all references to it and all their expressions.
 
 Readers of every layout (`refer.py`, `referit.py`, ...) yield [`AnnotatedImage`]s, which hold no pixels; [`build_row`]
 checks one against its decoded image and makes the row, [`build_dataset`] a `datasets.Dataset` of many.
@@ -8,7 +8,8 @@ checks one against its decoded image and makes the row, [`build_dataset`] a `dat
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,22 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from tqdm.contrib.concurrent import thread_map
 
+from .image_files import resolve_image
+from .records import Problems
+from .segmentation import (
+    Segmentation,
+    SeveralObjects,
+    are_numbers,
+    count_stray_parts,
+    decode_mask,
+    encode_mask,
+    object_to_rle,
+    segmentation_to_rle,
+)
+
+
+logger = datasets.logging.get_logger(__name__)
+_UNDECODABLE = "images that cannot be decoded"
 
 MASK_FEATURE = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
 FEATURES = datasets.Features(
@@ -40,15 +57,16 @@ FEATURES = datasets.Features(
     }
 )
 
-# A polygon [x0, y0, x1, y1, ...] or a COCO RLE (compressed or not).
-Part = list[float] | dict[str, Any]
-# An RLE, a list of parts (an empty one is an expression that refers to nothing in the image), a mask (height, width),
-# or a function that loads a mask, called when the row is built.
-Segmentation = dict[str, Any] | Sequence[Part] | np.ndarray | Callable[[], np.ndarray]
-
 
 class BadImage(ValueError):
-    """An image that cannot be used with its annotations: missing, unreadable, or of another size than they say."""
+    """
+    An image that cannot be used with its annotations: missing, unreadable, of another size than they say, or with
+    something on it that has no mask. `problem` says in the plural what it has in common with others.
+    """
+
+    def __init__(self, message: str, problem: str = "bad images"):
+        super().__init__(message)
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -67,135 +85,80 @@ class AnnotatedReference:
     ref_id: int
     ann_id: int
     category: str
-    segmentation: Segmentation
+    segmentation: Segmentation | SeveralObjects
     expressions: tuple[tuple[int, str], ...]  # (sent_id, text)
     bbox: Sequence[float] | None = None
+
+    @property
+    def refers_to_nothing(self) -> bool:
+        """Whether nothing in the image is meant, as gRefCOCO has it; an object whose mask is empty is a mistake."""
+        return isinstance(self.segmentation, list | tuple) and not self.segmentation
 
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image as its annotations describe it. `size` is (height, width) where they state it."""
+    """
+    An image as its annotations describe it. `size` is (height, width) where they state it. A file must lie in
+    `image_dir`, where that is given.
+    """
 
     image_id: int
     file_name: str
     image: Path | ImageInDataset
     references: tuple[AnnotatedReference, ...]
     size: tuple[int, int] | None = None
+    image_dir: Path | None = None
 
 
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (height, width), non-zero inside, as {"size": [height, width], "counts": compressed RLE as text}."""
-    if mask.ndim != 2:
-        raise ValueError(f"A mask must be of shape (height, width), got {mask.shape}.")
-    return _as_text(coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8)))
-
-
-def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """The inverse of [`encode_mask`]: (height, width) bool."""
-    return coco_mask.decode({"size": list(rle["size"]), "counts": rle["counts"]}).astype(bool)
-
-
-def segmentation_to_rle(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
+def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> bytes:
     """
-    Any form of a segmentation as one compressed RLE; the parts of an object are united.
+    The encoded file of an image. A file must lie in `image_dir`, where that is given.
 
     Raises:
-        ValueError: for a mask or RLE whose size is not the image's (height, width), and for polygons that are none.
+        FileNotFoundError, OSError, ValueError: as [`resolve_image`].
     """
-    if callable(segmentation):
-        segmentation = segmentation()
-    if isinstance(segmentation, np.ndarray):
-        rles = [encode_mask(segmentation)]
-    elif len(segmentation) == 0:
-        return encode_mask(np.zeros(size, dtype=bool))
-    else:
-        parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-        rles = [_part_to_rle(part, size) for part in parts]
-    for rle in rles:
-        if tuple(rle["size"]) != tuple(size):
-            raise ValueError(f"The mask is of size {tuple(rle['size'])} (height, width), its image of {tuple(size)}.")
-    return _as_text(coco_mask.merge(rles))
-
-
-def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode() if isinstance(counts, bytes) else counts,
-    }
-
-
-def _part_to_rle(part: Part, size: tuple[int, int]) -> dict[str, Any]:
-    if not isinstance(part, dict):
-        return coco_mask.frPyObjects([_check_polygon(part)], *size)[0]
-    if not {"size", "counts"} <= part.keys():
-        raise ValueError(f"An RLE must have size and counts, got {sorted(part)}.")
-    is_compressed = not isinstance(part["counts"], list)  # COCO's crowd regions come as lists of run lengths
-    rle = _as_text(part if is_compressed else coco_mask.frPyObjects(part, *part["size"]))
-    if (covered := _count_pixels(rle["counts"])) != rle["size"][0] * rle["size"][1]:
-        raise ValueError(f"The runs of an RLE of size {rle['size']} cover {covered} pixels.")
-    return rle
-
-
-def _check_polygon(polygon: Sequence[float]) -> list[float]:
-    numbers = np.asarray(polygon, dtype=np.float64)
-    if numbers.ndim != 1 or numbers.size < 6 or numbers.size % 2 or not np.isfinite(numbers).all():
-        raise ValueError(f"A polygon must be [x0, y0, x1, y1, ...] of at least 3 points, got {polygon}.")
-    return numbers.tolist()
-
-
-def _count_pixels(counts: str) -> int:
-    """
-    How many pixels the runs of a compressed RLE cover. pycocotools does not look: it decodes too few of them to
-    whatever is in memory, and merges them without end.
-
-    A run is written in digits of base 32, the lowest first; bit 5 says that another digit follows, bit 4 of the last is
-    the sign. From the fourth run on it is the change since the last but one.
-    """
-    runs: list[int] = []
-    run = shift = 0
-    for digit in (byte - 48 for byte in counts.encode()):
-        if not 0 <= digit < 64:
-            raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
-        run |= (digit & 31) << shift
-        shift += 5
-        if not digit & 32:
-            run -= (digit & 16) << (shift - 4)
-            runs.append(run + (runs[-2] if len(runs) > 2 else 0))
-            run = shift = 0
-    if shift or min(runs, default=0) < 0:
-        raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
-    return sum(runs)
-
-
-def read_image(source: Path | ImageInDataset) -> bytes:
-    """The encoded file of an image."""
     if isinstance(source, ImageInDataset):
-        image = source.dataset[source.row][source.column]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    return source.read_bytes()
+        image = source.dataset[source.row][source.column] or {"bytes": None, "path": None}
+        if image["bytes"] is not None:
+            return image["bytes"]
+        if not image["path"]:
+            raise ValueError("its row holds no image")
+        source = Path(image["path"])
+    return resolve_image(source, image_dir).read_bytes()
 
 
-def build_row(annotated: AnnotatedImage, embed: bool = True) -> dict[str, Any]:
+def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems | None = None) -> dict[str, Any]:
     """
     The canonical row of an image, after decoding it to the last pixel: the masks are of the decoded image's size.
 
-    With `embed=False` the row names the image's file instead of holding its bytes, where it can.
+    With `embed=False` the row names the image's file instead of holding its bytes, where it can. What is passed over
+    or doubtful is added to `problems`.
 
     Raises:
-        BadImage: for an image that is missing, cannot be decoded, or is of another size than its annotations.
+        BadImage: for an image that is missing, cannot be decoded, or is of another size than its annotations, and for
+            an object whose mask is damaged or empty.
     """
-    stated = None if annotated.size is None else (annotated.size[0], annotated.size[1])
+    problems = Problems() if problems is None else problems
+    name, stated = f"{annotated.file_name:.200}", annotated.size
     try:
-        encoded, size, changed = _decode_upright(read_image(annotated.image), stated)
+        encoded = read_image(annotated.image, annotated.image_dir)
     except FileNotFoundError as error:
-        raise BadImage(f"{annotated.file_name}: missing ({error.filename})") from None
+        raise BadImage(f"{name}: missing ({error.filename})", "missing images") from None
+    except (OSError, ValueError) as error:
+        raise BadImage(f"{name}: cannot be read ({error})", "images that cannot be read") from error
+    try:
+        encoded, size, changed = _decode_upright(encoded, None if stated is None else (stated[0], stated[1]))
     except UnidentifiedImageError:
-        raise BadImage(f"{annotated.file_name}: cannot be decoded (not an image)") from None
+        raise BadImage(f"{name}: cannot be decoded (not an image)", _UNDECODABLE) from None
     except Exception as error:  # Pillow raises nearly anything on a damaged file
-        raise BadImage(f"{annotated.file_name}: cannot be decoded ({error})") from error
-    if stated not in (None, size):
-        raise BadImage(f"{annotated.file_name}: decodes to {size} (height, width), its annotations are for {stated}")
+        raise BadImage(f"{name}: cannot be decoded ({error})", _UNDECODABLE) from error
+    if stated is not None and tuple(stated) != size:
+        raise BadImage(
+            f"{name}: decodes to {size} (height, width), its annotations are for {stated}",
+            "images of another size than their annotations",
+        )
+    if changed:
+        problems.add("images that EXIF turns, annotated as if it did not (look at some)", name)
     if not embed and not changed and isinstance(annotated.image, Path):
         image: dict[str, Any] = {"bytes": None, "path": str(annotated.image.absolute())}
     else:
@@ -204,7 +167,7 @@ def build_row(annotated: AnnotatedImage, embed: bool = True) -> dict[str, Any]:
         "image": image,
         "image_id": annotated.image_id,
         "file_name": annotated.file_name,
-        "references": [_build_reference(reference, size, annotated.file_name) for reference in annotated.references],
+        "references": [_build_reference(reference, size, name, problems) for reference in annotated.references],
     }
 
 
@@ -229,39 +192,58 @@ def _decode_upright(encoded: bytes, annotated_size: tuple[int, int] | None) -> t
         return buffer.getvalue(), (image.height, image.width), True
 
 
-def _build_reference(reference: AnnotatedReference, size: tuple[int, int], file_name: str) -> dict[str, Any]:
+def _build_reference(
+    reference: AnnotatedReference, size: tuple[int, int], file_name: str, problems: Problems
+) -> dict[str, Any]:
+    place = f"{file_name}: ref_id {reference.ref_id}"
     try:
-        rle = segmentation_to_rle(reference.segmentation, size)
-        bbox = np.asarray(coco_mask.toBbox(rle) if reference.bbox is None else reference.bbox, dtype=np.float32)
-        if bbox.shape != (4,) or not np.isfinite(bbox).all():
-            raise ValueError(f"A bbox must be [x, y, width, height], got {reference.bbox}.")
-    except (TypeError, ValueError) as error:
-        raise BadImage(f"{file_name}: ref_id {reference.ref_id}: {error}") from error
+        nothing = encode_mask(np.zeros(size, dtype=bool))
+        rle = nothing if reference.refers_to_nothing else object_to_rle(reference.segmentation, size)
+        bbox = _check_bbox(coco_mask.toBbox(rle) if reference.bbox is None else reference.bbox)
+        num_stray = count_stray_parts(reference.segmentation)
+    except ValueError as error:
+        raise BadImage(f"{place}: {error}", "images with an object without a usable mask or box") from error
+    problems.add("polygons of one or two points, dropped", *[place] * num_stray)
     return {
         "ref_id": reference.ref_id,
         "ann_id": reference.ann_id,
         "category": reference.category,
-        "bbox": bbox.tolist(),
+        "bbox": bbox,
         "mask": rle,
         "expressions": [{"sent_id": sent_id, "text": text} for sent_id, text in reference.expressions],
     }
 
 
-def _build_row_or_error(annotated: AnnotatedImage, embed: bool) -> dict[str, Any] | BadImage:
+def _check_bbox(bbox: Any) -> list[float]:
+    if not are_numbers(bbox) or len(bbox) != 4 or not all(abs(number) < 2**31 for number in bbox):
+        raise ValueError(f"A bbox must be [x, y, width, height], got {reprlib.repr(bbox)}.")
+    return np.asarray(bbox, dtype=np.float32).tolist()
+
+
+def build_row_or_error(annotated: AnnotatedImage, embed: bool = True) -> tuple[dict[str, Any] | BadImage, Problems]:
+    """The row of an image, or what is wrong with it, and all that a summary should say of it."""
+    problems = Problems()
     try:
-        return build_row(annotated, embed)
+        return build_row(annotated, embed, problems), problems
     except BadImage as error:
-        return error
+        return error, Problems({error.problem: [f"{annotated.file_name:.200}"]})
 
 
 def build_rows(
-    images: Sequence[AnnotatedImage], embed: bool = True, num_threads: int = 1, progress: bool = True
+    images: Sequence[AnnotatedImage],
+    embed: bool = True,
+    num_threads: int = 1,
+    progress: bool = True,
+    problems: Problems | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of all images that are good, and what is wrong with each of the others, both in the order given."""
-    build = partial(_build_row_or_error, embed=embed)
-    results = thread_map(build, images, max_workers=num_threads, desc="Images", unit="image", disable=not progress)
-    bad = [str(result) for result in results if isinstance(result, BadImage)]
-    return [result for result in results if not isinstance(result, BadImage)], bad
+    build = partial(build_row_or_error, embed=embed)
+    built = thread_map(build, images, max_workers=num_threads, desc="Images", unit="image", disable=not progress)
+    if problems is not None:
+        for _, found in built:
+            problems.extend(found)
+    bad = [str(result) for result, _ in built if isinstance(result, BadImage)]
+    return [result for result, _ in built if not isinstance(result, BadImage)], bad
 
 
 def build_dataset(images: Iterable[AnnotatedImage], skip_bad: bool = False, progress: bool = True) -> datasets.Dataset:
@@ -269,17 +251,33 @@ def build_dataset(images: Iterable[AnnotatedImage], skip_bad: bool = False, prog
     A dataset in the canonical form. Images stay in their files until the dataset is pushed or written.
 
     Raises:
-        BadImage: when images cannot be used, with the names of all of them; `skip_bad=True` warns and leaves them out.
+        BadImage: when images cannot be used, with the names of all of them; `skip_bad=True` leaves them out, and warns
+            in one summary of all that was dropped.
     """
-    rows, bad = build_rows(list(images), embed=False, progress=progress)
-    if bad:
-        report_bad_images(bad, skip_bad)
+    problems = Problems()
+    rows, bad = build_rows(list(images), embed=False, progress=progress, problems=problems)
+    listing = "\n".join(f"  {problem}" for problem in bad)
+    if bad and not skip_bad:
+        raise BadImage(f"{len(bad)} images cannot be used; skip_bad=True leaves them out:\n{listing}")
+    if problems:
+        left_out = f"Left out {len(bad)} images:\n{listing}\n" if bad else ""
+        logger.warning(f"{left_out}In all:\n{problems.summary()}")
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
-def report_bad_images(bad: Sequence[str], skip_bad: bool) -> None:
-    """Name every bad image: in an error, or in a warning when they are left out."""
-    listing = "\n".join(f"  {problem}" for problem in bad)
-    if not skip_bad:
-        raise BadImage(f"{len(bad)} images cannot be used; skip_bad=True leaves them out:\n{listing}")
-    datasets.logging.get_logger(__name__).warning(f"Left out {len(bad)} images:\n{listing}")
+__all__ = [
+    "FEATURES",
+    "MASK_FEATURE",
+    "AnnotatedImage",
+    "AnnotatedReference",
+    "BadImage",
+    "ImageInDataset",
+    "build_dataset",
+    "build_row",
+    "build_row_or_error",
+    "build_rows",
+    "decode_mask",
+    "encode_mask",
+    "read_image",
+    "segmentation_to_rle",
+]

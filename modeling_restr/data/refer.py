@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 
 from .canonical import AnnotatedImage, AnnotatedReference, build_dataset
+from .image_files import image_finder
 
 
 # dataset -> who split it
@@ -25,18 +26,6 @@ DATASETS = {
     "refcocog": ("umd", "google"),
     "refclef": ("unc", "berkeley"),
 }
-
-# Where images lie below the folder that is given, as COCO's archives and REFER's own instructions lay them out.
-IMAGE_FOLDERS = (
-    ".",
-    "train2014",
-    "images/train2014",
-    "mscoco/images/train2014",
-    "images/mscoco/images/train2014",
-    "saiapr_tc-12",
-    "images/saiapr_tc-12",
-    "train2017",
-)
 
 _REF_FIELDS = {"ref_id", "ann_id", "image_id", "category_id", "split", "sentences"}
 _SENTENCE_FIELDS = {"sent_id", "sent"}
@@ -312,29 +301,10 @@ def group_by_image(
             image=find_image(record["file_name"]),
             references=tuple(references[image_id]),
             size=(record["height"], record["width"]),
+            image_dir=Path(image_dir),
         )
         for image_id, record in records.items()
     ]
-
-
-def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
-    """
-    A function that finds an image by its name in `image_dir` or a usual folder below it (`IMAGE_FOLDERS`), under
-    COCO 2014's name or 2017's. Of an image that is nowhere, it returns where it was expected.
-
-    Raises:
-        `ValueError`: `image_dir` is no folder.
-    """
-    if not Path(image_dir).is_dir():
-        raise ValueError(f"Expected a folder of images, got {image_dir}.")
-    folders = [folder for name in IMAGE_FOLDERS if (folder := Path(image_dir, name)).is_dir()]
-
-    def find_image(file_name: str) -> Path:
-        names = dict.fromkeys([file_name, Path(file_name).name, Path(file_name).name.removeprefix("COCO_train2014_")])
-        candidates = (folder / name for name in names for folder in folders)
-        return next((path for path in candidates if path.is_file()), folders[:2][-1] / file_name)
-
-    return find_image
 
 
 __all__ = ["load_refer", "read_refer"]

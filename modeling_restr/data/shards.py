@@ -20,12 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .canonical import FEATURES, AnnotatedImage, BadImage, build_row
+from .canonical import FEATURES, AnnotatedImage, BadImage, build_row_or_error
 from .published_counts import Counts
+from .records import Problems
 
 
 ROWS_PER_GROUP = 100  # what `datasets` takes for images: streaming reads a group at a time
 LEFT_OUT_KEY = b"left_out"  # in a shard's metadata: what is wrong with each image that it lacks
+PROBLEMS_KEY = b"problems"  # and all that was dropped or is doubtful, by kind
 
 _counter: Any = None  # in a worker: how many images all workers have seen
 
@@ -66,6 +68,11 @@ def count_bytes(path: Path) -> int:
 def read_left_out(path: Path) -> list[str]:
     """What is wrong with each image that a shard lacks."""
     return json.loads((pq.read_metadata(path).metadata or {}).get(LEFT_OUT_KEY, b"[]"))
+
+
+def read_problems(path: Path) -> Problems:
+    """What was dropped from a shard or is doubtful in it."""
+    return Problems(json.loads((pq.read_metadata(path).metadata or {}).get(PROBLEMS_KEY, b"{}")))
 
 
 def _is_finished(shard: Shard, skip_bad: bool) -> bool:
@@ -151,14 +158,15 @@ def write_shard(
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     bad: list[str] = []
+    problems = Problems()
     try:
         with pq.ParquetWriter(temporary, FEATURES.arrow_schema) as writer:
             for start in range(0, len(images), ROWS_PER_GROUP):
-                rows = _build_good_rows(images[start : start + ROWS_PER_GROUP], bad, advance)
+                rows = _build_good_rows(images[start : start + ROWS_PER_GROUP], bad, problems, advance)
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
             left_out = [_strip_folders(problem) for problem in bad]
-            writer.add_key_value_metadata({LEFT_OUT_KEY: json.dumps(left_out)})
+            writer.add_key_value_metadata({LEFT_OUT_KEY: json.dumps(left_out), PROBLEMS_KEY: json.dumps(problems)})
         if skip_bad or not bad:
             os.replace(temporary, path)
     finally:
@@ -167,14 +175,16 @@ def write_shard(
 
 
 def _build_good_rows(
-    images: Sequence[AnnotatedImage], bad: list[str], advance: Callable[[int], Any]
+    images: Sequence[AnnotatedImage], bad: list[str], problems: Problems, advance: Callable[[int], Any]
 ) -> list[dict[str, Any]]:
     rows = []
     for image in images:
-        try:
-            rows.append(build_row(image))
-        except BadImage as error:
-            bad.append(str(error))
+        row, found = build_row_or_error(image)
+        problems.extend(found)
+        if isinstance(row, BadImage):
+            bad.append(str(row))
+        else:
+            rows.append(row)
         advance(1)
     return rows
 

@@ -1,0 +1,108 @@
+"""The records of annotation files, checked field by field, and what is found wrong with them."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Kind(NamedTuple):
+    """What a field has to hold."""
+
+    description: str
+    matches: Callable[[Any], bool]
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return False
+
+
+ID = Kind("a whole number of 64 bits", _is_id)
+ID_OR_IDS = Kind(
+    "a whole number of 64 bits or a list of them",
+    lambda value: _is_id(value) or (isinstance(value, list) and all(map(_is_id, value))),
+)
+TEXT = Kind("text", _is_text)
+TEXT_OR_TEXTS = Kind(
+    "text or a list of texts",
+    lambda value: _is_text(value) or (isinstance(value, list) and all(map(_is_text, value))),
+)
+LIST = Kind("a list", lambda value: isinstance(value, list))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+ANYTHING = Kind("anything", lambda value: True)
+
+
+def check_fields(record: Any, kinds: Mapping[str, Kind], place: str) -> None:
+    """
+    Check that a record has certain fields of certain kinds.
+
+    Raises:
+        ValueError: it has not; the message begins with `place`, which names the file and the record.
+    """
+    if not isinstance(record, dict) or not record.keys() >= kinds.keys():
+        raise ValueError(f"{place}: expected the fields {sorted(kinds)}, got {reprlib.repr(record)}.")
+    for name, kind in kinds.items():
+        if not kind.matches(record[name]):
+            raise ValueError(f"{place}: expected {name} to be {kind.description}, got {reprlib.repr(record[name])}.")
+
+
+def index_records(content: Any, table: str, path: Path) -> dict[int, dict[str, Any]]:
+    """
+    The records of a table in COCO's format ("images", "annotations" or "categories") by their ids.
+
+    Raises:
+        ValueError: the table is missing, or an id is none or is there twice; the message names the file and the id.
+    """
+    records = content.get(table) if isinstance(content, dict) else None
+    if not isinstance(records, list):
+        raise ValueError(f"{path} is not in COCO's format: expected a list of {table}, each with its id.")
+    indexed: dict[int, dict[str, Any]] = {}
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not ID.matches(record.get("id")):
+            got = reprlib.repr(record.get("id") if isinstance(record, dict) else record)
+            raise ValueError(
+                f"{path} is not in COCO's format: the ids of {table} must be whole numbers of 64 bits, got {got} in "
+                f"record {number}."
+            )
+        if record["id"] in indexed:
+            raise ValueError(f"{path}: the ids of {table} must be unique, {record['id']} is there twice.")
+        indexed[record["id"]] = record
+    return indexed
+
+
+class Problems(dict[str, list[str]]):
+    """
+    What was dropped or is doubtful: for each kind of problem, said in the plural, the names of what has it.
+
+        problems = Problems()
+        problems.add("annotations without a mask", "annotation 7")
+        print(problems.summary())  # 1 annotations without a mask: annotation 7
+    """
+
+    def add(self, problem: str, *names: str) -> None:
+        if names:
+            self.setdefault(problem, []).extend(names)
+
+    def extend(self, others: Mapping[str, Iterable[str]]) -> None:
+        for problem, names in others.items():
+            self.add(problem, *names)
+
+    def summary(self, num_names: int = 10) -> str:
+        """A line for each kind: how many there are, and the first of them by name."""
+        return "\n".join(
+            f"{len(names):,} {problem}: {', '.join(names[:num_names])}{', ...' if len(names) > num_names else ''}"
+            for problem, names in self.items()
+        )
+
+
+__all__ = ["ANYTHING", "ID", "ID_OR_IDS", "LIST", "OBJECT", "TEXT", "TEXT_OR_TEXTS", "Kind", "Problems"]
+__all__ += ["check_fields", "index_records"]

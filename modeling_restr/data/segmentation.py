@@ -1,0 +1,227 @@
+"""
+Objects in any form that annotation files hold, as masks in COCO's run-length encoding (RLE).
+
+pycocotools checks nothing: it walks along an outline wherever that leads, and reads runs that are not there. So it gets
+outlines within bounds, and runs that add up to the size of the image, only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+
+# A polygon [x0, y0, x1, y1, ...] or [[x0, y0], [x1, y1], ...], or a COCO RLE (compressed or not).
+Part = Sequence[Any] | dict[str, Any]
+# An RLE, a list of parts (an empty one refers to nothing in the image), one polygon, a mask (height, width), or a
+# function that loads a mask, called when the row is built.
+Segmentation = dict[str, Any] | Sequence[Any] | np.ndarray | Callable[[], np.ndarray]
+
+MAX_OUTLINE = 100  # times height + width: the longest outline of a polygon, in pixels
+
+
+@dataclass(frozen=True)
+class SeveralObjects:
+    """Objects that are referred to together; none may be without a mask."""
+
+    objects: tuple[Segmentation, ...]
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (height, width), non-zero inside, as {"size": [height, width], "counts": compressed RLE as text}."""
+    if mask.ndim != 2:
+        raise ValueError(f"A mask must be of shape (height, width), got {mask.shape}.")
+    return _as_text(coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8)))
+
+
+def decode_mask(rle: dict[str, Any]) -> np.ndarray:
+    """
+    The inverse of [`encode_mask`]: (height, width) bool.
+
+    Raises:
+        ValueError: for runs that do not add up to the size, and for a mask larger than any image that Pillow opens.
+    """
+    (height, width), runs = _read_runs(rle)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > 2 * limit:
+        raise ValueError(f"A mask must have at most {2 * limit} pixels, got one of size {(height, width)}.")
+    is_inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(is_inside, runs).reshape(width, height).T
+
+
+def object_to_rle(segmentation: Segmentation | SeveralObjects, size: tuple[int, int]) -> dict[str, Any]:
+    """
+    The mask of an object, or of several united, as [`segmentation_to_rle`] makes it.
+
+    Raises:
+        ValueError: as [`segmentation_to_rle`], and for an object without a single pixel in its image.
+    """
+    objects = segmentation.objects if isinstance(segmentation, SeveralObjects) else (segmentation,)
+    rles = [segmentation_to_rle(segmentation, size) for segmentation in objects]
+    if not coco_mask.area(rles).all():
+        raise ValueError("The object covers no pixel of its image.")
+    return _as_text(coco_mask.merge(rles))
+
+
+def segmentation_to_rle(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
+    """
+    Any form of a segmentation as one compressed RLE; its parts are united.
+
+    Stray polygons of one or two points, as annotation tools leave them beside good ones, are passed over
+    ([`count_stray_parts`] counts them). What lies outside of the image is cut off.
+
+    Raises:
+        ValueError: for a mask or RLE whose size is not the image's (height, width), for polygons that are none or lead
+            further out of the image than its size, and for anything else.
+    """
+    if callable(segmentation):
+        segmentation = segmentation()
+    if isinstance(segmentation, np.ndarray):
+        _check_size(segmentation.shape, size)
+        return encode_mask(segmentation)
+    parts = _list_parts(segmentation)
+    if not parts:
+        return encode_mask(np.zeros(size, dtype=bool))
+    good = [part for part in parts if not _is_stray(part)] or parts[:1]
+    return _as_text(coco_mask.merge([_part_to_rle(part, size) for part in good]))
+
+
+def count_stray_parts(segmentation: Segmentation | SeveralObjects) -> int:
+    """The number of parts that [`segmentation_to_rle`] passes over, of a segmentation that it takes."""
+    if isinstance(segmentation, SeveralObjects):
+        return sum(map(count_stray_parts, segmentation.objects))
+    if callable(segmentation) or isinstance(segmentation, np.ndarray):
+        return 0
+    return sum(map(_is_stray, _list_parts(segmentation)))
+
+
+def are_numbers(values: Any) -> bool:
+    """Whether these are nothing but numbers, in a list; not that they are finite."""
+    is_list = isinstance(values, list | tuple | np.ndarray)
+    return is_list and all(issubclass(kind, Real) and kind is not bool for kind in set(map(type, values)))
+
+
+def _list_parts(segmentation: Any) -> list[list[Any] | dict[str, Any]]:
+    """RLEs and polygons [x0, y0, x1, y1, ...], of numbers that are not checked yet."""
+    if isinstance(segmentation, dict):
+        return [segmentation]
+    if not isinstance(segmentation, list | tuple):
+        raise ValueError(f"A segmentation must be polygons, an RLE or a mask, got {reprlib.repr(segmentation)}.")
+    is_polygon = are_numbers(segmentation) or (len(segmentation) > 2 and _are_points(segmentation))
+    parts = [segmentation] if segmentation and is_polygon else segmentation
+    return [part if isinstance(part, dict) else _flatten_polygon(part) for part in parts]
+
+
+def _are_points(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(are_numbers(value) and len(value) == 2 for value in values)
+
+
+def _flatten_polygon(part: Any) -> list[Any]:
+    numbers = list(itertools.chain(*part)) if _are_points(part) else part
+    if not are_numbers(numbers) or len(numbers) % 2:
+        raise ValueError(_describe_polygon(part))
+    return list(numbers)
+
+
+def _describe_polygon(part: Any) -> str:
+    return f"A polygon must be [x0, y0, x1, y1, ...] of at least 3 points, got {reprlib.repr(part)}."
+
+
+def _is_stray(part: list[Any] | dict[str, Any]) -> bool:
+    return isinstance(part, list) and len(part) < 6
+
+
+def _part_to_rle(part: list[Any] | dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    if isinstance(part, list):
+        _check_polygon(part, size)
+        return coco_mask.frPyObjects([part], *size)[0]
+    stated, runs = _read_runs(part)
+    _check_size(stated, size)
+    return coco_mask.frPyObjects({"size": stated, "counts": runs}, *size)
+
+
+def _check_size(found: Iterable[int], size: tuple[int, int]) -> None:
+    if tuple(found) != tuple(size):
+        raise ValueError(f"The mask is of size {tuple(found)} (height, width), its image of {tuple(size)}.")
+
+
+def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:
+    """pycocotools takes 40 bytes for each pixel of the outline."""
+    if _is_stray(polygon):
+        raise ValueError(_describe_polygon(polygon))
+    height, width = size
+    for number, side in zip(polygon, itertools.cycle((width, height))):
+        if not -side <= number <= 2 * side:
+            raise ValueError(
+                f"A polygon must be of numbers and stay within one size of its image of {tuple(size)} (height, width), "
+                f"got {reprlib.repr(number)}."
+            )
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    length = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
+    if length > (limit := MAX_OUTLINE * (height + width)):
+        raise ValueError(f"The outline of a polygon must be of at most {limit} pixels, got {length:.0f}.")
+
+
+def _read_runs(rle: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """[height, width] and the lengths of the runs of an RLE, outside and inside by turns; they add up to the size."""
+    if not {"size", "counts"} <= rle.keys():
+        raise ValueError(f"An RLE must have size and counts, got {reprlib.repr(list(rle))}.")
+    size, counts = rle["size"], rle["counts"]
+    if not _are_whole(size) or len(size) != 2:
+        raise ValueError(f"The size of an RLE must be [height, width], got {reprlib.repr(size)}.")
+    if isinstance(counts, str | bytes):
+        counts = _decompress(counts)
+    elif not _are_whole(counts):  # COCO's crowd regions come as lists of run lengths
+        raise ValueError(f"The counts of an RLE must be whole numbers from 0 on, got {reprlib.repr(counts)}.")
+    height, width = map(int, size)
+    runs = list(map(int, counts))
+    if (covered := sum(runs)) != height * width:
+        raise ValueError(f"The runs of an RLE of size {[height, width]} cover {covered} pixels.")
+    return [height, width], runs
+
+
+def _are_whole(values: Any) -> bool:
+    return are_numbers(values) and all(value >= 0 and value % 1 == 0 for value in values)
+
+
+def _decompress(counts: str | bytes) -> list[int]:
+    """
+    The runs of a compressed RLE.
+
+    A run is written in digits of base 32, the lowest first; bit 5 says that another digit follows, bit 4 of the last is
+    the sign. From the fourth run on it is the change since the last but one.
+    """
+    runs: list[int] = []
+    run = shift = 0
+    for digit in (byte - 48 for byte in (counts.encode() if isinstance(counts, str) else counts)):
+        if not 0 <= digit < 64 or shift > 60:
+            raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
+        run |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            run -= (digit & 16) << (shift - 4)
+            runs.append(run + (runs[-2] if len(runs) > 2 else 0))
+            run = shift = 0
+    if shift or min(runs, default=0) < 0:
+        raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
+    return runs
+
+
+def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
+    counts = rle["counts"]
+    return {
+        "size": [int(side) for side in rle["size"]],
+        "counts": counts.decode() if isinstance(counts, bytes) else counts,
+    }
+
+
+__all__ = ["Segmentation", "SeveralObjects", "are_numbers", "count_stray_parts", "decode_mask", "encode_mask"]
+__all__ += ["object_to_rle", "segmentation_to_rle"]
