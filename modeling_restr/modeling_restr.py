@@ -323,7 +323,12 @@ class ReSTRPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        config.validate_architecture()  # `from_pretrained(..., key=value)` sets values after the config's own checks
+        config.validate_architecture()  # values may have been set since the config's own checks
+
+    def post_init(self) -> None:
+        super().post_init()
+        # What a part may pass over when it is loaded alone, transformers would let the whole pass over, too.
+        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -34,6 +34,7 @@ from modeling_restr import (
     ReSTRTextModel,
     ReSTRVisionConfig,
     ReSTRVisionModel,
+    build_tokenizer,
 )
 from modeling_restr.modeling_restr import ReSTRAttention, ReSTRDropPath, ReSTREncoderLayer, ReSTRPixelDecoder
 
@@ -450,6 +451,25 @@ def test_trainer_averages_over_accumulation_steps(tmp_path):
     )
 
 
+def test_models_of_the_stock_trainer_load_again(tmp_path):
+    """Trainer writes the ids of the tokenizer's special tokens into the configs."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    tokenizer = build_tokenizer({word: index for index, word in enumerate(("<pad>", "<go>", "<eos>", "<unk>", "dog"))})
+    tokenizer.eos_token = "<eos>"
+    item = {"pixel_values": images(1)[0], "input_ids": words(1)[0], "labels": masks(1)[0]}
+    model = tiny_model()
+    arguments = TrainingArguments(tmp_path, max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=[item] * 8, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        reloaded = ReSTRForImageSegmentation.from_pretrained(folder)
+        assert reloaded.config.text_config.eos_token_id == 2
+        assert all(weight.equal(model.state_dict()[name]) for name, weight in reloaded.state_dict().items())
+
+
 # Compilation and export
 
 
@@ -683,6 +703,58 @@ def test_an_encoder_loads_its_part_of_a_whole_model(tmp_path, encoder, name):
         assert all(weight.equal(expected[key]) for key, weight in part.state_dict().items())
         part.save_pretrained(tmp_path / "part")
         assert load_file(tmp_path / "part" / "model.safetensors").keys() == expected.keys()
+
+
+def change_weights(folder, change) -> None:
+    """Rewrite the weights of a saved model: `change` gets and edits the dict of them."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+UNEXPECTED = [
+    "model.extra",
+    "model.text_model.layers.2.mlp.fc1.weight",
+    "model.vision_model.layer_norm.wieght",
+    "pixel_decoder.layers.9.weight",
+    "head.weight",
+]
+
+
+@pytest.mark.parametrize("values", [{}, {"use_pixel_decoder": False}])
+def test_weights_without_a_place_are_reported(tmp_path, values):
+    tiny_model(**values).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.update({name: torch.ones(2) for name in UNEXPECTED}))
+    _, info = ReSTRForImageSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == set(UNEXPECTED)
+    # The base model leaves the decoder aside, and nothing else.
+    _, info = ReSTRModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.removeprefix("model.") for name in info["unexpected_keys"]} == {
+        name.removeprefix("model.") for name in UNEXPECTED if not name.startswith("pixel_decoder.")
+    }
+
+
+def test_layers_and_decoders_that_the_config_does_not_ask_for_are_reported(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    config = tiny_config(text_config={"num_hidden_layers": 1}, use_pixel_decoder=False)
+    _, info = ReSTRForImageSegmentation.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    beyond = ("model.text_model.layers.1.", "pixel_decoder.")
+    assert set(info["unexpected_keys"]) == {name for name in model.state_dict() if name.startswith(beyond)}
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        ReSTRForImageSegmentation.from_pretrained(tmp_path, config=tiny_config(text_config={"vocab_size": 60}))
+
+
+@pytest.mark.parametrize(("encoder", "name"), [(ReSTRVisionModel, "vision_model"), (ReSTRTextModel, "text_model")])
+def test_an_encoder_reports_what_its_own_part_has_too_much_or_too_little(tmp_path, encoder, name):
+    tiny_model().save_pretrained(tmp_path)
+
+    def rename(weights):
+        weights[f"model.{name}.layer_norm.wieght"] = weights.pop(f"model.{name}.layer_norm.weight")
+
+    change_weights(tmp_path, rename)
+    _, info = encoder.from_pretrained(tmp_path, output_loading_info=True)
+    assert (info["unexpected_keys"], info["missing_keys"]) == ({"layer_norm.wieght"}, {"layer_norm.weight"})
 
 
 @pytest.mark.parametrize("width", [48, 192])
