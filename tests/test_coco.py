@@ -1,18 +1,16 @@
 """Generated expressions for COCO files: what is said is true of one instance only, by an independent reading."""
 
 import json
-import logging
 import random
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from coco_annotations import CATEGORIES, HEIGHT, WIDTH, annotate, draw
 from pycocotools import mask as coco_mask
 
-from modeling_restr.data import build_dataset, decode_mask, read_coco
-from modeling_restr.data.canonical import BadImage
+from modeling_restr.data import read_coco
 from modeling_restr.data.coco import (
     PHRASES,
     Instance,
@@ -23,8 +21,6 @@ from modeling_restr.data.coco import (
 )
 
 
-HEIGHT, WIDTH = 96, 128
-CATEGORIES = {1: "chair", 2: "Wine_Glass", 3: "glass", 4: "dog", 5: "hot dog", 6: "zebra"}
 RANKS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5}
 RANKS |= {"1st": 1, "2nd": 2, "3rd": 3, "4th": 4, "5th": 5}
 SIDES = {
@@ -165,12 +161,6 @@ class Reader:
 # --- Random annotations -----------------------------------------------------------------------------------------------
 
 
-def draw(shape, box):
-    mask = Image.new("L", (WIDTH, HEIGHT))
-    getattr(ImageDraw.Draw(mask), shape)(box, fill=1)
-    return np.asarray(mask, dtype=bool)
-
-
 def random_masks(rng):
     """Scattered, close together, in a row or a column; of like or mixed sizes; some reach beyond the image."""
     layout = rng.choice(["scattered", "scattered", "close", "row", "column"])
@@ -219,13 +209,6 @@ def make_file(path, num_images, seed=0):
         truth[image_id] = masks, nouns, crowds
     path.write_text(json.dumps(content))
     return truth
-
-
-def annotate(number, image_id, mask, category_id=1, iscrowd=0):
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    rle = {"size": rle["size"], "counts": rle["counts"].decode()}
-    fields = {"id": number, "image_id": image_id, "category_id": category_id, "iscrowd": iscrowd}
-    return fields | {"segmentation": rle, "bbox": coco_mask.toBbox(rle).tolist(), "area": float(mask.sum())}
 
 
 @pytest.fixture(scope="module")
@@ -437,167 +420,6 @@ def test_splits(tmp_path):
     assert {image.image_id for image in read(path, split="val", val_share=0.5, seed=8)} > val
     with pytest.raises(ValueError, match=r"None of the 60 images .* are in split 'val' with val_share 0"):
         read(path, split="val", val_share=0)
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes a file of one image with these annotations (and other fields), and reads it."""
-
-    def write_and_read(annotations, image=None, categories=None, **options):
-        image = {"id": 7, "file_name": "7.png", "height": HEIGHT, "width": WIDTH} | (image or {})
-        image = {name: value for name, value in image.items() if value is not None}
-        names = categories or CATEGORIES
-        content = {
-            "images": [image],
-            "annotations": annotations,
-            "categories": [{"id": number, "name": name} for number, name in names.items()],
-        }
-        (tmp_path / "instances.json").write_text(json.dumps(content))
-        return read(tmp_path / "instances.json", **options)
-
-    return write_and_read
-
-
-def save_image(path, size=(WIDTH, HEIGHT), orientation=None):
-    exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
-    Image.new("RGB", size, "teal").save(path, exif=exif)
-
-
-LEFT, RIGHT, TINY = (draw("rectangle", corners) for corners in ([10, 30, 40, 60], [90, 30, 120, 60], [60, 5, 61, 6]))
-
-
-def test_polygons_and_rles_give_the_same_rows(write, tmp_path):
-    save_image(tmp_path / "7.png")
-    polygon = [[10, 30, 41, 30, 41, 61, 10, 61]]  # LEFT by the outlines of its pixels
-    runs = [10 * HEIGHT + 30, *[31, HEIGHT - 31] * 30, 31]
-    uncompressed = {"size": [HEIGHT, WIDTH], "counts": [*runs, HEIGHT * WIDTH - sum(runs)]}
-    rows = []
-    for segmentation in (polygon, uncompressed, annotate(1, 7, LEFT)["segmentation"]):
-        left = annotate(1, 7, LEFT) | {"segmentation": segmentation}
-        rows.append(build_dataset(write([left, annotate(2, 7, RIGHT)]), progress=False)[0])
-    for row in rows:
-        assert row["references"] == rows[0]["references"]
-        first, second = row["references"]
-        np.testing.assert_array_equal(decode_mask(first["mask"]), LEFT)
-        np.testing.assert_array_equal(decode_mask(second["mask"]), RIGHT)
-        assert first["bbox"] == [10, 30, 31, 31]
-        assert (first["category"], first["ann_id"], first["ref_id"]) == ("chair", 1, 1)
-        assert all("left" in expression["text"] for expression in first["expressions"])
-
-
-def test_a_crowd_silences_its_category_in_its_image(write):
-    dog = annotate(3, 7, draw("rectangle", [60, 30, 80, 60]), category_id=4)
-    assert [r.ann_id for r in write([annotate(1, 7, LEFT), annotate(2, 7, RIGHT), dog])[0].references] == [1, 2, 3]
-    crowd = annotate(2, 7, RIGHT, iscrowd=1)
-    assert [r.ann_id for r in write([annotate(1, 7, LEFT), crowd, dog])[0].references] == [3]
-    lvis = {"not_exhaustive_category_ids": [1], "file_name": None, "coco_url": "http://images/val2017/7.png"}
-    (image,) = write([annotate(1, 7, LEFT), dog], image=lvis)
-    assert ([r.ann_id for r in image.references], image.file_name) == ([3], "val2017/7.png")
-
-
-def test_tiny_instances_count_without_being_referred_to(write):
-    (image,) = write([annotate(1, 7, LEFT), annotate(2, 7, TINY)], expressions_per_instance=50)
-    assert [r.ann_id for r in image.references] == [1]
-    assert not {"chair", "the chair"} & set(texts_of([image]))
-    (image,) = write([annotate(1, 7, LEFT), annotate(2, 7, TINY)], min_area_share=0.0)
-    assert [r.ann_id for r in image.references] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    "segmentation",
-    [
-        None,
-        [],
-        [[1, 2, 3, 4]],
-        "mask",
-        {"counts": [1, 2]},
-        {"size": [HEIGHT, WIDTH], "counts": [3, 4]},
-        {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
-        {"size": [2, 3], "counts": [1, 5]},
-    ],
-    ids=["missing", "none", "line", "text", "no size", "short", "empty", "of another size"],
-)
-def test_annotations_without_a_mask_silence_their_category(write, caplog, segmentation):
-    dog = annotate(3, 7, RIGHT, category_id=4)
-    with caplog.at_level(logging.WARNING):
-        (image,) = write([annotate(1, 7, LEFT), annotate(2, 7, TINY) | {"segmentation": segmentation}, dog])
-    assert [r.ann_id for r in image.references] == [3]
-    assert "1 annotations have no mask that fits their image" in caplog.text
-    assert "(ids 2)" in caplog.text
-
-
-def test_annotations_of_other_images_are_passed_over(write, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert len(write([annotate(1, 7, LEFT), annotate(2, 8, RIGHT)])[0].references) == 1
-    assert "1 annotations are of images that are not in the file" in caplog.text
-
-
-@pytest.mark.parametrize("orientation", [None, 3, 6])
-def test_sizes_that_are_not_stated_are_those_of_the_images(write, tmp_path, orientation):
-    size = (HEIGHT, WIDTH) if orientation == 6 else (WIDTH, HEIGHT)  # turned by 90 degrees when shown
-    save_image(tmp_path / "7.png", size, orientation)
-    polygon = annotate(1, 7, LEFT) | {"segmentation": [[10, 30, 41, 30, 41, 61, 10, 61]]}
-    images = write([polygon], image={"height": None, "width": None})
-    assert images[0].size == (HEIGHT, WIDTH)
-    row = build_dataset(images, progress=False)[0]
-    assert row["image"].size == (WIDTH, HEIGHT)
-    np.testing.assert_array_equal(decode_mask(row["references"][0]["mask"]), LEFT)
-
-
-def test_sizes_that_are_not_stated_are_those_of_the_rles(write):
-    (image,) = write([annotate(1, 7, LEFT)], image={"height": None, "width": None})
-    assert image.size == (HEIGHT, WIDTH)
-    assert len(image.references) == 1
-
-
-def test_bad_images_are_named_when_the_dataset_is_built(write, tmp_path):
-    polygon = annotate(1, 7, LEFT) | {"segmentation": [[10, 30, 41, 30, 41, 61, 10, 61]]}
-    other = {"id": 8, "file_name": "8.png", "height": HEIGHT, "width": WIDTH}
-    write([polygon])
-    content = json.loads((tmp_path / "instances.json").read_text())
-    content["images"] = [{"id": 7, "file_name": "7.png"}, other]
-    content["annotations"].append(annotate(2, 8, LEFT))
-    (tmp_path / "instances.json").write_text(json.dumps(content))
-    save_image(tmp_path / "8.png")
-    images = read(tmp_path / "instances.json")
-    with pytest.raises(BadImage, match=r"7\.png: missing"):
-        build_dataset(images, progress=False)
-    assert build_dataset(images, skip_bad=True, progress=False)["image_id"] == [8]
-
-
-def test_categories_are_said_in_lower_case_and_equal_ones_together(write):
-    names = {1: "Traffic_Light", 2: "bow_(weapon)", 3: "Bow (ribbon)"}
-    (image,) = write([annotate(1, 7, LEFT, category_id=1)], categories=names)
-    assert image.references[0].category == "Traffic_Light"
-    assert all("traffic light" in text for text in texts_of([image]))
-    (image,) = write([annotate(1, 7, LEFT, category_id=2), annotate(2, 7, RIGHT, category_id=3)], categories=names)
-    assert all(re.search(r"left|right", text) for text in texts_of([image]))
-
-
-def test_files_that_cannot_be_used_are_errors_that_say_why(write, tmp_path):
-    path = tmp_path / "instances.json"
-    chair = annotate(1, 7, LEFT)
-    for annotations, options, message in (
-        ([chair, chair], {}, "ids of annotations must be unique, 1 is there twice"),
-        ([chair | {"id": None}], {}, "ids of annotations must be whole numbers from 0 on, got None"),
-        ([chair | {"category_id": 99}], {}, "annotation 1 is of category 99"),
-        ([chair], {"categories": {1: "??"}}, "category 1 has no name that can be said"),
-        ([chair], {"categories": {1: None}}, "category 1 has no name that can be said"),
-        ([chair], {"image": {"id": "a"}}, "ids of images must be whole numbers"),
-        ([chair], {"image": {"file_name": None}}, "image 7 has no file_name"),
-        ([annotate(1, 7, TINY)], {}, "No instance of .* allows an unambiguous expression"),
-        ([], {}, "No instance of .* allows an unambiguous expression"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            write(annotations, **options)
-    for text, message in (("{", "is not JSON"), ("[]", "not in COCO's format"), ('{"images": []}', "not in COCO's")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read(path)
-    with pytest.raises(ValueError, match="Expected a file"):
-        read(tmp_path / "missing.json")
 
 
 @pytest.mark.parametrize(

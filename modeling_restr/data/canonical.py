@@ -99,7 +99,7 @@ class AnnotatedReference:
 class AnnotatedImage:
     """
     An image as its annotations describe it. `size` is (height, width) where they state it. A file must lie in
-    `image_dir`, where that is given.
+    `image_dir`, where that is given. `problem` is what is already known to keep it from being used.
     """
 
     image_id: int
@@ -108,6 +108,7 @@ class AnnotatedImage:
     references: tuple[AnnotatedReference, ...]
     size: tuple[int, int] | None = None
     image_dir: Path | None = None
+    problem: str | None = None
 
 
 def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> bytes:
@@ -140,6 +141,8 @@ def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems 
     """
     problems = Problems() if problems is None else problems
     name, stated = f"{annotated.file_name:.200}", annotated.size
+    if annotated.problem is not None:
+        raise BadImage(f"{name}: {annotated.problem}")
     try:
         encoded = read_image(annotated.image, annotated.image_dir)
     except FileNotFoundError as error:

@@ -20,21 +20,19 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
-from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from .canonical import AnnotatedImage, AnnotatedReference, decode_mask, segmentation_to_rle
-from .refer import image_finder, read_json
+from .canonical import AnnotatedImage, AnnotatedReference, decode_mask
+from .coco_file import MAX_EXPRESSIONS, CocoFile, CocoObject
+from .records import Problems
 
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
-MAX_EXPRESSIONS = 100  # of an instance, so that sent_id = 100 * ann_id + index is unique
 
 # {0} is the noun, {1} the ordinal.
 PHRASES = {
@@ -379,53 +377,71 @@ def read_coco(
     min_area_share: float = 0.005,
     split: str | None = None,
     val_share: float = 0.1,
+    crowds_as_instances: bool = False,
+    captions: bool = False,
+    problems: Problems | None = None,
     progress: bool = True,
 ) -> list[AnnotatedImage]:
     """
-    The images of a COCO instances file, in the order of their ids, with generated expressions.
+    The images of a COCO instances file, in the order of their ids, with generated expressions or its own captions.
 
     Masks may be polygons or RLEs. What an image gets depends on `seed`, its id and its annotations only, not on the
     rest of the file or its order. Left out are instances that allow no unambiguous expression, and images without
     any. Nothing is said of a category in an image where it has a crowd (`iscrowd`), LVIS's mark that not all of it
-    is annotated, or an annotation without a mask that fits the image; how many of these there are is logged.
+    is annotated, or an annotation without a mask that fits the image. What is left out is counted by reason.
 
     Args:
-        instances_path: the file: `images` (id, file_name, and height and width unless the image files are there to
+        instances_path: The file: `images` (id, file_name, and height and width unless the image files are there to
             tell), `annotations` (id, image_id, category_id, segmentation) and `categories` (id, name).
-        image_dir: the folder that the file names are relative to; as for [`read_refer`], COCO's usual folders below
+        image_dir: The folder that the file names are relative to; as for [`read_refer`], COCO's usual folders below
             it are looked into.
-        expressions_per_instance: at most so many for each instance, 1 to 100; some allow fewer.
-        seed: non-negative; another seed gives other expressions.
-        min_area_share: smaller instances, as a share of the image's area, are not referred to themselves.
+        expressions_per_instance: The most for each instance, 1 to 100; some allow fewer.
+        seed: A whole number from 0; another seed gives other expressions.
+        min_area_share: Share of the image's area below which instances are not referred to themselves.
         split: "train" or "val" for a part of the file, `None` for all. An image's part depends on its id only, so it
             stays when the file grows or another seed is taken.
-        val_share: the expected share of the images in "val", 0 to 1.
-        progress: whether to show a progress bar.
+        val_share: The expected share of the images in "val", 0 to 1.
+        crowds_as_instances: Whether annotations marked as crowds are read as one object each. Some tools mark every
+            mask that was drawn with a brush.
+        captions: Whether the `caption` of each annotation, a text or a list of texts, is taken instead of generated
+            expressions. Whatever it is about, its mask is the annotation's; annotations without one are left out.
+        problems: Takes note of what is left out; by default that is logged as one warning.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Images without pixels, for [`build_dataset`]; those that cannot be used are among them without references, and
+        building their rows says what is wrong.
 
     Raises:
         ValueError: for a file that is no COCO instances file (the message says what is missing or wrong, and where),
             for an argument out of its range, and when no expression at all can be made.
     """
     _check_arguments(expressions_per_instance, seed, min_area_share, split, val_share)
-    reader = _Reader(Path(instances_path), image_dir, min_area_share)
-    image_ids = [image_id for image_id in sorted(reader.images) if split in (None, _split_of(image_id, val_share))]
-    if not image_ids:
-        raise ValueError(
-            f"None of the {len(reader.images)} images of {instances_path} are in split {split!r} with val_share "
-            f"{val_share}: choose another share, or one file for each split."
-        )
+    found = Problems() if problems is None else problems
+    file = CocoFile(Path(instances_path), image_dir, found, need_categories=not captions)
+    refer: _CaptionReader | _Generator = (
+        _CaptionReader(file)
+        if captions
+        else _Generator(file, expressions_per_instance, seed, min_area_share, crowds_as_instances)
+    )
     images = []
-    for image_id in tqdm(image_ids, desc="Expressions", unit="image", disable=not progress):
-        rng = np.random.default_rng((seed, image_id))
-        image = reader.annotate(image_id, rng, expressions_per_instance)
-        if image.references or image.size is None:  # without a size: building its row will say what is wrong
+    for image_id in tqdm(
+        _select_images(file, split, val_share), desc="Expressions", unit="image", disable=not progress
+    ):
+        image = file.describe_image(image_id)
+        is_usable = image.problem is None and image.size is not None
+        if is_usable:
+            image = replace(image, references=tuple(refer(image)))
+        if image.references or not is_usable:  # building its row will say what is wrong
             images.append(image)
-    reader.report_problems()
-    if not any(image.references for image in images):
+        else:
+            found.add("images in which nothing is referred to", f"image {image_id}")
+    if not images:
         raise ValueError(
-            f"No instance of {instances_path} allows an unambiguous expression: each must have a mask of at least "
-            f"{min_area_share:.2%} of its image (min_area_share) and be told apart from others of its category."
+            f"Expected an object in {instances_path} that can be referred to, found none:\n{found.summary()}"
         )
+    if found and problems is None:
+        logger.warning("Left out of %s:\n%s", instances_path, found.summary())
     return images
 
 
@@ -446,140 +462,109 @@ def _check_arguments(
         raise ValueError(f"val_share must be between 0 and 1, got {val_share}.")
 
 
-def _split_of(image_id: int, val_share: float) -> str:
-    digest = hashlib.sha256(str(image_id).encode()).digest()
-    return "val" if int.from_bytes(digest[:8]) < val_share * 2**64 else "train"
+def _select_images(file: CocoFile, split: str | None, val_share: float) -> list[int]:
+    """The ids of the images of a split that have annotations."""
+    image_ids = [image_id for image_id in sorted(file.images) if split in (None, split_of(image_id, val_share))]
+    if not image_ids:
+        raise ValueError(
+            f"None of the {len(file.images)} images of {file.path} are in split {split!r} with val_share {val_share}: "
+            "choose another share, or one file for each split."
+        )
+    for image_id in image_ids:
+        if image_id not in file.annotations:
+            file.problems.add("images without annotations", f"image {image_id}")
+    return [image_id for image_id in image_ids if image_id in file.annotations]
 
 
-def _to_noun(name: Any) -> str:
+def draw_share(name: object) -> float:
+    """A number from 0 to 1, drawn for the id or the name of an image: always the same one."""
+    return int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8]) / 2**64
+
+
+def split_of(name: object, val_share: float) -> str:
+    """The split of an image, by its id or name alone."""
+    return "val" if draw_share(name) < val_share else "train"
+
+
+def _to_noun(name: str) -> str:
     """A category's name as it is said: "traffic light" for "Traffic_Light", "bow" for LVIS's "bow_(weapon)"."""
-    return " ".join(re.sub(r"\(.*?\)|_", " ", name).lower().split()) if isinstance(name, str) else ""
+    return " ".join(re.sub(r"\(.*?\)|_", " ", name).lower().split())
 
 
-class _Reader:
-    """A COCO instances file, checked and indexed by ids."""
+def _build_reference(file: CocoFile, instance: CocoObject, texts: Sequence[str]) -> AnnotatedReference:
+    assert instance.mask is not None
+    number = instance.number
+    expressions = tuple((number * MAX_EXPRESSIONS + index, text) for index, text in enumerate(texts))
+    return AnnotatedReference(number, number, file.category_of(instance.annotation), instance.mask, expressions)
 
-    def __init__(self, path: Path, image_dir: str | Path, min_area_share: float):
-        self.path = path
-        self.find_image = image_finder(image_dir)
-        self.min_area_share = min_area_share
-        content = read_json(path)
-        self.images = self._index(content, "images")
-        self.categories = self._index(content, "categories")
-        self.nouns = {number: _to_noun(category.get("name")) for number, category in self.categories.items()}
+
+@dataclass(frozen=True)
+class _CaptionReader:
+    """Refers to objects by the captions of their annotations."""
+
+    file: CocoFile
+
+    def __call__(self, image: AnnotatedImage) -> Iterator[AnnotatedReference]:
+        assert image.size is not None
+        for instance in self.file.read_objects(image.image_id, image.size, read_crowds=True):
+            captions = self.file.captions_of(instance.annotation)
+            texts = [text for text in captions if re.search(r"\w", text)]
+            if len(texts) > MAX_EXPRESSIONS:
+                raise ValueError(
+                    f"{self.file.path}: expected at most {MAX_EXPRESSIONS} captions of an annotation, got {len(texts)} "
+                    f"of annotation {instance.number}."
+                )
+            problem = "captions without words" if captions else "annotations without a caption"
+            if len(texts) < max(len(captions), 1):
+                self.file.problems.add(problem, f"annotation {instance.number}")
+            if texts and instance.mask is not None:
+                yield _build_reference(self.file, instance, texts)
+
+
+class _Generator:
+    """Refers to objects by generated expressions."""
+
+    def __init__(
+        self,
+        file: CocoFile,
+        expressions_per_instance: int,
+        seed: int,
+        min_area_share: float,
+        crowds_as_instances: bool,
+    ) -> None:
+        self.file, self.seed, self.crowds_as_instances = file, seed, crowds_as_instances
+        self.expressions_per_instance, self.min_area_share = expressions_per_instance, min_area_share
+        self.nouns = {number: _to_noun(category["name"]) for number, category in file.categories.items()}
         for number, noun in self.nouns.items():
             if not re.search(r"\w", noun):
-                name = self.categories[number].get("name")
-                raise ValueError(f"{path}: category {number} has no name that can be said, got {name!r}.")
-        self.problems: dict[str, list[int]] = defaultdict(list)  # what is wrong with which annotations
-        self.annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for number, annotation in sorted(self._index(content, "annotations").items()):
-            if annotation.get("category_id") not in self.categories:
-                got = annotation.get("category_id")
-                raise ValueError(f"{path}: annotation {number} is of category {got!r}, which is not in the file.")
-            if annotation.get("image_id") in self.images:
-                self.annotations[annotation["image_id"]].append(annotation)
+                name = file.categories[number]["name"]
+                raise ValueError(f"{file.path}: category {number} has no name that can be said, got {name!r}.")
+
+    def __call__(self, image: AnnotatedImage) -> Iterator[AnnotatedReference]:
+        assert image.size is not None
+        objects = self.file.read_objects(image.image_id, image.size, self.crowds_as_instances)
+        unclear_nouns = {self.nouns[number] for number in self.file.incomplete_categories(image.image_id)}
+        unclear_nouns |= {self._noun_of(instance) for instance in objects if instance.mask is None}
+        clear = [instance for instance in objects if instance.mask is not None]
+        instances = [
+            measure_mask(self._noun_of(instance), decode_mask(instance.mask), self.min_area_share)
+            for instance in clear
+            if instance.mask is not None
+        ]
+        rng = np.random.default_rng((self.seed, image.image_id))
+        said = generate_expressions(instances, rng, self.expressions_per_instance, unclear_nouns)
+        for index, (instance, measured) in enumerate(zip(clear, instances)):
+            if index in said:
+                yield _build_reference(self.file, instance, [expression.text for expression in said[index]])
             else:
-                self.problems["are of images that are not in the file: they are passed over"].append(number)
+                self.file.problems.add(self._why_not(measured, unclear_nouns), f"annotation {instance.number}")
 
-    def _index(self, content: Any, table: str) -> dict[int, dict[str, Any]]:
-        records = content.get(table) if isinstance(content, dict) else None
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError(f"{self.path} is not in COCO's format: expected a list of {table}.")
-        indexed: dict[int, dict[str, Any]] = {}
-        for record in records:
-            number = record.get("id")
-            if not isinstance(number, int) or number < 0:
-                raise ValueError(f"{self.path}: the ids of {table} must be whole numbers from 0 on, got {number!r}.")
-            if number in indexed:
-                raise ValueError(f"{self.path}: the ids of {table} must be unique, {number} is there twice.")
-            indexed[number] = record
-        return indexed
+    def _noun_of(self, instance: CocoObject) -> str:
+        return self.nouns[instance.annotation["category_id"]]
 
-    def annotate(self, image_id: int, rng: np.random.Generator, expressions_per_instance: int) -> AnnotatedImage:
-        """The image with its references. Its size is `None` when not even its file tells it."""
-        file_name = self._file_name(image_id)
-        path = self.find_image(file_name)
-        size = self._stated_size(image_id) or _read_size(path)
-        image = AnnotatedImage(image_id, file_name, path, (), size)
-        if size is None:
-            return image
-        instances: list[Instance] = []
-        sources: list[tuple[dict[str, Any], dict[str, Any]]] = []  # each instance's annotation and mask
-        unclear_nouns = self._not_exhaustive(image_id)
-        for annotation in self.annotations[image_id]:
-            noun = self.nouns[annotation["category_id"]]
-            mask = None if annotation.get("iscrowd") else self._read_mask(annotation, size)
-            if mask is None:
-                unclear_nouns.add(noun)
-            else:
-                instances.append(measure_mask(noun, decode_mask(mask), self.min_area_share))
-                sources.append((annotation, mask))
-        said = generate_expressions(instances, rng, expressions_per_instance, unclear_nouns)
-        references = (self._refer(*sources[target], expressions) for target, expressions in said.items())
-        return replace(image, references=tuple(references))
-
-    def _file_name(self, image_id: int) -> str:
-        """LVIS names no files, its images lie in COCO's folders `train2017` and `val2017`."""
-        image = self.images[image_id]
-        if isinstance(image.get("file_name"), str):
-            return image["file_name"]
-        if isinstance(image.get("coco_url"), str):
-            return "/".join(image["coco_url"].split("/")[-2:])
-        raise ValueError(f"{self.path}: image {image_id} has no file_name.")
-
-    def _stated_size(self, image_id: int) -> tuple[int, int] | None:
-        """(height, width) as the image or one of its RLEs has it."""
-        image = self.images[image_id]
-        sizes: list[Any] = [(image.get("height"), image.get("width"))]
-        for annotation in self.annotations[image_id]:
-            if isinstance(annotation.get("segmentation"), dict):
-                sizes.append(annotation["segmentation"].get("size", ()))
-        for size in sizes:
-            if (
-                isinstance(size, Sequence)
-                and len(size) == 2
-                and all(isinstance(side, int) and side > 0 for side in size)
-            ):
-                return size[0], size[1]
-        return None
-
-    def _not_exhaustive(self, image_id: int) -> set[str]:
-        """The nouns of which LVIS says that the image holds more than is annotated."""
-        numbers = self.images[image_id].get("not_exhaustive_category_ids", ())
-        return {self.nouns[number] for number in numbers if number in self.nouns}
-
-    def _read_mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
-        """The mask as a compressed RLE; `None` for one that is missing, malformed, empty or of another size."""
-        try:
-            mask = segmentation_to_rle(annotation.get("segmentation") or [], size)
-            if coco_mask.area(mask) > 0:
-                return mask
-        except (ValueError, TypeError):
-            pass
-        self.problems["have no mask that fits their image: nothing is said of their categories there"].append(
-            annotation["id"]
-        )
-        return None
-
-    def _refer(
-        self, annotation: dict[str, Any], mask: dict[str, Any], expressions: Sequence[Expression]
-    ) -> AnnotatedReference:
-        number = annotation["id"]
-        texts = tuple((number * MAX_EXPRESSIONS + index, said.text) for index, said in enumerate(expressions))
-        return AnnotatedReference(number, number, self.categories[annotation["category_id"]]["name"], mask, texts)
-
-    def report_problems(self) -> None:
-        for problem, numbers in self.problems.items():
-            shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
-            logger.warning("%s: %d annotations %s (ids %s).", self.path, len(numbers), problem, shown)
-
-
-def _read_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of an image file as it is shown, `None` when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size if is_turned else image.size[::-1]
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        return None
+    def _why_not(self, instance: Instance, unclear_nouns: Collection[str]) -> str:
+        if not instance.can_be_target:
+            return f"objects below {self.min_area_share:.2%} of their image (min_area_share)"
+        if instance.noun in unclear_nouns:
+            return "objects of categories of which their image has more, such as crowds, without a mask"
+        return "objects that nothing tells apart from others of their image"

@@ -1,0 +1,223 @@
+"""
+A COCO instances file of whatever tool: its records checked, its images found, its masks read.
+
+What makes the file as a whole unusable, such as two records of one id, is an error that names the file and the record.
+What is wrong with one image or one object is that one's fault: it is left out, and noted among the [`Problems`].
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+from .canonical import AnnotatedImage
+from .image_files import image_finder
+from .image_sizes import ImageSize, find_shared_files, read_size
+from .records import ID, LIST, TEXT, TEXT_OR_TEXTS, Problems, check_fields, index_records
+from .refer import read_json
+from .segmentation import are_numbers, count_stray_parts, segmentation_to_rle
+
+
+MAX_EXPRESSIONS = 100  # of an instance, so that sent_id = 100 * ann_id + index is unique
+_LARGEST_ID = 2**63 - 1  # int64, as the canonical form has it
+_LARGEST_IDS = {"annotations": _LARGEST_ID // MAX_EXPRESSIONS - 1}
+# Of an image whose file cannot be compared with what the annotations say: a decoded mask takes 2 ** 27 bytes.
+_MAX_UNSEEN_PIXELS = 2**27
+
+
+@dataclass(frozen=True)
+class CocoObject:
+    """An annotation and its mask as a compressed RLE; `None` where it has no mask that can be used."""
+
+    annotation: dict[str, Any]
+    mask: dict[str, Any] | None
+
+    @property
+    def number(self) -> int:
+        return self.annotation["id"]
+
+
+class CocoFile:
+    """
+    A COCO instances file by ids: `images`, `categories`, and `annotations` of each image in the order of their ids.
+
+    Args:
+        path: The file.
+        image_dir: The folder that file names are relative to; see [`image_finder`].
+        problems: Takes note of what is left out.
+        need_categories: Whether each annotation must be of a category of the file.
+
+    Raises:
+        ValueError: for a file that is no COCO instances file; the message says what is missing or wrong, and where.
+    """
+
+    def __init__(self, path: Path, image_dir: str | Path, problems: Problems, need_categories: bool = True) -> None:
+        self.path, self.image_dir, self.problems = path, Path(image_dir), problems
+        content = read_json(path)
+        if isinstance(content, dict) and not need_categories:
+            content = {"categories": [], **content}
+        self.images = self._index(content, "images", {})
+        self.categories = self._index(content, "categories", {"name": TEXT})
+        kinds = {"image_id": ID, "category_id": ID} if need_categories else {"image_id": ID}
+        annotations = self._index(content, "annotations", kinds)
+        if need_categories:
+            self._check_categories(annotations)
+        self.annotations = self._group_by_image(annotations)
+        find_image = image_finder(image_dir)
+        self._file_names = {number: self._file_name(number) for number in self.images}
+        self._paths = {number: find_image(name) for number, name in self._file_names.items()}
+        self._shared = find_shared_files(self._paths)
+
+    def _index(self, content: Any, table: str, kinds: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        indexed = index_records(content, table, self.path)
+        largest = _LARGEST_IDS.get(table, _LARGEST_ID)
+        for number, record in indexed.items():
+            if not 0 <= number <= largest:
+                raise ValueError(f"{self.path}: the ids of {table} must be from 0 to {largest}, got {number}.")
+            check_fields(record, kinds, f"{self.path}: {table}, id {number}")
+        return indexed
+
+    def _check_categories(self, annotations: dict[int, dict[str, Any]]) -> None:
+        for number, annotation in annotations.items():
+            if annotation["category_id"] not in self.categories:
+                raise ValueError(
+                    f"{self.path}: annotation {number} is of category {annotation['category_id']}, which is not in the "
+                    "file."
+                )
+
+    def _group_by_image(self, annotations: dict[int, dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+        grouped: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for _, annotation in sorted(annotations.items()):
+            grouped[annotation["image_id"]].append(annotation)
+        lost = [annotation["id"] for number in grouped.keys() - self.images.keys() for annotation in grouped[number]]
+        if lost:  # set, not added to: another split of the same file has the same
+            self.problems["annotations of images that are not in the file"] = [f"annotation {n}" for n in sorted(lost)]
+        return {number: grouped[number] for number in self.images if number in grouped}
+
+    def _file_name(self, image_id: int) -> str:
+        """LVIS names no files, its images lie in COCO's folders `train2017` and `val2017`."""
+        image = self.images[image_id]
+        field = "coco_url" if image.get("file_name") is None and "coco_url" in image else "file_name"
+        check_fields(image, {field: TEXT}, f"{self.path}: image {image_id}")
+        return image[field] if field == "file_name" else "/".join(image[field].split("/")[-2:])
+
+    def category_of(self, annotation: dict[str, Any]) -> str:
+        """The name of an annotation's category, "" for none."""
+        number = annotation.get("category_id")
+        return self.categories[number]["name"] if ID.matches(number) and number in self.categories else ""
+
+    def captions_of(self, annotation: dict[str, Any]) -> list[str]:
+        """
+        The `caption` of an annotation, which may be a list of several; nothing where it has none.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if annotation.get("caption") is None:
+            return []
+        check_fields(annotation, {"caption": TEXT_OR_TEXTS}, f"{self.path}: annotation {annotation['id']}")
+        captions = annotation["caption"]
+        return captions if isinstance(captions, list) else [captions]
+
+    def incomplete_categories(self, image_id: int) -> list[int]:
+        """The categories of which LVIS says that the image holds more than is annotated."""
+        image, field = self.images[image_id], "not_exhaustive_category_ids"
+        if image.get(field) is None:
+            return []
+        check_fields(image, {field: LIST}, f"{self.path}: image {image_id}")
+        return [number for number in image[field] if ID.matches(number) and number in self.categories]
+
+    # --- Images -------------------------------------------------------------------------------------------------------
+
+    def describe_image(self, image_id: int) -> AnnotatedImage:
+        """
+        The image without references. One that cannot be used has a `problem`, or no `size`: its masks must not be
+        decoded, and building its row says what is wrong.
+        """
+        name, path = self._file_names[image_id], self._paths[image_id]
+        image = AnnotatedImage(image_id, name, path, (), image_dir=self.image_dir)
+        if image_id in self._shared:
+            ids = ", ".join(map(str, self._shared[image_id]))
+            return replace(image, problem=f"{path.name} is the file of several images (ids {ids}): give each its own")
+        try:
+            in_file = read_size(path, self.image_dir)
+        except ValueError:  # building its row says so, too
+            return replace(image, size=self._find_size(image_id, None))
+        size = self._find_size(image_id, in_file)
+        if size in in_file:
+            return replace(image, size=size)
+        return replace(image, problem=f"decodes to {in_file.shown} (height, width), its annotations are for {size}")
+
+    def _find_size(self, image_id: int, in_file: ImageSize | None) -> tuple[int, int] | None:
+        """(height, width) as the image's record has it, or else its RLEs as far as they fit the file, or its file."""
+        image = self.images[image_id]
+        segmentations = (annotation.get("segmentation") for annotation in self.annotations.get(image_id, ()))
+        in_rles = [_as_size(rle.get("size")) for rle in segmentations if isinstance(rle, dict)]
+        stated = _as_size([image.get("height"), image.get("width")])
+        if in_file is None:
+            sizes = (size for size in (stated, *in_rles) if size and size[0] * size[1] <= _MAX_UNSEEN_PIXELS)
+            return next(sizes, None)
+        return stated or (
+            in_file.stored if in_file.stored in in_rles and in_file.shown not in in_rles else in_file.shown
+        )
+
+    # --- Objects ------------------------------------------------------------------------------------------------------
+
+    def read_objects(self, image_id: int, size: tuple[int, int], read_crowds: bool) -> list[CocoObject]:
+        """
+        The objects of an image of `size` (height, width), in the order of their ids. Without `read_crowds` those
+        marked as crowds have no mask.
+        """
+        return [
+            CocoObject(annotation, self._read_mask(annotation, size, read_crowds))
+            for annotation in self.annotations.get(image_id, ())
+        ]
+
+    def _read_mask(
+        self, annotation: dict[str, Any], size: tuple[int, int], read_crowds: bool
+    ) -> dict[str, Any] | None:
+        name, segmentation = f"annotation {annotation['id']}", annotation.get("segmentation")
+        if self._is_crowd(annotation) and not read_crowds:
+            self.problems.add(
+                "annotations marked as crowds (iscrowd 1), each of which crowds_as_instances reads as one object", name
+            )
+            return None
+        if segmentation is None or segmentation in ([], {}, ""):
+            self.problems.add("annotations without a mask", name)
+            return None
+        try:
+            mask = segmentation_to_rle(segmentation, size)
+        except ValueError as error:
+            self.problems.add(
+                "annotations with a mask that is damaged or of another size than their image", f"{name} ({error})"
+            )
+            return None
+        self.problems.add("polygons of one or two points, dropped", *[name] * count_stray_parts(segmentation))
+        if not coco_mask.area(mask):
+            self.problems.add("annotations whose mask has no pixel in their image", name)
+            return None
+        return mask
+
+    def _is_crowd(self, annotation: dict[str, Any]) -> bool:
+        value = annotation.get("iscrowd")
+        text = str(value).strip().lower()  # some tools write text or a truth value
+        if text not in ("", "none", "0", "0.0", "false", "1", "1.0", "true"):
+            raise ValueError(
+                f"{self.path}: annotation {annotation['id']}: expected iscrowd to be 0 or 1, got {reprlib.repr(value)}."
+            )
+        return text in ("1", "1.0", "true")
+
+
+def _as_size(value: Any) -> tuple[int, int] | None:
+    """A (height, width), if that is what a value is."""
+    if are_numbers(value) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value):
+        return value[0], value[1]
+    return None
+
+
+__all__ = ["MAX_EXPRESSIONS", "CocoFile", "CocoObject"]

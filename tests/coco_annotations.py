@@ -1,0 +1,35 @@
+"""Small COCO annotations for the tests of what reads them."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+
+HEIGHT, WIDTH = 96, 128
+CATEGORIES = {1: "chair", 2: "Wine_Glass", 3: "glass", 4: "dog", 5: "hot dog", 6: "zebra"}
+
+
+def draw(shape, box):
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    getattr(ImageDraw.Draw(mask), shape)(box, fill=1)
+    return np.asarray(mask, dtype=bool)
+
+
+def annotate(number, image_id, mask, category_id=1, iscrowd=0):
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    rle = {"size": rle["size"], "counts": rle["counts"].decode()}
+    fields = {"id": number, "image_id": image_id, "category_id": category_id, "iscrowd": iscrowd}
+    return fields | {"segmentation": rle, "bbox": coco_mask.toBbox(rle).tolist(), "area": float(mask.sum())}
+
+
+LEFT, RIGHT, TINY = (draw("rectangle", corners) for corners in ([10, 30, 40, 60], [90, 30, 120, 60], [60, 5, 61, 6]))
+LEFT_OUTLINE = [10, 30, 41, 30, 41, 61, 10, 61]  # of the pixels of LEFT
+
+
+def save_image(path, size=(WIDTH, HEIGHT), orientation=None):
+    """A file of `size` (width, height) as it is stored."""
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "teal").save(path, exif=exif)

@@ -1,0 +1,384 @@
+"""COCO files of whatever tool: what is read, what is left out and counted, and what is an error that says where."""
+
+import json
+import logging
+import re
+
+import numpy as np
+import pytest
+from coco_annotations import CATEGORIES, HEIGHT, LEFT, LEFT_OUTLINE, RIGHT, TINY, WIDTH, annotate, draw, save_image
+
+from modeling_restr.data import build_dataset, decode_mask, read_coco
+from modeling_restr.data.canonical import BadImage
+from modeling_restr.data.records import Problems
+
+
+DOG = annotate(3, 7, draw("rectangle", [60, 30, 80, 60]), category_id=4)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of these annotations, of one image unless `images` has others, and reads it."""
+
+    def write_and_read(annotations, image=None, categories=None, images=None, **options):
+        image = {"id": 7, "file_name": "7.png", "height": HEIGHT, "width": WIDTH} | (image or {})
+        image = {name: value for name, value in image.items() if value is not None}
+        names = CATEGORIES if categories is None else categories
+        content = {
+            "images": [image] if images is None else images,
+            "annotations": annotations,
+            "categories": [{"id": number, "name": name} for number, name in names.items()],
+        }
+        (tmp_path / "instances.json").write_text(json.dumps(content))
+        return read_coco(tmp_path / "instances.json", tmp_path, progress=False, **options)
+
+    return write_and_read
+
+
+def ids_of(images):
+    return [reference.ann_id for image in images for reference in image.references]
+
+
+def texts_of(images):
+    return [text for image in images for reference in image.references for _, text in reference.expressions]
+
+
+def outline(number, polygons, category_id=1, image_id=7):
+    return annotate(number, image_id, LEFT, category_id) | {"segmentation": polygons}
+
+
+def find_problems(write, *args, **options):
+    """{kind of problem: names} of reading these annotations."""
+    problems = Problems()
+    images = write(*args, problems=problems, **options)
+    return images, dict(problems)
+
+
+# --- Masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_polygons_and_rles_give_the_same_rows(write, tmp_path):
+    save_image(tmp_path / "7.png")
+    runs = [10 * HEIGHT + 30, *[31, HEIGHT - 31] * 30, 31]
+    uncompressed = {"size": [HEIGHT, WIDTH], "counts": [*runs, HEIGHT * WIDTH - sum(runs)]}
+    points = np.reshape(LEFT_OUTLINE, (-1, 2)).tolist()
+    stray = [[LEFT_OUTLINE, [5, 5], [5, 5, 9, 9]], [[1.0, 2.0, 3.0, 4.0], LEFT_OUTLINE]]
+    rle = annotate(1, 7, LEFT)["segmentation"]
+    rows = []
+    for segmentation in ([LEFT_OUTLINE], LEFT_OUTLINE, points, [points], *stray, uncompressed, rle):
+        left = annotate(1, 7, LEFT) | {"segmentation": segmentation}
+        rows.append(build_dataset(write([left, annotate(2, 7, RIGHT)]), progress=False)[0])
+    for row in rows:
+        assert row["references"] == rows[0]["references"]
+        first, second = row["references"]
+        np.testing.assert_array_equal(decode_mask(first["mask"]), LEFT)
+        np.testing.assert_array_equal(decode_mask(second["mask"]), RIGHT)
+        assert first["bbox"] == [10, 30, 31, 31]
+        assert (first["category"], first["ann_id"], first["ref_id"]) == ("chair", 1, 1)
+        assert all("left" in expression["text"] for expression in first["expressions"])
+
+
+def test_stray_parts_are_counted(write):
+    images, problems = find_problems(write, [outline(1, [[5, 5], LEFT_OUTLINE, [5, 5, 9, 9]])])
+    assert ids_of(images) == [1]
+    assert problems == {"polygons of one or two points, dropped": ["annotation 1"] * 2}
+
+
+def test_a_crowd_silences_its_category_in_its_image(write):
+    assert ids_of(write([annotate(1, 7, LEFT), annotate(2, 7, RIGHT), DOG])) == [1, 2, 3]
+    crowd = annotate(2, 7, RIGHT, iscrowd=1)
+    images, problems = find_problems(write, [annotate(1, 7, LEFT), crowd, DOG])
+    assert ids_of(images) == [3]
+    (crowds, names), (silenced, others) = problems.items()
+    assert "crowds (iscrowd 1)" in crowds and "crowds_as_instances" in crowds and names == ["annotation 2"]
+    assert "without a mask" in silenced and others == ["annotation 1"]
+    lvis = {"not_exhaustive_category_ids": [1], "file_name": None, "coco_url": "http://images/val2017/7.png"}
+    (image,) = write([annotate(1, 7, LEFT), DOG], image=lvis)
+    assert (ids_of([image]), image.file_name) == ([3], "val2017/7.png")
+
+
+def test_brush_masks_that_all_are_crowds_are_named_and_read_on_request(write):
+    """As CVAT exports them."""
+    brushed = [annotate(1, 7, LEFT, iscrowd=1), annotate(2, 7, RIGHT, iscrowd=1)]
+    with pytest.raises(
+        ValueError, match=r"2 annotations marked as crowds \(iscrowd 1\).*: annotation 1, annotation 2"
+    ):
+        write(brushed)
+    images, problems = find_problems(write, brushed, crowds_as_instances=True)
+    assert (ids_of(images), problems) == ([1, 2], {})
+    np.testing.assert_array_equal(decode_mask(images[0].references[0].segmentation), LEFT)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_crowd"),
+    [(value, False) for value in (0, "0", False, None, 0.0, "", "false")]
+    + [(value, True) for value in (1, "1", True, 1.0, "True")],
+)
+def test_what_tools_write_for_iscrowd(write, value, is_crowd):
+    chair = annotate(1, 7, LEFT) | {"iscrowd": value}
+    assert ids_of(write([chair, DOG])) == ([3] if is_crowd else [1, 3])
+
+
+def test_tiny_instances_count_without_being_referred_to(write):
+    images, problems = find_problems(write, [annotate(1, 7, LEFT), annotate(2, 7, TINY)], expressions_per_instance=50)
+    assert ids_of(images) == [1]
+    assert problems == {"objects below 0.50% of their image (min_area_share)": ["annotation 2"]}
+    assert not {"chair", "the chair"} & set(texts_of(images))
+    assert ids_of(write([annotate(1, 7, LEFT), annotate(2, 7, TINY)], min_area_share=0.0)) == [1, 2]
+
+
+NO_MASK = "annotations without a mask"
+NO_PIXEL = "annotations whose mask has no pixel in their image"
+DAMAGED = "annotations with a mask that is damaged or of another size than their image"
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        (None, NO_MASK),
+        ([], NO_MASK),
+        ({}, NO_MASK),
+        ([[1, 2, 3, 4]], DAMAGED),
+        ([5, 5, 9, 5, 9], DAMAGED),
+        ([[5, 5, 9, 5, "9", 9]], DAMAGED),
+        ([[5, 5, 9, 5, None, 9]], DAMAGED),
+        ([[1e9, 1, 12, 1, 12, 9, 2, 9]], DAMAGED),
+        ("mask", DAMAGED),
+        (5, DAMAGED),
+        ({"counts": [1, 2]}, DAMAGED),
+        ({"size": [HEIGHT, WIDTH], "counts": [3, 4]}, DAMAGED),
+        ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH + 5, -5]}, DAMAGED),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**32]}, DAMAGED),
+        ({"size": [HEIGHT, WIDTH], "counts": None}, DAMAGED),
+        ({"size": [2, 3], "counts": [1, 5]}, DAMAGED),
+        ({"size": [10**6, 10**6], "counts": [0, 10**12]}, DAMAGED),
+        ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, NO_PIXEL),
+        ([[-50, 5, -20, 5, -20, 9]], NO_PIXEL),
+        ([[5, 5, 5, 5, 5, 5]], NO_PIXEL),
+    ],
+    ids=str,
+)
+def test_objects_without_a_usable_mask_are_dropped_counted_and_silence_their_category(write, segmentation, reason):
+    bad = annotate(2, 7, TINY) | {"segmentation": segmentation}
+    images, problems = find_problems(write, [annotate(1, 7, LEFT), bad, DOG])
+    assert ids_of(images) == [3]
+    (name,) = problems.pop(reason)
+    assert re.match(r"annotation 2\b", name) and (reason != DAMAGED or re.search(r"\(.+\)$", name))
+    assert list(problems.values()) == [["annotation 1"]]
+
+
+def test_one_summary_counts_what_was_left_out(write, caplog):
+    other = {"id": 8, "file_name": "8.png", "height": HEIGHT, "width": WIDTH}
+    images = [{"id": 7, "file_name": "7.png", "height": HEIGHT, "width": WIDTH}, other, other | {"id": 9}]
+    unusable = [annotate(number, 8, LEFT) | {"segmentation": []} for number in range(10, 23)]
+    with caplog.at_level(logging.WARNING):
+        write([annotate(1, 7, LEFT), annotate(2, 6, RIGHT), annotate(4, 7, RIGHT, 4, 1), *unusable], images=images)
+    (record,) = caplog.records
+    for line in (
+        "1 annotations of images that are not in the file: annotation 2",
+        "1 images without annotations: image 9",
+        "13 annotations without a mask: annotation 10, annotation 11, ",
+        "1 images in which nothing is referred to: image 8",
+        "1 annotations marked as crowds",
+    ):
+        assert line in record.getMessage()
+    caplog.clear()
+    write([annotate(1, 7, LEFT)])
+    assert not caplog.records
+
+
+def test_two_splits_name_what_is_wrong_with_the_file_once(write):
+    images = [{"id": n, "file_name": f"{n}.png", "height": HEIGHT, "width": WIDTH} for n in range(20)]
+    annotations = [annotate(n, n, LEFT) for n in range(20)] + [annotate(99, 99, LEFT)]
+    problems = Problems()
+    for split in ("train", "val"):
+        write(annotations, images=images, split=split, val_share=0.5, problems=problems)
+    assert problems == {"annotations of images that are not in the file": ["annotation 99"]}
+
+
+# --- Captions ---------------------------------------------------------------------------------------------------------
+
+
+def test_captions_on_request(write, tmp_path):
+    save_image(tmp_path / "7.png")
+    annotations = [
+        annotate(1, 7, LEFT) | {"caption": "the old chair"},
+        annotate(2, 7, RIGHT, iscrowd=1) | {"caption": ["the pile of chairs", "?!", "all of them"]},
+        annotate(4, 7, TINY, category_id=4) | {"caption": "a dog far away"},
+        DOG,
+        annotate(5, 7, LEFT) | {"caption": "..."},
+        annotate(6, 7, LEFT) | {"caption": "no outline", "segmentation": []},
+    ]
+    images, problems = find_problems(write, annotations, captions=True)
+    row = build_dataset(images, progress=False)[0]
+    assert [[e["text"] for e in reference["expressions"]] for reference in row["references"]] == [
+        ["the old chair"],
+        ["the pile of chairs", "all of them"],
+        ["a dog far away"],
+    ]
+    np.testing.assert_array_equal(decode_mask(row["references"][1]["mask"]), RIGHT)
+    assert problems == {
+        "captions without words": ["annotation 2", "annotation 5"],
+        "annotations without a caption": ["annotation 3"],
+        NO_MASK: ["annotation 6"],
+    }
+
+
+def test_captions_need_no_categories(write):
+    captioned = {name: value for name, value in annotate(1, 7, LEFT).items() if name != "category_id"}
+    (image,) = write([captioned | {"caption": "the left one"}], categories={}, captions=True)
+    assert image.references[0].category == ""
+    with pytest.raises(ValueError, match="1 annotations without a caption: annotation 1"):
+        write([captioned], captions=True)
+    with pytest.raises(ValueError, match=r"instances.json: annotation 1: expected caption to be text .*, got 5"):
+        write([captioned | {"caption": 5}], captions=True)
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+def test_sizes_that_are_not_stated_are_those_of_the_images(write, tmp_path, orientation):
+    size = (HEIGHT, WIDTH) if orientation == 6 else (WIDTH, HEIGHT)  # turned by 90 degrees when shown
+    save_image(tmp_path / "7.png", size, orientation)
+    images = write([outline(1, [LEFT_OUTLINE])], image={"height": None, "width": None})
+    assert images[0].size == (HEIGHT, WIDTH)
+    row = build_dataset(images, progress=False)[0]
+    assert row["image"].size == (WIDTH, HEIGHT)
+    np.testing.assert_array_equal(decode_mask(row["references"][0]["mask"]), LEFT)
+
+
+def test_sizes_that_are_not_stated_are_those_of_the_rles(write):
+    (image,) = write([annotate(1, 7, LEFT)], image={"height": None, "width": None})
+    assert image.size == (HEIGHT, WIDTH)
+    assert len(image.references) == 1
+
+
+def test_one_rle_of_another_size_is_its_own_fault_only(write, tmp_path):
+    save_image(tmp_path / "7.png")
+    wrong = annotate(1, 7, LEFT) | {"segmentation": {"size": [2, 3], "counts": [1, 5]}}
+    images, problems = find_problems(write, [wrong, DOG], image={"height": None, "width": None})
+    assert (images[0].size, ids_of(images)) == ((HEIGHT, WIDTH), [3])
+    assert problems == {
+        DAMAGED: [f"annotation 1 (The mask is of size (2, 3) (height, width), its image of {(96, 128)}.)"]
+    }
+
+
+@pytest.mark.parametrize("stated", [None, (WIDTH, HEIGHT)], ids=["rle", "record"])
+def test_annotations_of_the_unturned_image_are_laid_on_it_with_a_warning(write, tmp_path, caplog, stated):
+    save_image(tmp_path / "7.jpg", (WIDTH, HEIGHT), orientation=6)  # shown upright: 128 high, 96 wide
+    width, height = stated or (None, None)
+    images = write([annotate(1, 7, LEFT)], image={"file_name": "7.jpg", "height": height, "width": width})
+    with caplog.at_level(logging.WARNING):
+        row = build_dataset(images, progress=False)[0]
+    np.testing.assert_array_equal(decode_mask(row["references"][0]["mask"]), LEFT)
+    assert row["image"].size == (WIDTH, HEIGHT)
+    assert re.search(r"1 images that EXIF turns, annotated as if it did not.*: 7\.jpg", caplog.text)
+
+
+@pytest.mark.parametrize("side", [10**6, 2**32, WIDTH])
+def test_a_stated_size_is_compared_with_the_file_before_a_mask_is_decoded(write, tmp_path, side):
+    """Decoding masks of 10**12 pixels ends the process."""
+    save_image(tmp_path / "7.png")
+    save_image(tmp_path / "8.png")
+    images = [
+        {"id": 7, "file_name": "7.png", "height": side, "width": side},
+        {"id": 8, "file_name": "8.png", "height": HEIGHT, "width": WIDTH},
+    ]
+    images = write([outline(1, [LEFT_OUTLINE]), annotate(2, 8, LEFT)], images=images)
+    with pytest.raises(
+        BadImage, match=rf"7\.png: decodes to \(96, 128\) .*, its annotations are for \({side}, {side}\)"
+    ):
+        build_dataset(images, progress=False)
+    assert build_dataset(images, skip_bad=True, progress=False)["image_id"] == [8]
+
+
+def test_a_size_that_no_file_confirms_is_not_decoded_when_it_is_huge(write):
+    images = write([outline(1, [LEFT_OUTLINE])], image={"height": 10**6, "width": 10**6})
+    with pytest.raises(BadImage, match=r"7\.png: missing"):
+        build_dataset(images, progress=False)
+
+
+def test_two_images_of_one_file_are_bad_images(write, tmp_path):
+    """As exports of several videos have them; the masks of one would lie on a frame of the other."""
+    save_image(tmp_path / "frame.png")
+    save_image(tmp_path / "other.png")
+    size = {"height": HEIGHT, "width": WIDTH}
+    for names in (["frame.png", "frame.png"], ["job_1/frame.png", "job_2/frame.png"], [".\\frame.png", "frame.png"]):
+        images = [{"id": number, "file_name": name, **size} for number, name in enumerate([*names, "other.png"], 1)]
+        images = write([annotate(number, number, LEFT) for number in (1, 2, 3)], images=images)
+        with pytest.raises(BadImage, match=r"frame\.png is the file of several images \(ids 1, 2\)"):
+            build_dataset(images, progress=False)
+        assert build_dataset(images, skip_bad=True, progress=False)["image_id"] == [3]
+
+
+def test_bad_images_are_named_when_the_dataset_is_built(write, tmp_path):
+    other = {"id": 8, "file_name": "8.png", "height": HEIGHT, "width": WIDTH}
+    images = write([outline(1, [LEFT_OUTLINE]), annotate(2, 8, LEFT)], images=[{"id": 7, "file_name": "7.png"}, other])
+    save_image(tmp_path / "8.png")
+    with pytest.raises(BadImage, match=r"7\.png: missing"):
+        build_dataset(images, progress=False)
+    assert build_dataset(images, skip_bad=True, progress=False)["image_id"] == [8]
+
+
+# --- Records ----------------------------------------------------------------------------------------------------------
+
+
+def test_categories_are_said_in_lower_case_and_equal_ones_together(write):
+    names = {1: "Traffic_Light", 2: "bow_(weapon)", 3: "Bow (ribbon)"}
+    (image,) = write([annotate(1, 7, LEFT, category_id=1)], categories=names)
+    assert image.references[0].category == "Traffic_Light"
+    assert all("traffic light" in text for text in texts_of([image]))
+    (image,) = write([annotate(1, 7, LEFT, category_id=2), annotate(2, 7, RIGHT, category_id=3)], categories=names)
+    assert all(re.search(r"left|right", text) for text in texts_of([image]))
+
+
+CHAIR = annotate(1, 7, LEFT)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "options", "message"),
+    [
+        ([CHAIR, CHAIR], {}, "ids of annotations must be unique, 1 is there twice"),
+        ([CHAIR | {"id": None}], {}, "ids of annotations must be whole numbers .*, got None in record 0"),
+        ([CHAIR | {"id": True}], {}, "ids of annotations must be whole numbers .*, got True"),
+        ([CHAIR | {"id": [1]}], {}, r"ids of annotations must be whole numbers .*, got \[1\]"),
+        ([CHAIR | {"id": -1}], {}, "ids of annotations must be from 0 to 92233720368547757, got -1"),
+        ([CHAIR | {"id": 10**17}], {}, f"ids of annotations must be from 0 to 92233720368547757, got {10**17}"),
+        ([CHAIR | {"id": 2**64}], {}, f"ids of annotations must be whole numbers of 64 bits, got {2**64}"),
+        ([CHAIR, 5], {}, "ids of annotations must be whole numbers .*, got 5 in record 1"),
+        ([CHAIR | {"category_id": 99}], {}, "annotation 1 is of category 99"),
+        ([CHAIR | {"category_id": [1]}], {}, r"annotations, id 1: expected category_id to be a whole .*, got \[1\]"),
+        ([CHAIR | {"image_id": "7"}], {}, "annotations, id 1: expected image_id to be a whole .*, got '7'"),
+        ([CHAIR | {"image_id": {}}], {}, "annotations, id 1: expected image_id to be a whole number"),
+        ([CHAIR | {"iscrowd": "maybe"}], {}, "annotation 1: expected iscrowd to be 0 or 1, got 'maybe'"),
+        ([CHAIR], {"categories": {1: "??"}}, "category 1 has no name that can be said"),
+        ([CHAIR], {"categories": {1: None}}, "categories, id 1: expected name to be text, got None"),
+        ([CHAIR], {"categories": {1: "\ud800"}}, "categories, id 1: expected name to be text"),
+        ([CHAIR], {"image": {"id": "a"}}, "ids of images must be whole numbers .*, got 'a'"),
+        ([CHAIR], {"image": {"id": 2**64}}, f"ids of images must be whole numbers .*, got {2**64}"),
+        ([CHAIR], {"image": {"file_name": None}}, r"image 7: expected the fields \['file_name'\]"),
+        ([CHAIR], {"image": {"file_name": 5}}, "image 7: expected file_name to be text, got 5"),
+        (
+            [CHAIR],
+            {"image": {"not_exhaustive_category_ids": "all"}},
+            "image 7: expected not_exhaustive_category_ids to be .*, got 'all'",
+        ),
+        ([annotate(1, 7, TINY)], {}, r"can be referred to, found none:\n1 objects below 0.50% of .*: annotation 1"),
+        ([], {}, r"found none:\n1 images without annotations: image 7"),
+    ],
+)
+def test_files_that_cannot_be_used_are_errors_that_say_where_and_why(write, annotations, options, message):
+    with pytest.raises(ValueError, match=message):
+        write(annotations, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "not in COCO's format"), ('{"images": []}', "not in COCO's"), (None, "a file")],
+)
+def test_files_that_are_none(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "instances.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_coco(tmp_path / "instances.json", tmp_path)
