@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .loading import load_prepared
     from .refer import load_refer, read_refer
     from .referit import read_referit
+    from .sentence_files import load_sentences, read_sentences
 
 _MODULES = {
     "build_dataset": "canonical",
@@ -24,11 +25,13 @@ _MODULES = {
     "encode_mask": "canonical",
     "load_prepared": "loading",
     "load_refer": "refer",
+    "load_sentences": "sentence_files",
     "read_coco": "coco",
     "read_grefcoco": "grefcoco",
     "read_hub_copy": "hub_copies",
     "read_refer": "refer",
     "read_referit": "referit",
+    "read_sentences": "sentence_files",
 }
 
 
@@ -52,9 +55,11 @@ __all__ = [
     "encode_mask",
     "load_prepared",
     "load_refer",
+    "load_sentences",
     "read_coco",
     "read_grefcoco",
     "read_hub_copy",
     "read_refer",
     "read_referit",
+    "read_sentences",
 ]
