@@ -65,7 +65,9 @@ class ReferringTrainingArguments(RecipeArguments, TrainingArguments):  # type: i
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 on a CPU has to be asked for
         self.remove_unused_columns = False  # the collator takes images and sentences
         self.train_sampling_strategy = "sequential"  # the order is the dataset's own
-        self.logging_nan_inf_filter = False  # it would hide them
+        self.logging_nan_inf_filter = False  # it would hide them, and wait for the device in every step
+        if self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # all are used
         if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
@@ -99,7 +101,7 @@ def create_trainer(
     return ReferringTrainer(
         model=model,
         args=args,
-        data_collator=ReferringCollator(processor),
+        data_collator=ReferringCollator(processor, model.config.text_config.vocab_size),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processor=processor,

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import GradientAccumulationPlugin, send_to_device, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
 from PIL import Image
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -38,9 +38,9 @@ from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
 from modeling_restr.training.batches import ReferringCollator, ReferringDataset, loss_weight, split_ids
 from modeling_restr.training.checkpoints import (
     EXIT_CODE_TERMINATED,
+    LossMonitor,
     LossNotFiniteError,
     StopSignal,
-    check_loss,
     check_weights,
     get_step,
     keep_last_checkpoints,
@@ -92,6 +92,7 @@ def create_accelerator(args: LoopArguments) -> Accelerator:
         cpu=True if not torch.accelerator.is_available() else None,  # else processes on CPUs do not find one another
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         log_with=args.report_to or None,
         project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
@@ -114,6 +115,7 @@ class Run:
     model: Any
     optimizer: AcceleratedOptimizer
     scheduler: LambdaLR
+    losses: LossMonitor = field(default_factory=LossMonitor)
 
 
 def prepare_run(
@@ -155,8 +157,9 @@ def create_train_loader(run: Run, data: datasets.Dataset | datasets.IterableData
 
 
 def loader_options(run: Run) -> dict[str, Any]:
+    vocab_size = run.accelerator.unwrap_model(run.model).config.text_config.vocab_size
     return {
-        "collate_fn": ReferringCollator(run.processor),
+        "collate_fn": ReferringCollator(run.processor, vocab_size),
         "num_workers": run.args.dataloader_num_workers,
         "pin_memory": run.accelerator.device.type != "cpu",
         "worker_init_fn": outlive_stop_signal(),
@@ -167,17 +170,21 @@ def loader_options(run: Run) -> dict[str, Any]:
 def take_step(run: Run, batches: Sequence[dict[str, torch.Tensor]], step: int) -> torch.Tensor:
     """
     One optimizer step on the accumulated batches of this process. Its gradients are those of the mean over the step's
-    pairs, of all batches and processes, as if they were one large batch; that mean is returned.
+    pairs, of all batches and processes, as if they were one large batch; that mean is returned. Nothing here waits for
+    the device.
+
+    Args:
+        step: This one, counted from 1.
     """
     accelerator, model = run.accelerator, run.model
-    num_pairs = torch.tensor(sum(len(batch["input_ids"]) for batch in batches), device=accelerator.device)
+    num_pairs = torch.full((), sum(len(batch["input_ids"]) for batch in batches), device=accelerator.device)
     num_pairs = accelerator.reduce(num_pairs, "sum")
     mean_loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
         inputs, ids = split_ids(send_to_device(batch, accelerator.device, non_blocking=True))
         with nullcontext() if number == len(batches) else accelerator.no_sync(model):
             loss = model(**inputs).loss
-            check_loss(loss, step, ids)
+            run.losses.add(loss, step, ids)
             loss = loss * loss_weight(inputs, num_pairs, len(batches) * accelerator.num_processes)
             accelerator.backward(loss)  # divides by the number of accumulated batches
         mean_loss += loss.detach() / len(batches)
@@ -238,7 +245,7 @@ def log_panel(accelerator: Accelerator, panel: Image.Image, step: int) -> None:
 def save_checkpoint(run: Run, step: int) -> None:
     """All that the run needs to go on, whole or not there."""
     accelerator = run.accelerator
-    check_weights(run.model, step)
+    check_weights(run.model, step, run.optimizer, accelerator.gather)
     with write_checkpoint(
         run.args.output_dir,
         step,
@@ -269,7 +276,7 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
 
 def is_stop_requested(run: Run, stop: StopSignal) -> bool:
     """Whether SIGTERM has reached any process."""
-    received = torch.tensor(int(stop.received), device=run.accelerator.device)
+    received = torch.full((), int(stop.received), device=run.accelerator.device)
     return bool(run.accelerator.reduce(received, "sum"))
 
 
@@ -285,18 +292,21 @@ def run_steps(
     first_step: int,
 ) -> bool:
     """All steps from one on. Returns whether the run is finished: SIGTERM ends it before."""
-    args, last_step = run.args, run.recipe.max_steps
+    args, last_step, is_stopped = run.args, run.recipe.max_steps, False
     batches = iter(create_train_loader(run, train_data, first_step))
     progress = tqdm(total=last_step, initial=first_step, unit="step", disable=not run.accelerator.is_main_process)
     with progress, StopSignal() as stop:
         for step in range(first_step + 1, last_step + 1):
-            loss = take_step(run, list(islice(batches, args.gradient_accumulation_steps)), step - 1)
+            loss = take_step(run, list(islice(batches, args.gradient_accumulation_steps)), step)
             progress.update()
-            is_stopped = is_stop_requested(run, stop)
-            if step % args.logging_steps == 0:
+            is_logged, is_saved = step % args.logging_steps == 0, step % args.save_steps == 0 or step == last_step
+            if is_logged or is_saved:  # else nothing is read from the device
+                run.losses.check(run.accelerator.gather)
+                is_stopped = is_stop_requested(run, stop)
+            if is_logged:
                 progress.set_postfix(loss=f"{loss.item():.4f}")
                 log_step(run, loss, step)
-            if step % args.save_steps == 0 or step == last_step or is_stopped:
+            if is_saved or is_stopped:
                 save_checkpoint(run, step)
             if is_stopped:
                 return step == last_step

@@ -102,8 +102,8 @@ def test_a_batch_is_what_the_processor_makes_of_its_rows(dataset):
     processor = make_processor()
     items = [ReferringDataset(dataset, 3)[position] for position in range(4)]
     inputs, item_ids = split_ids(ReferringCollator(processor)(items))
-    assert item_ids["image_ids"].tolist() == [item["image_id"] for item in items]
-    assert item_ids["sent_ids"].tolist() == [sent_id for item in items for sent_id in item["sent_ids"]]
+    assert item_ids["image_ids"] == [item["image_id"] for item in items]
+    assert item_ids["sent_ids"] == [sent_id for item in items for sent_id in item["sent_ids"]]
     assert inputs.keys() == {"pixel_values", "input_ids", "attention_mask", "image_indices", "labels"}
     number = 0
     for index, item in enumerate(items):
@@ -115,6 +115,45 @@ def test_a_batch_is_what_the_processor_makes_of_its_rows(dataset):
             torch.testing.assert_close(inputs["labels"][number], one["labels"][0])
             number += 1
     assert number == len(inputs["input_ids"])
+
+
+def test_neighbours_share_their_image_and_expressions_keep_their_order(dataset):
+    processor, stream = make_processor(), ReferringDataset(dataset, 1, shuffle=False)
+    items = [stream[position] for position in (0, 1, 2, 5, 3, 4, 1)]
+    assert [item["image_id"] for item in items] == [1, 2, 2, 3, 3, 3, 2]
+    apart, ids_apart = split_ids(ReferringCollator(processor)(items))
+    shared, ids_shared = split_ids(ReferringCollator(processor, share_images=True)(items))
+    assert ids_shared == {"image_ids": [1, 2, 3, 2], "sent_ids": ids_apart["sent_ids"]}
+    assert shared["image_indices"].tolist() == [0, 1, 1, 2, 2, 2, 3]
+    for name in ("input_ids", "attention_mask", "labels"):
+        torch.testing.assert_close(shared[name], apart[name], rtol=0, atol=0)
+    torch.testing.assert_close(shared["pixel_values"][shared["image_indices"]], apart["pixel_values"], rtol=0, atol=0)
+    items[1]["image"] = items[1]["image"].convert("L").convert("RGB")  # as augmentation may change it
+    assert len(ReferringCollator(processor, share_images=True)(items)["pixel_values"]) == 5
+
+
+def test_values_that_the_model_does_not_take_are_refused_with_their_sent_ids(dataset):
+    processor = make_processor()
+    items = [ReferringDataset(dataset, 2, shuffle=False)[position] for position in range(2)]
+    vocab_size = len(processor.tokenizer)
+    sent_ids = ReferringCollator(processor, vocab_size)(items)["sent_ids"]
+    with pytest.raises(
+        ValueError, match=rf"below the model's vocab_size 5, got others in the sent_ids \[{sent_ids[0]}"
+    ):
+        ReferringCollator(processor, 5)(items)
+    for name, value, expected in (
+        ("attention_mask", 0, "one word"),
+        ("labels", 255, "0 and 1"),
+        ("input_ids", -1, "ids"),
+    ):
+
+        def spoil(name=name, value=value, **kwargs):
+            inputs = processor(**kwargs)
+            inputs[name][1] = value
+            return inputs
+
+        with pytest.raises(ValueError, match=rf"{expected}.*sent_ids \[{sent_ids[1]}\]"):
+            ReferringCollator(spoil, vocab_size)(items)
 
 
 def test_weighted_gradients_of_small_batches_are_those_of_the_large_one(dataset):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from modeling_restr.training.checkpoints import (
+    LossMonitor,
     LossNotFiniteError,
     StopSignal,
-    check_loss,
     check_weights,
     find_last_checkpoint,
     get_step,
@@ -137,17 +137,55 @@ def test_sigterm_is_noticed_and_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def add_losses(monitor, *losses):
+    for step, loss in enumerate(losses, start=4):
+        batch = {"image_ids": [step, 10 * step], "sent_ids": [100 * step]}
+        monitor.add(torch.tensor(loss, requires_grad=True), step, batch)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_loss_that_is_not_finite_stops_with_the_ids(value):
-    batch = {"image_ids": torch.tensor([7, 8]), "sent_ids": torch.tensor([71, 72, 81])}
-    check_loss(torch.tensor(1.0), 4, batch)
-    with pytest.raises(LossNotFiniteError, match=r"step 5 .*image_ids \[7, 8\], sent_ids \[71, 72, 81\]"):
-        check_loss(torch.tensor(value), 4, batch)
+def test_losses_that_are_not_finite_stop_with_the_ids_since_the_last_look(value):
+    monitor = LossMonitor()
+    monitor.check()
+    add_losses(monitor, 1.0, 2.0)
+    monitor.check()
+    add_losses(monitor, 1.0, value, value)
+    with pytest.raises(LossNotFiniteError) as raised:
+        monitor.check()
+    assert "in step 5. The batch of this process in that step: image_ids [5, 50], sent_ids [500]." in str(raised.value)
+    ids = "image_ids [4, 40, 5, 50, 6, 60], sent_ids [400, 500, 600]"
+    assert f"from step 4 to 6: {ids}." in str(raised.value)
+    monitor.check()  # each is reported once
+
+
+def test_all_processes_stop_at_the_loss_of_one():
+    monitor = LossMonitor()
+    add_losses(monitor, 1.0, 2.0)
+    with pytest.raises(LossNotFiniteError, match=r"step 5 of process 1.*image_ids \[5, 50\]"):
+        monitor.check(gather=lambda place: torch.cat([place, torch.tensor([1.0])]))
+    add_losses(monitor, 1.0)
+    monitor.check(gather=lambda place: torch.cat([place, place]))
+
+
+def test_losses_are_added_without_taking_a_value_off_the_device():
+    monitor = LossMonitor()
+    for step in range(3):  # a tensor without a value cannot be read
+        monitor.add(torch.zeros((), device="meta"), step, {"image_ids": [1], "sent_ids": [2]})
 
 
 def test_weights_that_are_not_finite_are_named():
-    model = torch.nn.Linear(2, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    check_weights(model, 4, optimizer)
+    with pytest.raises(LossNotFiniteError, match="another process"):
+        check_weights(model, 4, optimizer, gather=lambda flag: torch.cat([flag, ~flag]))
+    optimizer.state[model[0].weight]["exp_avg_sq"][0] = float("inf")
     check_weights(model, 4)
-    model.bias.data[1] = float("nan")
-    with pytest.raises(LossNotFiniteError, match=r"\['bias'\]"):
+    with pytest.raises(LossNotFiniteError, match=r"after step 4, .*\['exp_avg_sq of 0.weight'\]"):
+        check_weights(model, 4, optimizer)
+    model[0].bias.data[1] = float("nan")
+    model[1].running_mean[0] = float("nan")
+    with pytest.raises(LossNotFiniteError, match=r"\['0.bias', '1.running_mean'\]"):
         check_weights(model, 4)

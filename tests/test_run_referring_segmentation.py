@@ -23,6 +23,7 @@ from training_runs import (
     run as run_script,
     shard_on_cpus,
     signal_at,
+    spoil_a_batch,
 )
 from transformers import ViTConfig, ViTModel, pipeline
 
@@ -211,6 +212,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(inputs, tmp
     last = list_checkpoints(tmp_path)[-1]
     assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
     assert not (tmp_path / "model").exists()
+
+
+def test_all_processes_stop_at_a_loss_of_one_that_is_not_finite(inputs, tmp_path):
+    options = {"num_processes": 2, "per_device_train_batch_size": 2, "logging_steps": 3, "save_steps": 5}
+    assert run(tmp_path, inputs, lambda: spoil_a_batch(1, 1), **options) == [1, 1], log(tmp_path)
+    for rank in (0, 1):
+        assert "in step 2 of process 1" in log(tmp_path, rank) and "from step 1 to 3" in log(tmp_path, rank)
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_a_run_is_not_resumed_with_another_recipe(inputs, undisturbed, tmp_path):

@@ -19,9 +19,11 @@ from hub_server import TOKEN, USER, serve
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_training import make_dataset
+from tiny_training import make_dataset, make_model, make_processor
 from training_runs import (
     EXAMPLES,
+    CountReads,
+    LinearModel,
     assert_close,
     assert_equal,
     kill_in_the_middle_of_a_file,
@@ -33,12 +35,13 @@ from training_runs import (
     run as run_script,
     shard_on_cpus,
     signal_at,
+    spoil_a_batch,
 )
 from transformers import pipeline
 
 from modeling_restr.data.canonical import decode_mask
-from modeling_restr.training.checkpoints import get_step, list_checkpoints
-from modeling_restr.training.recipe import create_parameter_groups
+from modeling_restr.training.checkpoints import LossNotFiniteError, get_step, list_checkpoints
+from modeling_restr.training.recipe import Recipe, create_parameter_groups
 
 
 script = load_script("run_referring_segmentation_no_trainer")
@@ -178,6 +181,64 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(inputs, tmp
     last = list_checkpoints(tmp_path)[-1]
     assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
     assert not (tmp_path / "model").exists()
+
+
+@pytest.fixture
+def make_run(tmp_path, monkeypatch):
+    """A run of a model that reads no value, of 8 steps of 2 batches."""
+
+    def make(model, **options):
+        args = script.LoopArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            dataloader_num_workers=0,
+            **options,
+        )
+        model.config = make_model(make_processor()).config
+        recipe = Recipe(max_steps=8, images_per_step=4, max_grad_norm=1.0)
+        data_args = script.DataArguments(dataset_name="squares")
+        return script.prepare_run(args, data_args, recipe, script.create_accelerator(args), model, make_processor())
+
+    monkeypatch.setattr(script, "create_optimizer", lambda model, _: torch.optim.SGD(create_parameter_groups(model)))
+    return make
+
+
+def test_values_are_read_when_the_loop_logs_and_saves_only(make_run, monkeypatch):
+    steps, looks, saved = [], [], []
+    take_step, is_stop_requested = script.take_step, script.is_stop_requested
+
+    def take_counted_step(run, batches, step):
+        with CountReads() as count:
+            loss = take_step(run, batches, step)
+        steps.append(count.number)
+        return loss
+
+    def look(run, stop):
+        looks.append(len(steps))
+        return is_stop_requested(run, stop)
+
+    monkeypatch.setattr(script, "take_step", take_counted_step)
+    monkeypatch.setattr(script, "is_stop_requested", look)
+    monkeypatch.setattr(script, "save_checkpoint", lambda run, step: saved.append(step))
+    assert script.run_steps(make_run(LinearModel(), logging_steps=3, save_steps=4), make_dataset(5), None, 0)
+    assert (steps, looks, saved) == ([0] * 8, [3, 4, 6, 8], [4, 8])
+
+
+def test_a_broken_loss_is_found_at_the_next_look_and_before_a_checkpoint(make_run, tmp_path):
+    model = LinearModel()
+    torch.nn.init.constant_(model.head.bias, float("inf"))
+    with pytest.raises(LossNotFiniteError, match=r"in step 1\..*from step 1 to 4: image_ids \[(\d, ){15}\d\]"):
+        script.run_steps(make_run(model, logging_steps=100, save_steps=4), make_dataset(5), None, 0)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_all_processes_stop_at_a_loss_of_one_that_is_not_finite(inputs, tmp_path):
+    options = {"num_processes": 2, "per_device_train_batch_size": 2, "logging_steps": 3, "save_steps": 5}
+    assert run(tmp_path, inputs, lambda: spoil_a_batch(1, 1), **options) == [1, 1], read_log(tmp_path)
+    for rank in (0, 1):
+        assert "in step 2 of process 1" in read_log(tmp_path, rank) and "from step 1 to 3" in read_log(tmp_path, rank)
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_a_run_is_not_resumed_with_another_recipe_or_by_another_script(inputs, undisturbed, tmp_path):

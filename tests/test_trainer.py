@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny_training import make_dataset, make_model, make_processor
-from training_runs import read_events
-from transformers import TrainingArguments
+from training_runs import CountReads, LinearModel, read_events
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from modeling_restr.training.batches import ReferringCollator, ReferringDataset
+from modeling_restr.training.checkpoints import LossNotFiniteError, list_checkpoints
 from modeling_restr.training.overlays import draw_overlays
 from modeling_restr.training.recipe import Recipe
 from modeling_restr.training.trainer import ReferringTrainer, count_pixels, use_one_device
@@ -126,3 +128,70 @@ def test_overlays_are_sent_to_trackio(trainer, tmp_path, monkeypatch):
     with Image.open(tmp_path / "overlays" / "step-0000000.png") as panel:
         np.testing.assert_array_equal(values["eval/overlays"], panel)
     assert step == 0
+
+
+@pytest.fixture
+def make_stream_trainer(trainer):
+    """A trainer of a model that reads no value, on 8 images a step in their order."""
+
+    def make(model, **options):
+        args = replace(trainer.args, optim="sgd", train_sampling_strategy="sequential", logging_nan_inf_filter=False)
+        args = replace(args, max_steps=8, max_grad_norm=1.0, **options)
+        data = ReferringDataset(make_dataset(5), num_items=64)
+        recipe = Recipe(max_steps=8)
+        return ReferringTrainer(model, args, trainer.data_collator, data, processor=trainer.processor, recipe=recipe)
+
+    return make
+
+
+class ReadRecorder(TrainerCallback):
+    """How many values each step read, and each end of a step."""
+
+    def __init__(self, count):
+        self.count, self.before, self.steps, self.ends = count, 0, [], []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.before = self.count.number
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.steps.append(self.count.number - self.before)
+        self.before = self.count.number
+
+    def on_step_end(self, *args, **kwargs):
+        self.ends.append(self.count.number - self.before)
+
+
+def test_values_are_read_when_trainer_logs_and_saves_only(make_stream_trainer, tmp_path):
+    trainer = make_stream_trainer(LinearModel(), logging_steps=3, save_steps=4)
+    with CountReads() as count:
+        recorder = ReadRecorder(count)
+        trainer.add_callback(recorder)
+        trainer.train()
+    assert recorder.steps == [0] * 8
+    assert [number > 0 for number in recorder.ends] == [step in (3, 4, 6, 8) for step in range(1, 9)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_a_broken_loss_is_found_at_the_next_look_and_before_a_checkpoint(make_stream_trainer, tmp_path):
+    model = LinearModel()
+    torch.nn.init.constant_(model.head.bias, float("inf"))
+    trainer = make_stream_trainer(model, logging_steps=100, save_steps=4)
+    sent_ids = [sent_id for position in range(32) for sent_id in trainer.train_dataset[position]["sent_ids"]]
+    with pytest.raises(LossNotFiniteError) as raised:
+        trainer.train()
+    assert "from step 1 to 4: image_ids [" in str(raised.value) and f"sent_ids {sent_ids}." in str(raised.value)
+    assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_broken_weights_are_not_the_end_of_a_run(make_stream_trainer, tmp_path, save_strategy):
+    class BreakWeights(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 7:  # the last: no loss is computed with them
+                torch.nn.init.constant_(model.head.bias, float("nan"))
+
+    trainer = make_stream_trainer(LinearModel(), save_strategy=save_strategy, save_steps=100)
+    trainer.add_callback(BreakWeights())
+    with pytest.raises(LossNotFiniteError, match=r"after step 8.*head\.bias"):
+        trainer.train()
+    assert list_checkpoints(tmp_path) == []

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import dill
@@ -14,6 +15,8 @@ import torch
 from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file
 from tiny_training import make_dataset, make_model, make_processor
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_restr.hub import save_bundle
 
@@ -98,8 +101,30 @@ def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
     return codes[0] if num_processes == 1 else codes
 
 
-def read_log(output_dir):
-    return (output_dir / "log-0").read_text()
+class CountReads(TorchDispatchMode):
+    """Counts how often a value is read from a tensor, for which a GPU would have to finish its work first."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class LinearModel(nn.Module):
+    """With the parameters' names and the loss of a ReSTR, and nothing that reads values."""
+
+    def __init__(self):
+        super().__init__()
+        self.vision_model, self.head = nn.Linear(3, 1), nn.Linear(1, 1)
+
+    def forward(self, pixel_values, labels, **kwargs):
+        logits = self.head(self.vision_model(pixel_values.mean((2, 3))))
+        return SimpleNamespace(loss=(logits.mean() - labels.float().mean()) ** 2)
+
+
+def read_log(output_dir, rank=0):
+    return (output_dir / f"log-{rank}").read_text()
 
 
 def read_events(folder):
@@ -152,6 +177,23 @@ def shard_on_cpus():
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = init_with_gpus
+
+
+def spoil_a_batch(rank, count):
+    """The given process's collator makes one batch of NaN."""
+    if os.environ["RANK"] != str(rank):
+        return
+    from modeling_restr.training.batches import ReferringCollator
+
+    collate, calls = ReferringCollator.__call__, iter(range(1_000_000))
+
+    def collate_and_spoil(self, items):
+        batch = collate(self, items)
+        if next(calls) == count:
+            batch["pixel_values"] = torch.full_like(batch["pixel_values"], float("nan"))
+        return batch
+
+    ReferringCollator.__call__ = collate_and_spoil
 
 
 def kill_in_the_middle_of_a_file(count):

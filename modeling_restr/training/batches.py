@@ -256,14 +256,30 @@ def build_item(
 
 class ReferringCollator:
     """
-    Items -> the model's inputs with `labels`, and `image_ids` (B,) and `sent_ids` (N,) for error messages, which
-    [`split_ids`] takes out again.
+    Items -> the model's inputs with `labels`, and the rows' ids for error messages, lists `image_ids` of B and
+    `sent_ids` of N ints, which [`split_ids`] takes out again.
+
+    The model's forward checks shapes only. Values are checked here: word ids that the model has, labels of 0 and 1,
+    sentences with words.
+
+    Args:
+        processor ([`ReSTRProcessor`]): The model's.
+        vocab_size: Number of words of the model, `model.config.text_config.vocab_size`. Ids are not compared with it
+            where it is None.
+        share_images: Whether neighbours in a batch with the same image share its encoding. With items of one
+            expression each, N is then the number of items, and B that of different images.
+
+    Raises:
+        ValueError: when called, for values that the model does not take; the message has the sent_ids.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, vocab_size: int | None = None, share_images: bool = False):
         self.processor = processor
+        self.vocab_size = vocab_size
+        self.share_images = share_images
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        items = _merge_neighbours(items) if self.share_images else items
         inputs = self.processor(
             images=[item["image"] for item in items],
             text=[list(item["texts"]) for item in items],
@@ -271,12 +287,41 @@ class ReferringCollator:
             return_tensors="pt",
         )
         inputs.pop("original_sizes")
-        image_ids = torch.tensor([item["image_id"] for item in items])
-        sent_ids = torch.tensor([sent_id for item in items for sent_id in item["sent_ids"]])
+        image_ids = [item["image_id"] for item in items]
+        sent_ids = [sent_id for item in items for sent_id in item["sent_ids"]]
+        _check_values(inputs, sent_ids, self.vocab_size)
         return {**inputs, "image_ids": image_ids, "sent_ids": sent_ids}
 
 
-def split_ids(batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _merge_neighbours(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One item for neighbours with the same image: the same pixels, as augmentation may have changed them."""
+    merged: list[dict[str, Any]] = []
+    for item in items:
+        if merged and merged[-1]["image_id"] == item["image_id"] and merged[-1]["image"] == item["image"]:
+            merged[-1] |= {name: [*merged[-1][name], *item[name]] for name in ("texts", "masks", "sent_ids")}
+        else:
+            merged.append(dict(item))
+    return merged
+
+
+def _check_values(inputs: Mapping[str, torch.Tensor], sent_ids: Sequence[int], vocab_size: int | None) -> None:
+    input_ids, labels = inputs["input_ids"], inputs["labels"]
+    is_foreign = input_ids < 0 if vocab_size is None else (input_ids < 0) | (input_ids >= vocab_size)  # (N, T)
+    is_wordless = ~inputs["attention_mask"].bool().any(1)  # (N,)
+    is_no_mask = ((labels != 0) & (labels != 1)).flatten(1).any(1)  # (N,)
+    for is_wrong, expected in (
+        (is_wordless, "sentences of at least one word"),
+        (is_foreign.any(1), f"word ids from 0 to below the model's vocab_size {vocab_size}"),
+        (is_no_mask, "labels of 0 and 1"),
+    ):
+        if is_wrong.any():
+            rows = [sent_id for sent_id, wrong in zip(sent_ids, is_wrong.tolist(), strict=True) if wrong]
+            raise ValueError(
+                f"Expected {expected}, got others in the sent_ids {rows}. Correct or leave out these rows."
+            )
+
+
+def split_ids(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     """(the model's inputs, the ids) of a batch of [`ReferringCollator`]."""
     ids = {name: batch[name] for name in ("image_ids", "sent_ids")}
     return {name: value for name, value in batch.items() if name not in ids}, ids

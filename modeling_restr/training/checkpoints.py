@@ -1,22 +1,28 @@
 """
-Checkpoints that are whole or not there, and runs that end cleanly.
+Atomic checkpoints, and runs that end cleanly.
 
 A checkpoint is written to `OUTPUT_DIR/.unfinished/checkpoint-STEP` and moved when all of it is on the disk. A run that
-is killed, whenever it is, finds the last whole one:
+is killed, whenever it is, finds the last whole one. Steps never wait for the device: losses and the stop signal are
+looked at now and then, and before every checkpoint.
 
     checkpoint = find_last_checkpoint(output_dir)
+    losses = LossMonitor()
     with StopSignal() as stop:
         for step in ...:
-            check_loss(loss, step, batch)
-            if stop.received or step % save_steps == 0:
-                with write_checkpoint(output_dir, step) as folder:
-                    ...  # write files to the folder
-            if stop.received:
-                sys.exit(EXIT_CODE_TERMINATED)
+            losses.add(loss, step, batch)
+            if step % logging_steps == 0 or step % save_steps == 0:
+                losses.check()
+                if stop.received or step % save_steps == 0:
+                    check_weights(model, step, optimizer)
+                    with write_checkpoint(output_dir, step) as folder:
+                        ...  # write files to the folder
+                if stop.received:
+                    sys.exit(EXIT_CODE_TERMINATED)
 """
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -211,48 +217,114 @@ def _start_worker(worker_init_fn: Callable[[int], None] | None, worker: int) -> 
         worker_init_fn(worker)
 
 
-def check_loss(loss: torch.Tensor, step: int, batch: Mapping[str, Any]) -> None:
-    """
-    Stop at a loss that is NaN or infinite, before it reaches the weights.
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
-    Args:
-        loss: The loss (scalar) of one batch.
-        step: Optimizer steps so far.
-        batch: What the collator made, with `image_ids` (B,) and `sent_ids` (N,).
 
-    Raises:
-        LossNotFiniteError: with the ids of the batch.
+class LossMonitor:
     """
-    if not torch.isfinite(loss):
+    Finds losses that are NaN or infinite. Adding one takes no value off the device; only `check` waits for it.
+
+    With several processes all of them add one batch each at a time, and check together.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[int, Mapping[str, Any]]] = []  # since the last check
+        self._first: torch.Tensor | None = None  # on the device: place in _batches of the first bad one, else inf
+
+    def add(self, loss: torch.Tensor, step: int, batch: Mapping[str, Any]) -> None:
+        """
+        Args:
+            loss: The loss (scalar) of one batch.
+            step: The optimizer step that the batch is part of, counted from 1.
+            batch: Its `image_ids` and `sent_ids`, for the error message.
+        """
+        place = torch.where(loss.detach().isfinite(), math.inf, float(len(self._batches)))
+        self._first = place if self._first is None else torch.minimum(self._first, place)
+        self._batches.append((step, {name: batch[name] for name in ("image_ids", "sent_ids")}))
+
+    def check(self, gather: Callable[[torch.Tensor], torch.Tensor] = _keep) -> None:
+        """
+        Look at the losses added since the last check.
+
+        Args:
+            gather: (1,) of each process -> (processes,) of all, such as `Accelerator.gather`.
+
+        Raises:
+            LossNotFiniteError: in every process, with the ids of its batches since the last check.
+        """
+        batches, first = self._batches, self._first
+        self._batches, self._first = [], None
+        if first is None:
+            return
+        places = gather(first[None]).tolist()
+        if min(places) == math.inf:
+            return
+        process = places.index(min(places))
+        step, batch = batches[int(min(places))]
+        whose = f" of process {process}" if len(places) > 1 else ""
         raise LossNotFiniteError(
-            f"The loss of step {step + 1} is {loss.item()}. The batch: image_ids {batch['image_ids'].tolist()}, sent_ids"
-            f" {batch['sent_ids'].tolist()}. Look at these rows; if they are fine, lower the learning rate, clip"
-            " gradients (max_grad_norm=1) or train in float32. The last checkpoint is from before."
+            f"Expected finite losses, got one that is NaN or infinite in step {step}{whose}. The batch of this process in"
+            f" that step: {_list_ids([batch])}. All since the last look, from step {batches[0][0]} to {batches[-1][0]}:"
+            f" {_list_ids([batch for _, batch in batches])}. Look at these rows; if they are fine, lower the learning"
+            " rate, clip gradients (max_grad_norm=1) or train in float32. The last checkpoint is from before."
         )
 
 
-def check_weights(model: nn.Module, step: int) -> None:
+def _list_ids(batches: Iterable[Mapping[str, Any]]) -> str:
+    ids: dict[str, list[int]] = {"image_ids": [], "sent_ids": []}
+    for batch in batches:
+        for name, values in ids.items():
+            values.extend(int(value) for value in batch[name])
+    return ", ".join(f"{name} {values}" for name, values in ids.items())
+
+
+def check_weights(
+    model: nn.Module,
+    step: int,
+    optimizer: Any = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = _keep,
+) -> None:
     """
     Keep a checkpoint of broken weights from being written: a finite loss can have gradients that are not.
 
+    Args:
+        model: Its parameters and buffers are looked at, under FSDP this process's shards of them.
+        step: Optimizer steps so far.
+        optimizer: Its states are looked at, too, if it is given.
+        gather: See [`LossMonitor.check`].
+
     Raises:
-        LossNotFiniteError: with the names of the parameters.
+        LossNotFiniteError: in every process, with the names of those parameters that are broken in this one.
     """
-    local = {name: getattr(parameter, "to_local", parameter.detach)() for name, parameter in model.named_parameters()}
-    finite = {name: values.isfinite().all() for name, values in local.items()}  # FSDP: of this process's shards
-    if not torch.stack(list(finite.values())).all():
-        broken = [name for name, value in finite.items() if not value]
-        raise LossNotFiniteError(
-            f"After step {step} these weights are NaN or infinite: {broken}. Nothing was saved; the last checkpoint is"
-            " from before. Lower the learning rate, clip gradients (max_grad_norm=1) or train in float32."
-        )
+    device = next(model.parameters()).device
+    tensors = {name: tensor for name, tensor in _name_tensors(model, optimizer) if tensor.is_floating_point()}
+    flags = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors.values()])
+    if gather(flags.all()[None]).all():
+        return
+    broken = [name for name, is_finite in zip(tensors, flags.tolist()) if not is_finite]
+    raise LossNotFiniteError(
+        f"Expected finite weights after step {step}, got NaN or infinity in {broken or 'another process'}. Nothing was"
+        " saved; the last checkpoint is from before. Lower the learning rate, clip gradients (max_grad_norm=1) or train"
+        " in float32."
+    )
+
+
+def _name_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for parameter, states in getattr(optimizer, "state", {}).items():
+        name = names.get(id(parameter), "a parameter")
+        named += [(f"{key} of {name}", value) for key, value in states.items() if isinstance(value, torch.Tensor)]
+    for name, tensor in named:
+        yield name, getattr(tensor, "to_local", tensor.detach)()  # FSDP: this process's shard
 
 
 __all__ = [
     "EXIT_CODE_TERMINATED",
+    "LossMonitor",
     "LossNotFiniteError",
     "StopSignal",
-    "check_loss",
     "check_weights",
     "check_whole",
     "find_last_checkpoint",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,8 +17,8 @@ from ..metrics import ReferringIoU
 from ..visualization import save_image
 from .batches import ReferringDataset, ReferringStream, loss_weight, split_ids
 from .checkpoints import (
+    LossMonitor,
     StopSignal,
-    check_loss,
     check_weights,
     keep_last_checkpoints,
     outlive_stop_signal,
@@ -49,8 +50,9 @@ class ReferringTrainer(Trainer):
     - two learning rates, and weight decay on every parameter;
     - a step's gradients are those of the mean over its (image, expression) pairs, however they are spread over
       accumulated batches and processes;
-    - checkpoints are whole or not there; NaN and infinite losses stop the run; SIGTERM saves and stops it
-      (`stopped` is then true);
+    - checkpoints are atomic and hold no NaN: a loss or a weight that is NaN or infinite stops the run; SIGTERM saves
+      and stops it (`stopped` is then true). Both are looked at when Trainer logs and before every checkpoint, so that
+      no step waits for the device;
     - evaluation is per expression, at the size of the model's input, and leaves the random state as it was.
 
     Args:
@@ -72,6 +74,7 @@ class ReferringTrainer(Trainer):
         self.overlay_rows = list(overlay_rows)
         self.stopped = False
         self._run_dir: str | None = None
+        self._losses = LossMonitor()
         self._stop_signal = StopSignal()
         self.add_callback(_StepCallback(self))
 
@@ -114,7 +117,8 @@ class ReferringTrainer(Trainer):
     ) -> tuple[list, torch.Tensor]:
         """The accumulated batches of a step, and the number of pairs in it over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_pairs = torch.tensor(sum(len(batch["input_ids"]) for batch in batches), device=device)
+        num_pairs = torch.full((), sum(len(batch["input_ids"]) for batch in batches), device=device)
+        batches = send_to_device(batches, device, non_blocking=True)  # those of a stream; Accelerate sent the others
         return batches, self.accelerator.reduce(num_pairs, "sum")
 
     def compute_loss(
@@ -126,8 +130,9 @@ class ReferringTrainer(Trainer):
     ) -> Any:
         inputs, ids = split_ids(inputs)
         outputs = model(**inputs)
-        check_loss(outputs.loss, self.state.global_step, ids)
         loss = outputs.loss
+        if model.training:
+            self._losses.add(loss, self.state.global_step + 1, ids)
         if num_items_in_batch is not None:
             num_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * loss_weight(inputs, num_items_in_batch, num_batches)
@@ -139,8 +144,20 @@ class ReferringTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self._stop_signal:
             output = super().train(*args, **kwargs)
+            self._check_numbers()
             self.stopped = self.is_stop_requested()
         return output
+
+    def check_losses(self) -> None:
+        """
+        Raises:
+            LossNotFiniteError: in every process, after a loss that was NaN or infinite in any of them.
+        """
+        self._losses.check(self.accelerator.gather)
+
+    def _check_numbers(self) -> None:
+        self.check_losses()
+        check_weights(self.model, self.state.global_step, self.optimizer, self.accelerator.gather)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with the processor. A run of the scripts pushes its evaluated model instead."""
@@ -150,7 +167,7 @@ class ReferringTrainer(Trainer):
 
     def is_stop_requested(self) -> bool:
         """Whether SIGTERM has reached any process."""
-        received = torch.tensor(int(self._stop_signal.received), device=self.args.device)
+        received = torch.full((), int(self._stop_signal.received), device=self.args.device)
         return bool(self.accelerator.reduce(received, "sum"))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -195,7 +212,7 @@ class ReferringTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, with processor and recipe, written elsewhere and moved as a whole."""
         output_dir, step = self.output_dir, self.state.global_step
-        check_weights(self.model, step)
+        self._check_numbers()
         with write_checkpoint(
             output_dir,
             step,
@@ -240,6 +257,9 @@ class _StepCallback(TrainerCallback):
             state.epoch = state.global_step * self.trainer.recipe.images_per_step / dataset.items_per_epoch
         else:
             state.epoch = state.global_step / state.max_steps  # a stream's length is not known
+        if not (control.should_log or control.should_save):
+            return
+        self.trainer.check_losses()
         if self.trainer.is_stop_requested():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # there may not be time for it
