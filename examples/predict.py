@@ -5,9 +5,10 @@ Predict the masks of a dataset of any size, with any number of processes and mac
     accelerate launch --num_processes 8 examples/predict.py path/or/id data/photos --output_dir runs/masks
 
 The data is a folder of Parquet or a Hub id: rows as examples/prepare_refcoco.py writes them, or rows with an image and
-a text or a list of texts. Each row's image is encoded once. The output folder gets data/SPLIT-00000-of-000NN.parquet
-with a row for each (image, expression): ids, text, score and mask (COCO RLE at the image's own size); prediction.json,
-what they were made with; and summary.json. `load_dataset("parquet", data_dir="runs/masks")` reads the masks.
+a text or a list of texts. Or it is a .csv or .jsonl file of own sentences, with the columns image and sentence, and
+the photos in --image_dir. Each image is encoded once. The output folder gets data/SPLIT-00000-of-000NN.parquet with a
+row for each (image, expression): ids, text, score and mask (COCO RLE at the image's own size); prediction.json, what
+they were made with; and summary.json. `load_dataset("parquet", data_dir="runs/masks")` reads the masks.
 
 Stopped, the same command goes on where it was, with any number of processes (without GPUs `torchrun --nproc_per_node
 CORES ...` starts several). See docs/prediction_at_scale.md.
@@ -46,6 +47,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor, BatchFeat
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.canonical import MASK_FEATURE, BadImage, encode_mask
 from modeling_restr.data.loading import are_parquet, find_data_files, load_prepared
+from modeling_restr.data.sentence_files import SUFFIXES, load_sentences
 from modeling_restr.data.shards import shard_paths
 from modeling_restr.metrics.evaluation import predict_batch
 from modeling_restr.tokenization_restr import split_expression
@@ -69,7 +71,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict the masks of a dataset of images and expressions.")
     add = parser.add_argument
     add("model", help="folder or Hub id")
-    add("data", help="folder of Parquet, or Hub id of a dataset")
+    add("data", help="folder of Parquet, Hub id of a dataset, or .csv or .jsonl file of own sentences")
+    add("--image_dir", type=Path, help="folder of the photos of own sentences (default: that of their file)")
     add("--output_dir", type=Path, required=True, help="where masks go; on a disk that all processes share")
     add("--split", help="which split of the data (default: its only one)")
     add("--config_name", help="which configuration of the data, where it has several")
@@ -173,6 +176,9 @@ Rows = LoadedRows | ParquetRows
 
 def open_rows(args: argparse.Namespace, state: PartialState) -> tuple[Rows, str, str]:
     """The rows, the split's name and a fingerprint of the files that they are in."""
+    if args.data.lower().endswith(SUFFIXES):
+        dataset, fingerprint = on_main(state, lambda: read_sentence_file(args))
+        return LoadedRows(dataset), args.split or "sentences", fingerprint
     split, files, fingerprint, features = on_main(state, lambda: find_split(args))
     if args.streaming:
         group_sizes, features = on_main(state, lambda: read_footers(files, features))
@@ -180,6 +186,14 @@ def open_rows(args: argparse.Namespace, state: PartialState) -> tuple[Rows, str,
     with state.local_main_process_first():
         dataset = load_prepared(args.data, split, config_name=args.config_name, revision=args.data_revision)
     return LoadedRows(dataset), split, fingerprint
+
+
+def read_sentence_file(args: argparse.Namespace) -> tuple[datasets.Dataset, str]:
+    """The rows of own sentences, and a fingerprint of them and their photos."""
+    dataset = load_sentences(args.data, args.image_dir)
+    columns = [dataset["file_name"][:], dataset["texts"][:]]
+    photos = fingerprint_files([image["path"] for image in dataset["image"]])
+    return dataset, hashlib.sha256(json.dumps([*columns, photos]).encode()).hexdigest()
 
 
 def find_split(args: argparse.Namespace) -> tuple[str, list[str], str, datasets.Features | None]:

@@ -406,3 +406,46 @@ def test_streaming_needs_parquet(tmp_path, model_dir):
 def test_too_many_shards_for_their_names(tmp_path):
     with pytest.raises(ValueError, match="--images_per_shard"):
         predict.plan_shards(tmp_path, "val", 100_000, 1)
+
+
+# --- Own sentences ----------------------------------------------------------------------------------------------------
+
+
+def write_sentences(folder, rows, name="own.csv"):
+    """The first sentences of these rows, and their photos as files."""
+    lines = ["image,sentence"]
+    for index, row in enumerate(rows):
+        row["image"].save(folder / f"{index}.png")
+        texts = [e["text"] for reference in row["references"] for e in reference["expressions"]]
+        lines += [f'{index}.png,"{text}"' for text in texts]
+    path = folder / name
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_own_sentences_get_the_masks_of_the_same_rows_in_parquet(tmp_path, model_dir, rows, undisturbed):
+    rows = [row for row in rows if row["references"]]
+    path = write_sentences(tmp_path, rows)
+    run(model_dir, path, tmp_path / "out")
+    expected, found = read_masks(undisturbed), read_masks(tmp_path / "out")
+    assert found["text"][:] == expected["text"][:] and found["mask"][:] == expected["mask"][:]
+    assert list(dict.fromkeys(found["file_name"])) == [f"{index}.png" for index in range(len(rows))]
+    (tmp_path / "photos").mkdir()
+    for photo in tmp_path.glob("*.png"):
+        photo.rename(tmp_path / "photos" / photo.name)
+    run(model_dir, path, tmp_path / "elsewhere", "--image_dir", tmp_path / "photos")
+    assert read_masks(tmp_path / "elsewhere")["mask"][:] == expected["mask"][:]
+
+
+def test_own_sentences_that_changed_are_other_data(tmp_path, model_dir, rows):
+    path = write_sentences(tmp_path, rows[:1])
+    run(model_dir, path, tmp_path / "out")
+    path.write_text(path.read_text() + "\n0.png,one more")
+    with pytest.raises(SystemExit, match="other settings"):
+        run(model_dir, path, tmp_path / "out")
+    path.write_text("image,sentence\n0.png,?!\nabsent.png,the dog\n")
+    with pytest.raises(SystemExit, match="line 2: expected a sentence with words"):
+        run(model_dir, path, tmp_path / "bad")
+    path.write_text("image,sentence\nabsent.png,the dog\n")
+    with pytest.raises(SystemExit, match=r"file_name absent\.png: missing"):
+        run(model_dir, path, tmp_path / "bad")
