@@ -116,13 +116,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
     model, processor = load_model(model_args, train_data)
     if args.num_train_epochs > 0:
         args.max_steps = count_steps(train_data, data_args, args.num_train_epochs, args.images_per_step)
+    is_main_process = args.process_index == 0
     recipe = args.make_recipe(
         images_per_step=args.images_per_step,
         schedule=SchedulerType(args.lr_scheduler_type).value,
         precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        **describe_start(model, train_data, model_args, data_args),
+        **describe_start(model, train_data, model_args, data_args, is_main_process),
     )
-    is_main_process = args.process_index == 0
     if is_main_process:
         deviations = recipe.deviations() or "nothing"
         print(f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {deviations}")
@@ -130,7 +130,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
     repo_id = choose_repo_id(args, args.push_folder_to_hub)
     if is_main_process:
         prepare_push(args, repo_id)
-    checkpoint = find_checkpoint(args.output_dir, recipe, args.resume_from_checkpoint, is_main_process)
+    checkpoint = find_checkpoint(
+        args.output_dir,
+        recipe,
+        args.resume_from_checkpoint,
+        by_trainer=True,
+        is_main_process=is_main_process,
+    )
     train_dataset = create_train_dataset(
         train_data,
         data_args,

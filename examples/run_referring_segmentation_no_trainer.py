@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, load, send_to_device, set_seed
 from PIL import Image
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -40,6 +40,7 @@ from modeling_restr.training.checkpoints import (
     EXIT_CODE_TERMINATED,
     LossMonitor,
     LossNotFiniteError,
+    ResumeError,
     StopSignal,
     check_weights,
     get_step,
@@ -264,14 +265,23 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
     """
-    Go on from a checkpoint.
+    Resume from a checkpoint.
 
     Raises:
-        ValueError: it is one of run_referring_segmentation.py.
+        ValueError: its files are damaged, or it was renamed.
     """
-    if (checkpoint / "trainer_state.json").exists():
-        raise ValueError(f"{checkpoint} was written by run_referring_segmentation.py: go on with that script.")
-    run.accelerator.load_state(str(checkpoint))
+    random_states = checkpoint / f"random_states_{run.accelerator.process_index}.pkl"
+    try:
+        run.accelerator.load_state(str(checkpoint))
+        if random_states.exists():  # load_state passes over a damaged one
+            torch.set_rng_state(load(random_states)["torch_manual_seed"])
+    except Exception as error:  # each kind of file has its own
+        raise ResumeError(checkpoint, error) from error
+    if run.scheduler.last_epoch != get_step(checkpoint):
+        raise ValueError(
+            f"Expected a checkpoint of step {get_step(checkpoint)}, as its name says, got {checkpoint} of step"
+            f" {run.scheduler.last_epoch}. Give the folder its name back."
+        )
 
 
 def is_stop_requested(run: Run, stop: StopSignal) -> bool:
@@ -343,14 +353,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: LoopArgume
     recipe = args.make_recipe(
         images_per_step=count_images_per_step(args, accelerator),
         precision=PRECISIONS[accelerator.mixed_precision],
-        **describe_start(model, train_data, model_args, data_args),
+        **describe_start(model, train_data, model_args, data_args, accelerator.is_main_process),
     )
     deviations = recipe.deviations() or "nothing"
     accelerator.print(f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {deviations}")
 
     if accelerator.is_main_process:
         prepare_push(args, choose_repo_id(args, args.push_to_hub))
-    checkpoint = find_checkpoint(args.output_dir, recipe, args.resume_from_checkpoint, accelerator.is_main_process)
+    checkpoint = find_checkpoint(
+        args.output_dir,
+        recipe,
+        args.resume_from_checkpoint,
+        by_trainer=False,
+        is_main_process=accelerator.is_main_process,
+    )
     run = prepare_run(args, data_args, recipe, accelerator, model, processor)
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)

@@ -15,6 +15,7 @@ from modeling_restr.training.checkpoints import (
     LossNotFiniteError,
     StopSignal,
     check_weights,
+    check_whole,
     find_last_checkpoint,
     get_step,
     keep_last_checkpoints,
@@ -111,6 +112,27 @@ def test_torn_copies_are_ignored_by_name_and_not_removed(tmp_path, caplog, damag
     assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert "checkpoint-10 is ignored" in caplog.text and "notes" not in caplog.text
     assert torn.exists()
+
+
+@pytest.mark.parametrize("marker", ["null", "[]", "1", '"x"', '{"model.bin": "700"}', "[" * 10**5, "\udcff"])
+def test_markers_of_another_type_are_ignored(tmp_path, caplog, marker):
+    save(tmp_path, 10)
+    (tmp_path / "checkpoint-10" / "complete.json").write_text(marker, errors="surrogateescape")
+    assert find_last_checkpoint(tmp_path) is None
+    assert "checkpoint-10 is ignored" in caplog.text
+    with pytest.raises(ValueError, match=r"Expected a whole folder checkpoint-STEP .*, got .*checkpoint-10\."):
+        check_whole(tmp_path / "checkpoint-10")
+
+
+def test_a_checkpoint_of_another_name_is_refused(tmp_path):
+    save(tmp_path, 10)
+    check_whole(tmp_path / "checkpoint-10")
+    for name in ("copy", "checkpoint-ten", "checkpoint-1" + 20 * "0"):
+        (tmp_path / "checkpoint-10").rename(tmp_path / name)
+        with pytest.raises(ValueError, match=f"got .*{name}"):
+            check_whole(tmp_path / name)
+        assert find_last_checkpoint(tmp_path) is None
+        (tmp_path / name).rename(tmp_path / "checkpoint-10")
 
 
 def test_no_checkpoint_in_a_folder_that_is_empty_or_absent(tmp_path):

@@ -1,5 +1,7 @@
 """The recipe against the paper's formulas, and as a record of a run."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,41 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path):
     Recipe(max_steps=10, dataset="squares", expressions_per_image=4).check_same(tmp_path)
     with pytest.raises(ValueError, match=r"expressions_per_image: 4 there, 1 now\n  seed: 42 there, 7 now"):
         Recipe(max_steps=10, dataset="squares", seed=7).check_same(tmp_path)
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, caplog):
+    Recipe(dataset="squares", data_fingerprint="abc").save(tmp_path)
+    Recipe(dataset="copy", split="all", data_fingerprint="abc").check_same(tmp_path)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="data_fingerprint: abc there, def now"):
+        Recipe(dataset="squares", data_fingerprint="def").check_same(tmp_path)
+    Recipe(dataset="squares").check_same(tmp_path)
+    assert "no fingerprint was taken" in caplog.text
+    with pytest.raises(ValueError, match="dataset: squares there, copy now"):
+        Recipe(dataset="copy").check_same(tmp_path)
+
+
+def test_a_recipe_of_another_version_is_read(tmp_path, caplog):
+    @dataclass(frozen=True)
+    class LaterRecipe(Recipe):
+        label_smoothing: float = 0.0
+
+    Recipe(seed=7).save(tmp_path)
+    LaterRecipe(seed=7).check_same(tmp_path)
+    with pytest.raises(ValueError, match=r"label_smoothing: 0.0 there, 0.1 now"):
+        LaterRecipe(seed=7, label_smoothing=0.1).check_same(tmp_path)
+    LaterRecipe(seed=7, label_smoothing=0.1).save(tmp_path)
+    caplog.clear()
+    Recipe(seed=7).check_same(tmp_path)
+    assert "['label_smoothing']" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "1", '"x"', "", "{", "[" * 10**5, "\xff", None])
+def test_what_is_no_recipe_is_said(tmp_path, content):
+    if content is not None:
+        (tmp_path / "recipe.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"Expected a training script's recipe in .*recipe.json, got .*Choose"):
+        Recipe().check_same(tmp_path)
 
 
 def test_deviations_from_the_paper():

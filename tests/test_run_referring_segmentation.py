@@ -20,6 +20,7 @@ from training_runs import (
     make_inputs,
     read_log as log,
     read_weights as weights,
+    replace_file,
     run as run_script,
     shard_on_cpus,
     signal_at,
@@ -222,10 +223,55 @@ def test_all_processes_stop_at_a_loss_of_one_that_is_not_finite(inputs, tmp_path
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_run_is_not_resumed_with_another_recipe(inputs, undisturbed, tmp_path):
+def test_a_run_is_resumed_on_its_own_data_only(inputs, undisturbed, tmp_path):
+    moved, other = tmp_path / "moved", tmp_path / "other" / inputs.name
+    shutil.copytree(inputs, moved)
+    other.mkdir(parents=True)
+    make_inputs(other, seed=1)
+    shutil.copytree(undisturbed / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    start = {"model_name_or_path": inputs / "drop_path"}
+    assert run(tmp_path / "run", other, **start) == 1
+    assert "data_fingerprint: " in log(tmp_path / "run") and "Traceback" not in log(tmp_path / "run")
+    assert run(tmp_path / "run", moved, **start) == 0, log(tmp_path / "run")
+    assert_equal(tmp_path / "run", undisturbed)
+
+
+def test_a_run_of_an_earlier_version_is_resumed(inputs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / "recipe.json"
+    recipe = json.loads(path.read_text())
+    assert recipe.pop("data_fingerprint")
+    replace_file(path, json.dumps(recipe).encode())
+    assert run(tmp_path, inputs) == 0, log(tmp_path)
+    assert_equal(tmp_path, undisturbed)
+    assert "no fingerprint was taken" in log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "recipe.json"]
+)
+def test_damaged_files_of_a_checkpoint_are_said(inputs, undisturbed, tmp_path, name):
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(undisturbed / "checkpoint-4", checkpoint)
+    content = (checkpoint / name).read_bytes()
+    replace_file(checkpoint / name, b"null" if name.endswith(".json") else content[: len(content) // 2])
+    assert run(tmp_path, inputs) == 1
+    assert "Error: Expected" in log(tmp_path) and str(checkpoint) in log(tmp_path)
+    assert "Traceback" not in log(tmp_path)
+
+
+def test_a_run_is_not_resumed_with_another_recipe_or_by_another_script(inputs, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     assert run(tmp_path / "run", inputs, expressions_per_image=1) == 1
     assert "expressions_per_image: 3 there, 1 now" in log(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    state = json.loads((checkpoint / "complete.json").read_text())
+    state.pop("trainer_state.json")
+    (checkpoint / "complete.json").write_text(json.dumps(state))
+    (checkpoint / "trainer_state.json").unlink()
+    assert run(tmp_path / "other", inputs, resume_from_checkpoint=checkpoint) == 1
+    assert "was written by run_referring_segmentation_no_trainer.py" in log(tmp_path / "other")
+    assert "Traceback" not in log(tmp_path / "run") + log(tmp_path / "other")
 
 
 def test_sharded_over_two_processes_it_is_one_with_a_large_batch(inputs, large_batch, tmp_path):

@@ -32,6 +32,7 @@ from training_runs import (
     read_events,
     read_log,
     read_weights,
+    replace_file,
     run as run_script,
     shard_on_cpus,
     signal_at,
@@ -241,6 +242,43 @@ def test_all_processes_stop_at_a_loss_of_one_that_is_not_finite(inputs, tmp_path
     assert list_checkpoints(tmp_path) == []
 
 
+def test_a_run_is_resumed_on_its_own_data_only(inputs, undisturbed, tmp_path):
+    moved, other = tmp_path / "moved", tmp_path / "other" / inputs.name
+    shutil.copytree(inputs, moved)
+    other.mkdir(parents=True)
+    make_inputs(other, seed=1)
+    shutil.copytree(undisturbed / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    start = {"model_name_or_path": inputs / "drop_path"}
+    assert run(tmp_path / "run", other, **start) == 1
+    assert "data_fingerprint: " in read_log(tmp_path / "run") and "Traceback" not in read_log(tmp_path / "run")
+    assert run(tmp_path / "run", moved, **start) == 0, read_log(tmp_path / "run")
+    assert_equal(tmp_path / "run", undisturbed)
+
+
+def test_a_run_of_an_earlier_version_is_resumed(inputs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / "recipe.json"
+    recipe = json.loads(path.read_text())
+    assert recipe.pop("data_fingerprint")
+    replace_file(path, json.dumps(recipe).encode())
+    assert run(tmp_path, inputs) == 0, read_log(tmp_path)
+    assert_equal(tmp_path, undisturbed)
+    assert "no fingerprint was taken" in read_log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "recipe.json"]
+)
+def test_damaged_files_of_a_checkpoint_are_said(inputs, undisturbed, tmp_path, name):
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(undisturbed / "checkpoint-4", checkpoint)
+    content = (checkpoint / name).read_bytes()
+    replace_file(checkpoint / name, b"null" if name.endswith(".json") else content[: len(content) // 2])
+    assert run(tmp_path, inputs) == 1
+    assert "Error: Expected" in read_log(tmp_path) and str(checkpoint) in read_log(tmp_path)
+    assert "Traceback" not in read_log(tmp_path)
+
+
 def test_a_run_is_not_resumed_with_another_recipe_or_by_another_script(inputs, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     assert run(tmp_path / "run", inputs, expressions_per_image=1) == 1
@@ -249,6 +287,11 @@ def test_a_run_is_not_resumed_with_another_recipe_or_by_another_script(inputs, u
     (checkpoint / "trainer_state.json").touch()
     assert run(tmp_path / "other", inputs, resume_from_checkpoint=checkpoint) == 1
     assert "was written by run_referring_segmentation.py" in read_log(tmp_path / "other")
+    (checkpoint / "trainer_state.json").unlink()
+    checkpoint = checkpoint.rename(tmp_path / "run" / "checkpoint-5")
+    assert run(tmp_path / "other", inputs, resume_from_checkpoint=checkpoint) == 1
+    assert "Expected a checkpoint of step 5, as its name says" in read_log(tmp_path / "other")
+    assert "Traceback" not in read_log(tmp_path / "run") + read_log(tmp_path / "other")
 
 
 def test_a_checkpoint_is_a_model_whether_of_one_process_or_of_two(inputs, tmp_path):

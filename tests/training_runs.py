@@ -1,6 +1,7 @@
 """Runs of the training scripts in processes of their own, which can be killed at any moment, and what they end in."""
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import signal
@@ -32,11 +33,11 @@ def load_script(name):
     return script
 
 
-def make_inputs(folder):
+def make_inputs(folder, seed=0):
     """A folder of data, with a tiny model with much drop path in `drop_path`, and one without any in `plain`."""
     for split, num_images in {"train": 9, "val": 5}.items():
         for shard in range(2):
-            rows = make_dataset(num_images, seed=len(split)).shard(2, shard)
+            rows = make_dataset(num_images, seed=seed + len(split)).shard(2, shard)
             (folder / "data").mkdir(exist_ok=True)
             rows.to_parquet(folder / "data" / f"{split}-{shard:05d}-of-00002.parquet")
     files = "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in ("train", "val"))
@@ -194,6 +195,13 @@ def spoil_a_batch(rank, count):
         return batch
 
     ReferringCollator.__call__ = collate_and_spoil
+
+
+def replace_file(path, content):
+    """A file that its checkpoint takes for its own."""
+    path.write_bytes(content)
+    marker = path.parent / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {path.name: path.stat().st_size}))
 
 
 def kill_in_the_middle_of_a_file(count):

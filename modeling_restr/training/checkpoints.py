@@ -41,6 +41,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
+_NAME = re.compile(r"checkpoint-[0-9]{1,18}")
 MARKER = "complete.json"  # the checkpoint's files and their sizes in bytes
 # As a shell reports SIGTERM (128 + 15), so that nobody takes the run for finished: it saved, and is to be resumed.
 EXIT_CODE_TERMINATED = 143
@@ -48,6 +49,16 @@ EXIT_CODE_TERMINATED = 143
 
 class LossNotFiniteError(RuntimeError):
     """The loss or the weights became NaN or infinite; the last checkpoint is from before."""
+
+
+class ResumeError(ValueError):
+    """A checkpoint is whole, but its files cannot be loaded."""
+
+    def __init__(self, checkpoint: str | Path, error: Exception):
+        super().__init__(
+            f"Expected to resume from {checkpoint}, got {type(error).__name__}: {error}. If its files are damaged, remove"
+            " the folder to resume from the checkpoint before."
+        )
 
 
 @contextmanager
@@ -120,7 +131,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first; of any others a warning names them."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     whole = [path for path in found if _is_whole(path)]
     for path in set(found) - set(whole):
         logger.warning(f"{path} is ignored: it is no whole checkpoint of a training script of this package.")
@@ -134,20 +145,23 @@ def get_step(checkpoint: Path) -> int:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         sizes = json.loads((checkpoint / MARKER).read_text())
+        if not isinstance(sizes, dict):
+            return False
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 
 def check_whole(checkpoint: str | Path) -> None:
     """
     Raises:
-        ValueError: a folder is no checkpoint, or part of one.
+        ValueError: a folder is no checkpoint, or part of one, or has another name than `checkpoint-STEP`.
     """
-    if not _is_whole(Path(checkpoint)):
+    path = Path(checkpoint)
+    if not _NAME.fullmatch(path.name) or not _is_whole(path):
         raise ValueError(
-            f"Expected the folder of a whole checkpoint of a training script of this package, got {checkpoint}. Leave it"
-            " out to go on from the last one of the output_dir."
+            f"Expected a whole folder checkpoint-STEP that a training script of this package wrote, got {checkpoint}."
+            " Leave it out to resume from the last one of the output_dir."
         )
 
 
@@ -324,6 +338,7 @@ __all__ = [
     "EXIT_CODE_TERMINATED",
     "LossMonitor",
     "LossNotFiniteError",
+    "ResumeError",
     "StopSignal",
     "check_weights",
     "check_whole",

@@ -4,6 +4,7 @@ schedule: 400,000 steps of 8 (image, expression) pairs, AdamW with two learning 
 """
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_polynomial_decay_schedule_with_warmup
 
 
+logger = logging.getLogger(__name__)
+
 RECIPE_NAME = "recipe.json"
+_NAMES_OF_DATA = ("dataset", "split")  # the same data may have others
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Recipe:
     dataset: str = ""
     split: str = "train"
     num_expressions: int | None = None  # in the split; None for a stream
+    data_fingerprint: str | None = None  # of `fingerprints.py`; None where nobody took it
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -68,7 +73,7 @@ class Recipe:
     def deviations(self) -> dict[str, tuple[Any, Any]]:
         """Field -> (the paper's, this run's) where they differ; what the paper does not fix is left out."""
         ours, papers = asdict(self), asdict(Recipe())
-        unfixed = {"dataset", "split", "num_expressions", "seed"}
+        unfixed = {*_NAMES_OF_DATA, "num_expressions", "data_fingerprint", "seed"}
         return {
             name: (papers[name], ours[name]) for name in papers if name not in unfixed and papers[name] != ours[name]
         }
@@ -79,20 +84,43 @@ class Recipe:
 
     def check_same(self, folder: str | Path) -> None:
         """
-        Make sure that a run goes on as it began.
+        Make sure that a run resumes as it began, on the same data. A field that the folder's recipe lacks, because an
+        earlier version wrote it, has its default there.
 
         Raises:
-            ValueError: the folder's `recipe.json` is of another recipe; the message names the differences.
+            ValueError: the folder's `recipe.json` is missing, is none, or is of another recipe; the message names the
+                differences.
         """
-        earlier = json.loads(Path(folder, RECIPE_NAME).read_text(encoding="utf-8"))
-        now = asdict(self)
-        different = [field.name for field in fields(self) if earlier.get(field.name) != now[field.name]]
+        earlier, now = _read_recipe(Path(folder, RECIPE_NAME)), asdict(self)
+        names = {field.name: field.default for field in fields(self)}
+        if unknown := sorted(earlier.keys() - names.keys()):
+            logger.warning(f"{folder} was written by a later version of this package, which knows {unknown} besides.")
+        there = {name: earlier.get(name, default) for name, default in names.items()}
+        if None in (there["data_fingerprint"], now["data_fingerprint"]):
+            logger.warning(f"Whether {folder} is of a run on the same data is not known: no fingerprint was taken.")
+            ignored = {"data_fingerprint"}
+        else:
+            ignored = {*_NAMES_OF_DATA}
+        different = [name for name in names if there[name] != now[name] and name not in ignored]
         if different:
-            listing = "\n".join(f"  {name}: {earlier.get(name)} there, {now[name]} now" for name in different)
+            listing = "\n".join(f"  {name}: {there[name]} there, {now[name]} now" for name in different)
             raise ValueError(
-                f"{folder} is of a run with another recipe. Resume with the same one, or choose another output_dir and"
-                f" start from its weights:\n{listing}"
+                f"Expected the recipe and data that {folder} was begun with, got others. Resume with the same ones, or"
+                f" choose another output_dir and start from its weights:\n{listing}"
             )
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        recipe = error
+    if not isinstance(recipe, dict):
+        raise ValueError(
+            f"Expected a training script's recipe in {path}, got {str(recipe)[:80]!r}. Choose another output_dir, or"
+            " another checkpoint to resume from."
+        )
+    return recipe
 
 
 def create_parameter_groups(

@@ -34,6 +34,7 @@ from ..tokenization_restr import build_tokenizer, read_vocabulary, split_express
 from .augmentation import Augmentation
 from .batches import ReferringDataset, ReferringStream, count_expressions
 from .checkpoints import check_whole, find_last_checkpoint
+from .fingerprints import fingerprint_on_main_process
 from .recipe import Recipe
 
 
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 PAPER = Recipe()
 EXPRESSIONS_PER_IMAGE_IN_EVALUATION = 8
 AUGMENTATIONS = ("scale", "crop", "color", "mirror")
+# Without and with Trainer's state in a checkpoint.
+SCRIPTS = ("run_referring_segmentation_no_trainer.py", "run_referring_segmentation.py")
 
 
 def option(default: Any, text: str) -> Any:
@@ -247,8 +250,9 @@ def describe_start(
     train_data: datasets.Dataset | datasets.IterableDataset,
     model_args: ModelArguments,
     data_args: DataArguments,
+    is_main_process: bool = True,
 ) -> dict[str, Any]:
-    """The fields of a [`Recipe`] that model and data decide on."""
+    """The fields of a [`Recipe`] that model and data decide on. All processes call it together."""
     config: Any = model.config
     probabilities = {name: getattr(data_args, f"augment_{name}") for name in AUGMENTATIONS}
     is_stream = not isinstance(train_data, datasets.Dataset)
@@ -266,6 +270,7 @@ def describe_start(
         + (f"@{data_args.dataset_revision}" if data_args.dataset_revision else ""),
         "split": data_args.train_split,
         "num_expressions": None if is_stream else int(count_expressions(train_data).sum()),
+        "data_fingerprint": fingerprint_on_main_process(train_data, is_main_process),
     }
 
 
@@ -324,19 +329,32 @@ def create_eval_dataset(data: datasets.Dataset) -> ReferringDataset:
 
 
 def find_checkpoint(
-    output_dir: str | Path, recipe: Recipe, resume_from: str | None = None, is_main_process: bool = True
+    output_dir: str | Path,
+    recipe: Recipe,
+    resume_from: str | None = None,
+    *,
+    by_trainer: bool,
+    is_main_process: bool = True,
 ) -> Path | None:
     """
-    The checkpoint to go on from: `resume_from`, or else the last whole one.
+    The checkpoint to resume from: `resume_from`, or else the last whole one.
+
+    Args:
+        by_trainer: Whether Trainer resumes from it: it has other files than the loop without.
 
     Raises:
-        ValueError: it is of another recipe, or it is not whole.
+        ValueError: it is of another recipe, of other data or of another script, or it is not whole.
     """
     checkpoint = find_last_checkpoint(output_dir, remove_leftovers=is_main_process)
     if resume_from is not None:
         check_whole(resume_from)
         checkpoint = Path(resume_from)
     if checkpoint is not None:
+        if (checkpoint / "trainer_state.json").exists() != by_trainer:
+            raise ValueError(
+                f"Expected a checkpoint of {SCRIPTS[by_trainer]}, got {checkpoint}, which was written by"
+                f" {SCRIPTS[not by_trainer]}. Resume with that script, or choose another output_dir."
+            )
         recipe.check_same(checkpoint)
     return checkpoint
 

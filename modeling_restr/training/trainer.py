@@ -18,6 +18,7 @@ from ..visualization import save_image
 from .batches import ReferringDataset, ReferringStream, loss_weight, split_ids
 from .checkpoints import (
     LossMonitor,
+    ResumeError,
     StopSignal,
     check_weights,
     keep_last_checkpoints,
@@ -73,6 +74,7 @@ class ReferringTrainer(Trainer):
         self.recipe = recipe
         self.overlay_rows = list(overlay_rows)
         self.stopped = False
+        self.has_begun = False  # a step of `train`
         self._run_dir: str | None = None
         self._losses = LossMonitor()
         self._stop_signal = StopSignal()
@@ -141,9 +143,21 @@ class ReferringTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers' estimate takes every pixel for a token
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers.
+
+        Raises:
+            ResumeError: the checkpoint cannot be loaded.
+        """
+        self.has_begun = False
         with self._stop_signal:
-            output = super().train(*args, **kwargs)
+            try:
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+            except Exception as error:
+                if resume_from_checkpoint and not self.has_begun:  # each kind of file has its own
+                    raise ResumeError(str(resume_from_checkpoint), error) from error
+                raise
             self._check_numbers()
             self.stopped = self.is_stop_requested()
         return output
@@ -248,6 +262,11 @@ class _StepCallback(TrainerCallback):
 
     def __init__(self, trainer: ReferringTrainer):
         self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.has_begun = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
