@@ -317,7 +317,7 @@ class TaughtSegmentation(nn.Module):
         logits = outputs.logits.float()[:, None]
         logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=True)[:, 0]
         loss = outputs.loss.float() + self.args.dice_loss_weight * soft_dice_loss(logits, labels)
-        losses = self.lessons(vision_embeds, patch_labels, known, places, is_placed, teacher)
+        losses = self.lessons(vision_embeds.flatten(1, 2), patch_labels, known, places, is_placed, teacher)
         loss = loss + self.args.lessons_weight * losses @ LESSON_WEIGHTS.to(losses)
         return {"loss": loss, "counts": self._count(logits > 0, labels > 0, kinds, image_indices, len(pixel_values))}
 

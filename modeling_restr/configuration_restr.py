@@ -274,6 +274,8 @@ class ReSTRConfig(ReSTRBaseConfig):
         "text_embeds",
         "hidden_states",
         "attentions",
+        "vision_model_output",
+        "text_model_output",
     ]
     # transformers before 5.20 reads `sub_configs`.
     sub_configs = {"vision_config": ReSTRVisionConfig, "text_config": ReSTRTextConfig}

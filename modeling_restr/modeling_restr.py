@@ -65,7 +65,7 @@ class ReSTRModelOutput(ModelOutput):
         The patches after the fusion, as the adaptive classifier sees them.
     visual_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`):
         The projected visual tokens that enter the fusion, once an image.
-    vision_embeds (`torch.Tensor` of shape `(B, h * w, vision_hidden_size)`):
+    vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
         The image features; pass them as `vision_embeds` to ask again without encoding the image.
     text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
         The word features.
@@ -76,6 +76,10 @@ class ReSTRModelOutput(ModelOutput):
     attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
         Attention weights of every block of the fusion encoders, in order. The seed encoder's have the shape
         `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
+    vision_model_output (`BaseModelOutputWithPooling`, *optional*):
+        What [`~ReSTRForImageSegmentation.get_image_features`] returned; None where `vision_embeds` was a tensor.
+    text_model_output (`BaseModelOutputWithPooling`):
+        What [`~ReSTRForImageSegmentation.get_text_features`] returned.
     """
 
     patch_logits: torch.Tensor | None = None
@@ -86,6 +90,11 @@ class ReSTRModelOutput(ModelOutput):
     image_indices: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 @dataclass
@@ -102,7 +111,7 @@ class ReSTRImageSegmentationOutput(ModelOutput):
         One logit a pixel of the model's input. Without the pixel decoder these are the patch logits.
     patch_logits (`torch.Tensor` of shape `(N, h, w)`):
         One logit a patch.
-    vision_embeds (`torch.Tensor` of shape `(B, h * w, vision_hidden_size)`):
+    vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
         The image features; pass them as `vision_embeds` to ask again without encoding the image.
     text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
         The word features.
@@ -111,6 +120,10 @@ class ReSTRImageSegmentationOutput(ModelOutput):
     attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
         Attention weights of every block of the fusion encoders, in order. The seed encoder's have the shape
         `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
+    vision_model_output (`BaseModelOutputWithPooling`, *optional*):
+        What [`~ReSTRForImageSegmentation.get_image_features`] returned; None where `vision_embeds` was a tensor.
+    text_model_output (`BaseModelOutputWithPooling`):
+        What [`~ReSTRForImageSegmentation.get_text_features`] returned.
     """
 
     loss: torch.Tensor | None = None
@@ -122,6 +135,11 @@ class ReSTRImageSegmentationOutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 def eager_attention_forward(
@@ -141,6 +159,14 @@ def eager_attention_forward(
     attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()  # (batch, queries, heads, head_dim)
     return attn_output, attn_weights
+
+
+def _expand_mask(config: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+    """The mask that the attention of `config` takes, from a `(batch, length)` one that is 0 for keys to leave out."""
+    if attention_mask is None:
+        return None
+    # To skip a mask of ones, transformers would read its values, and wait until the device has computed them.
+    return create_bidirectional_mask(config, hidden_states, attention_mask, allow_is_bidirectional_skip=False)
 
 
 class ReSTRAttention(nn.Module):
@@ -473,9 +499,7 @@ class ReSTRTextModel(ReSTRPreTrainedModel):
         ```"""
         _check_input_ids(input_ids, self.config)
         hidden_states = self.embeddings(input_ids)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = _expand_mask(self.config, hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(self.projection(hidden_states)))
@@ -501,23 +525,11 @@ def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos
         )
 
 
-def _can_look_at(values: torch.Tensor) -> bool:
-    """Whether checks may ask for values: it would break a compiled graph, and on the meta device there are none."""
-    return not (torch.compiler.is_compiling() or values.is_meta)
-
-
 def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
     if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"`input_ids` must have the shape (expressions, words) with at least one expression and one to "
             f"{config.max_position_embeddings} words, got {tuple(input_ids.shape)}."
-        )
-    if not _can_look_at(input_ids):
-        return
-    if input_ids.min() < 0 or input_ids.max() >= config.vocab_size:
-        raise ValueError(
-            f"`input_ids` must be in [0, {config.vocab_size}), the size of the vocabulary, got values from "
-            f"{input_ids.min().item()} to {input_ids.max().item()}. Is the tokenizer this model's?"
         )
 
 
@@ -564,9 +576,7 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Apply one encoder; the 2D `attention_mask` is 0 for keys that nobody attends to."""
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = _expand_mask(self.config, hidden_states, attention_mask)
         repeats = self.config.num_fusion_layers // len(layers)
         for layer in list(layers) * repeats:
             hidden_states = layer(hidden_states, mask, **kwargs)
@@ -719,7 +729,17 @@ class ReSTRPixelDecoder(nn.Module):
         return self.head(hidden_states).squeeze(1)  # (N, H, W)
 
 
-def _check_image_indices(image_indices: torch.Tensor, num_images: int, num_expressions: int) -> None:
+def _check_vision_embeds(vision_embeds: Any, hidden_size: int) -> None:
+    shape = tuple(vision_embeds.shape) if isinstance(vision_embeds, torch.Tensor) else ()
+    if len(shape) != 4 or shape[3] != hidden_size or 0 in shape:
+        raise ValueError(
+            f"`vision_embeds` must be what `get_image_features` returned, or a tensor of shape (images, rows of "
+            f"patches, columns of patches, {hidden_size}), got {shape or type(vision_embeds).__name__}. A flat tensor "
+            f"of patches does not tell its grid: pass `vision_embeds.unflatten(1, (rows, columns))`."
+        )
+
+
+def _check_image_indices(image_indices: torch.Tensor, num_expressions: int) -> None:
     if image_indices.shape != (num_expressions,):
         raise ValueError(
             f"`image_indices` must have one entry an expression, shape ({num_expressions},), got "
@@ -727,12 +747,6 @@ def _check_image_indices(image_indices: torch.Tensor, num_images: int, num_expre
         )
     if image_indices.is_floating_point() or image_indices.dtype == torch.bool:
         raise ValueError(f"`image_indices` must be integers, got {image_indices.dtype}.")
-    if not _can_look_at(image_indices):
-        return
-    if not 0 <= int(image_indices.min()) <= int(image_indices.max()) < num_images:
-        raise ValueError(
-            f"`image_indices` must be in [0, {num_images}) for {num_images} images, got {image_indices.tolist()}."
-        )
 
 
 def _remove_unused_parameters(vision_model: Any) -> None:
@@ -791,8 +805,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
             Whether images may have another size than the config's; the position embeddings are then resized.
 
         Returns:
-            The vision encoder's output with the patch tokens, without any prefix token, as `pooler_output` of shape
-            `(B, P, vision_hidden_size)`: what `vision_embeds` takes.
+            The vision encoder's output with the patch tokens, without any prefix token, on their grid as
+            `pooler_output` of shape `(B, h, w, vision_hidden_size)`: what `vision_embeds` takes.
 
         Example:
 
@@ -802,7 +816,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
 
         >>> model = ReSTRModel(ReSTRConfig()).eval()
         >>> model.get_image_features(torch.zeros(1, 3, 480, 480)).pooler_output.shape
-        torch.Size([1, 900, 768])
+        torch.Size([1, 30, 30, 768])
         ```"""
         config = self.config.vision_config
         _check_pixel_values(pixel_values, config, interpolate_pos_encoding)
@@ -811,15 +825,17 @@ class ReSTRModel(ReSTRPreTrainedModel):
             options["interpolate_pos_encoding"] = interpolate_pos_encoding
         outputs = self.vision_model(pixel_values.to(self.dtype), **options)
         patch_size = as_pair(config.patch_size)
-        num_patches = (pixel_values.shape[2] // patch_size[0]) * (pixel_values.shape[3] // patch_size[1])
+        grid = (pixel_values.shape[2] // patch_size[0], pixel_values.shape[3] // patch_size[1])
+        num_patches = grid[0] * grid[1]
         if outputs.last_hidden_state.shape[1] < num_patches:
             raise ValueError(
                 f"A {config.model_type!r} encoder returned {outputs.last_hidden_state.shape[1]} tokens for "
                 f"{num_patches} patches: only plain ViTs can be the vision encoder."
             )
+        patches = outputs.last_hidden_state[:, -num_patches:]  # prefix tokens come first
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=outputs.last_hidden_state[:, -num_patches:],  # prefix tokens come first
+            pooler_output=patches.unflatten(1, grid),  # (B, h, w, hidden)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -864,7 +880,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         )
 
     def _prepare_attention_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Check the words; returns the mask of shape (N, T), 0 for padding slots."""
+        """Check the shape of the words; returns the mask of shape (N, T), 0 for padding slots."""
         _check_input_ids(input_ids, self.config.text_config)
         num_slots = self.config.text_config.max_position_embeddings
         if self.config.attend_to_padding and input_ids.shape[1] != num_slots:
@@ -880,34 +896,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}."
             )
-        if not _can_look_at(attention_mask):
-            return attention_mask
-        has_words = attention_mask.any(dim=1)
-        if not has_words.all():
-            empty = (~has_words).nonzero().flatten().tolist()
-            raise ValueError(f"Every expression must have a word, got only padding in the expressions {empty}.")
         return attention_mask
-
-    def _patch_grid(
-        self, num_patches: int, pixel_values: torch.Tensor | None, image_size: tuple[int, int] | None
-    ) -> tuple[int, int]:
-        """(h, w) of the patches: of the pixels where they are given, of `image_size`, of the config, else a square."""
-        patch_height, patch_width = as_pair(self.config.vision_config.patch_size)
-        if pixel_values is not None:
-            image_size = (pixel_values.shape[2], pixel_values.shape[3])
-        elif image_size is None:
-            image_size = as_pair(self.config.vision_config.image_size)
-            if (image_size[0] // patch_height) * (image_size[1] // patch_width) != num_patches:
-                side = math.isqrt(num_patches)
-                image_size = (side * patch_height, side * patch_width)
-        grid = (image_size[0] // patch_height, image_size[1] // patch_width)
-        if grid[0] * grid[1] != num_patches:
-            raise ValueError(
-                f"`vision_embeds` have {num_patches} patches, expected {grid[0]} x {grid[1]} for an input of "
-                f"{image_size[0]}x{image_size[1]} pixels. Where the input was not square, pass its (height, width) as "
-                f"`image_size`."
-            )
-        return grid
 
     def _prepare_vision_embeds(
         self,
@@ -915,25 +904,18 @@ class ReSTRModel(ReSTRPreTrainedModel):
         vision_embeds: torch.Tensor | BaseModelOutputWithPooling | None,
         interpolate_pos_encoding: bool,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """Image features of shape (B, P, vision_hidden_size), computed or checked."""
-        if pixel_values is not None and vision_embeds is not None:
-            raise ValueError("Expected exactly one of `pixel_values` and `vision_embeds`, got both.")
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None]:
+        """Image features of shape (B, h, w, vision_hidden_size), computed or checked, and the output they are from."""
+        if (pixel_values is None) == (vision_embeds is None):
+            got = "neither" if pixel_values is None else "both"
+            raise ValueError(f"Expected exactly one of `pixel_values` and `vision_embeds`, got {got}.")
+        features: Any = vision_embeds
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
-            return features.pooler_output
-        if vision_embeds is None:
-            raise ValueError("Expected exactly one of `pixel_values` and `vision_embeds`, got neither.")
-        embeds: Any = vision_embeds
-        if isinstance(vision_embeds, BaseModelOutputWithPooling):
-            embeds = vision_embeds.pooler_output
-        hidden_size = self.config.vision_config.hidden_size
-        if embeds.ndim != 3 or embeds.shape[2] != hidden_size:
-            raise ValueError(
-                f"`vision_embeds` must have the shape (images, patches, {hidden_size}), as "
-                f"`get_image_features(...).pooler_output` has, got {tuple(embeds.shape)}."
-            )
-        return embeds.to(self.dtype)
+        output: Any = features if isinstance(features, ModelOutput) else None
+        embeds = features if output is None else output.get("pooler_output")
+        _check_vision_embeds(embeds, self.config.vision_config.hidden_size)
+        return embeds.to(self.dtype), output
 
     def _prepare_image_indices(
         self, image_indices: torch.Tensor | None, num_images: int, input_ids: torch.Tensor
@@ -941,7 +923,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         num_expressions = input_ids.shape[0]
         if image_indices is not None:
             image_indices = torch.as_tensor(image_indices)
-            _check_image_indices(image_indices, num_images, num_expressions)
+            _check_image_indices(image_indices, num_expressions)
             return image_indices.to(device=input_ids.device, dtype=torch.long)
         if num_images == 1:
             return torch.zeros(num_expressions, dtype=torch.long, device=input_ids.device)
@@ -962,7 +944,6 @@ class ReSTRModel(ReSTRPreTrainedModel):
         image_indices: torch.Tensor | None = None,
         vision_embeds: torch.Tensor | BaseModelOutputWithPooling | None = None,
         interpolate_pos_encoding: bool = False,
-        image_size: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReSTRModelOutput:
         r"""
@@ -975,12 +956,11 @@ class ReSTRModel(ReSTRPreTrainedModel):
         image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
             Which image each expression is about. By default all 0 for one image, and one expression an image for
             as many expressions as images.
-        vision_embeds (`torch.Tensor` of shape `(B, P, vision_hidden_size)`, *optional*):
-            Image features from [`~ReSTRModel.get_image_features`], instead of `pixel_values`.
+        vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
+            Image features, instead of `pixel_values`: what [`~ReSTRModel.get_image_features`] returned, or a
+            tensor of shape `(B, h, w, vision_hidden_size)`.
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
             Whether images may have another size than the config's; the position embeddings are then resized.
-        image_size (`tuple[int, int]`, *optional*):
-            (height, width) of the pixels that `vision_embeds` are from; needed only when they were not square.
 
         Example:
 
@@ -996,13 +976,17 @@ class ReSTRModel(ReSTRPreTrainedModel):
         if input_ids is None:
             raise ValueError("Expected `input_ids`, the words of at least one expression, got none.")
         attention_mask = self._prepare_attention_mask(input_ids, attention_mask)
-        vision_embeds = self._prepare_vision_embeds(pixel_values, vision_embeds, interpolate_pos_encoding, **kwargs)
-        grid = self._patch_grid(vision_embeds.shape[1], pixel_values, image_size)
+        vision_embeds, vision_model_output = self._prepare_vision_embeds(
+            pixel_values, vision_embeds, interpolate_pos_encoding, **kwargs
+        )
         image_indices = self._prepare_image_indices(image_indices, vision_embeds.shape[0], input_ids)
-        text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs).pooler_output
-        outputs = self.fusion(vision_embeds, text_embeds, attention_mask, image_indices, return_dict=True, **kwargs)
+        text_model_output = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+        text_embeds = text_model_output.pooler_output
+        outputs = self.fusion(
+            vision_embeds.flatten(1, 2), text_embeds, attention_mask, image_indices, return_dict=True, **kwargs
+        )
         return ReSTRModelOutput(
-            patch_logits=outputs.patch_logits.unflatten(1, grid),
+            patch_logits=outputs.patch_logits.unflatten(1, vision_embeds.shape[1:3]),
             patch_embeds=outputs.patch_embeds,
             visual_embeds=outputs.visual_embeds,
             vision_embeds=vision_embeds,
@@ -1010,6 +994,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
             image_indices=image_indices,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            vision_model_output=vision_model_output,
+            text_model_output=text_model_output,
         )
 
 
@@ -1018,13 +1004,6 @@ def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
         raise ValueError(
             f"`labels` must have the shape (expressions, height, width) with {num_expressions} expressions, got "
             f"{tuple(labels.shape)}."
-        )
-    if not _can_look_at(labels):
-        return
-    if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError(
-            f"`labels` must be 0 or 1, got values from {labels.min().item()} to {labels.max().item()}. Binarise the "
-            f"masks first, as the processor does."
         )
 
 
@@ -1111,8 +1090,8 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             Whether images may have another size than the config's; the position embeddings are then resized.
 
         Returns:
-            The vision encoder's output with the patch tokens, without any prefix token, as `pooler_output` of shape
-            `(B, P, vision_hidden_size)`: what `vision_embeds` takes.
+            The vision encoder's output with the patch tokens, without any prefix token, on their grid as
+            `pooler_output` of shape `(B, h, w, vision_hidden_size)`: what `vision_embeds` takes.
 
         Example:
 
@@ -1121,8 +1100,8 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         >>> from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation
 
         >>> model = ReSTRForImageSegmentation(ReSTRConfig()).eval()
-        >>> vision_embeds = model.get_image_features(torch.zeros(1, 3, 480, 480)).pooler_output
-        >>> model(vision_embeds=vision_embeds, input_ids=torch.ones(1, 20, dtype=torch.long)).logits.shape
+        >>> features = model.get_image_features(torch.zeros(1, 3, 480, 480))
+        >>> model(vision_embeds=features, input_ids=torch.ones(1, 20, dtype=torch.long)).logits.shape
         torch.Size([1, 480, 480])
         ```"""
         return self.model.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -1156,11 +1135,11 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         ```"""
         return self.model.get_text_features(input_ids, attention_mask, **kwargs)
 
-    def loss_function(
+    def compute_losses(
         self, logits: torch.Tensor, patch_logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Total, pixel and patch loss (scalars) of (N, H, W) and (N, h, w) logits for (N, any, any) labels."""
-        labels = labels[:, None].float()  # (N, 1, height, width)
+        labels = labels.to(logits.device)[:, None].float()  # (N, 1, height, width)
         logits, patch_logits = logits[:, None].float(), patch_logits[:, None].float()
         if logits.shape != labels.shape:
             logits = F.interpolate(logits, size=labels.shape[2:], mode="bilinear", align_corners=True)
@@ -1180,7 +1159,6 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         vision_embeds: torch.Tensor | BaseModelOutputWithPooling | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        image_size: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReSTRImageSegmentationOutput:
         r"""
@@ -1193,14 +1171,14 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
             Which image each expression is about. By default all 0 for one image, and one expression an image for
             as many expressions as images.
-        vision_embeds (`torch.Tensor` of shape `(B, P, vision_hidden_size)`, *optional*):
-            Image features from [`~ReSTRForImageSegmentation.get_image_features`], instead of `pixel_values`.
+        vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
+            Image features, instead of `pixel_values`: what [`~ReSTRForImageSegmentation.get_image_features`] returned,
+            or a tensor of shape `(B, h, w, vision_hidden_size)`.
         labels (`torch.Tensor` of shape `(N, height, width)`, *optional*):
-            Masks of 0 and 1. Where their size differs from that of the logits, the logits are resized.
+            Masks of 0 and 1. Where their size differs from that of the logits, the logits are resized. As for all
+            inputs, shapes are checked here and values are not: the processor and the collator do that.
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
             Whether images may have another size than the config's; the position embeddings are then resized.
-        image_size (`tuple[int, int]`, *optional*):
-            (height, width) of the pixels that `vision_embeds` are from; needed only when they were not square.
 
         Example:
 
@@ -1222,7 +1200,6 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             image_indices=image_indices,
             vision_embeds=vision_embeds,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            image_size=image_size,
             return_dict=True,
             **kwargs,
         )
@@ -1233,7 +1210,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             )
         loss = loss_pixel = loss_patch = None
         if labels is not None:
-            loss, loss_pixel, loss_patch = self.loss_function(logits, outputs.patch_logits, labels)
+            loss, loss_pixel, loss_patch = self.compute_losses(logits, outputs.patch_logits, labels)
         return ReSTRImageSegmentationOutput(
             loss=loss,
             loss_pixel=loss_pixel,
@@ -1244,6 +1221,8 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             text_embeds=outputs.text_embeds,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            vision_model_output=outputs.vision_model_output,
+            text_model_output=outputs.text_model_output,
         )
 
 

@@ -147,9 +147,8 @@ class ReSTRPipeline(Pipeline):
         pixel_values = input_tensors["pixel_values"].to(model.dtype)
         names = ("input_ids", "attention_mask", "image_indices")
         chunks = zip(*(input_tensors[name].split(_SENTENCES_AT_A_TIME) for name in names))
-        vision_embeds = model.get_image_features(pixel_values).pooler_output  # once, for all chunks
-        options = {"vision_embeds": vision_embeds, "image_size": tuple(pixel_values.shape[2:])}
-        logits = [model(**options, **dict(zip(names, chunk))).logits for chunk in chunks]
+        features = model.get_image_features(pixel_values)  # once, for all chunks
+        logits = [model(vision_embeds=features, **dict(zip(names, chunk))).logits for chunk in chunks]
         kept = ("image_indices", "original_sizes", "text")
         return {"logits": torch.cat(logits), **{name: input_tensors[name] for name in kept}}
 

@@ -62,7 +62,9 @@ def test_patch_tokens_are_those_of_the_encoder_without_its_prefix(name):
     encoder.load_state_dict(model.model.vision_model.state_dict(), strict=False)
     tokens = encoder(foreign_images(model)).last_hidden_state
     features = model.get_image_features(foreign_images(model))
-    torch.testing.assert_close(features.pooler_output, tokens[:, VISION_CONFIGS[name][1] :], rtol=0, atol=0)
+    torch.testing.assert_close(
+        features.pooler_output.flatten(1, 2), tokens[:, VISION_CONFIGS[name][1] :], rtol=0, atol=0
+    )
     outputs = model(pixel_values=foreign_images(model), input_ids=words(2))
     size, patch_size = model.config.vision_config.image_size, model.config.vision_config.patch_size
     assert outputs.logits.shape == (2, size, size)
@@ -146,7 +148,7 @@ def test_vit_weights_become_restr_s_own_encoder(tmp_path, model_class):
     assert (model.config.hidden_size, model.config.num_attention_heads, model.training) == (32, 4, False)
     encoder.base_model.config._attn_implementation = model.config._attn_implementation
     tokens = encoder.base_model(images(2)).last_hidden_state
-    assert_close(model.get_image_features(images(2)).pooler_output, tokens[:, 1:])
+    assert_close(model.get_image_features(images(2)).pooler_output.flatten(1, 2), tokens[:, 1:])
     assert model.config.vision_config.layer_norm_eps == VISION_CONFIGS["vit"][0].layer_norm_eps
 
 
@@ -164,7 +166,7 @@ def test_other_encoders_keep_their_class(tmp_path, name):
     model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path)
     assert type(model.model.vision_model) is type(encoder)
     tokens = encoder(foreign_images(model)).last_hidden_state[:, num_prefix_tokens:]
-    assert_close(model.get_image_features(foreign_images(model)).pooler_output, tokens)
+    assert_close(model.get_image_features(foreign_images(model)).pooler_output.flatten(1, 2), tokens)
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])

@@ -218,7 +218,7 @@ class Segmenter:
         return cls(model.to(device), AutoProcessor.from_pretrained(model_id, **options))
 
     def encode(self, photo: np.ndarray) -> torch.Tensor:
-        """The image features (1, P, vision_hidden_size), kept by the photo's pixels for all users."""
+        """The image features (1, h, w, vision_hidden_size), kept by the photo's pixels for all users."""
         key = f"{photo.shape}{hashlib.sha256(photo.data).hexdigest()}"
         kept = self._features.get(key)
         if kept is None:
@@ -234,7 +234,7 @@ class Segmenter:
         inputs = self.processor(text=sentences, return_offsets_mapping=True, return_tensors="pt")
         offsets = inputs.pop("offset_mapping").tolist()
         inputs = inputs.to(self.model.device)
-        outputs = self.model(**inputs, vision_embeds=vision_embeds, image_size=self.input_size, output_attentions=True)
+        outputs = self.model(**inputs, vision_embeds=vision_embeds, output_attentions=True)
         attention = average_seed_attention(
             outputs.attentions, self.model.config.num_fusion_layers, inputs["attention_mask"]
         )

@@ -20,18 +20,15 @@ from ..modeling_restr import ReSTRForImageSegmentation
 
 
 class ReSTRImageEncoder(nn.Module):
-    """The image features of `get_image_features`, laid out on the grid of the patches."""
+    """The image features of `get_image_features`."""
 
     def __init__(self, model: ReSTRForImageSegmentation):
         super().__init__()
         self.model = model.model
-        self.patch_size = _as_pair(model.config.vision_config.patch_size)
         self.interpolate_pos_encoding = has_free_image_size(model)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        features = self.model.get_image_features(pixel_values, self.interpolate_pos_encoding)
-        grid = (pixel_values.shape[2] // self.patch_size[0], pixel_values.shape[3] // self.patch_size[1])
-        return features.pooler_output.unflatten(1, grid)  # (B, h, w, vision_hidden_size)
+        return self.model.get_image_features(pixel_values, self.interpolate_pos_encoding).pooler_output
 
 
 class ReSTRSentenceQuery(nn.Module):
@@ -40,18 +37,11 @@ class ReSTRSentenceQuery(nn.Module):
     def __init__(self, model: ReSTRForImageSegmentation):
         super().__init__()
         self.model = model
-        self.patch_size = _as_pair(model.config.vision_config.patch_size)
 
     def forward(
         self, vision_embeds: torch.Tensor, input_ids: torch.Tensor, image_indices: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        image_size = (vision_embeds.shape[1] * self.patch_size[0], vision_embeds.shape[2] * self.patch_size[1])
-        outputs = self.model(
-            vision_embeds=vision_embeds.flatten(1, 2),  # (B, h * w, vision_hidden_size)
-            input_ids=input_ids,
-            image_indices=image_indices,
-            image_size=image_size,
-        )
+        outputs = self.model(vision_embeds=vision_embeds, input_ids=input_ids, image_indices=image_indices)
         return outputs.logits, outputs.patch_logits
 
 

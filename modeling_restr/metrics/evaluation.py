@@ -58,14 +58,13 @@ def predict_batch(
     if expressions_per_batch < 1:
         raise ValueError(f"Expected expressions_per_batch >= 1, got {expressions_per_batch}.")
     inputs = inputs.to(model.device, model.dtype)
-    canvas_size = tuple(inputs["pixel_values"].shape[2:])
     target_sizes = inputs["original_sizes"][inputs["image_indices"]].split(1)
-    vision_embeds = model.get_image_features(inputs["pixel_values"]).pooler_output  # (B, P, vision_hidden_size)
+    features = model.get_image_features(inputs["pixel_values"])
     for start in range(0, len(target_sizes), expressions_per_batch):
         batch = slice(start, start + expressions_per_batch)
         names = ("input_ids", "attention_mask", "image_indices")
         words = {name: inputs[name][batch] for name in names}
-        logits = model(vision_embeds=vision_embeds, image_size=canvas_size, **words).logits
+        logits = model(vision_embeds=features, **words).logits
         for logits_of_one, size in zip(logits.split(1), target_sizes[batch]):  # (1, height, width)
             outputs = SimpleNamespace(logits=logits_of_one)
             yield from processor.post_process_referring_segmentation(outputs, size, threshold)
