@@ -11,6 +11,7 @@ from scipy.io import savemat
 
 from modeling_restr.data import build_dataset, decode_mask, read_referit
 from modeling_restr.data.canonical import FEATURES, BadImage
+from modeling_restr.data.mat_files import MatReader
 
 
 HEIGHT, WIDTH = 24, 32
@@ -104,6 +105,53 @@ def test_bad_masks_are_bad_images(data):
         build_dataset(read(data)[1:], progress=False)
 
 
+def test_masks_that_crash_scipy_are_bad_images(data):
+    savemat(data / "masks/112_10.mat", {"segimg_t": np.zeros((HEIGHT, WIDTH), np.uint8)})
+    crash = bytearray((data / "masks/112_10.mat").read_bytes())
+    crash[184] = 0  # a data type that SciPy follows without a look
+    (data / "masks/112_10.mat").write_bytes(crash)
+    with pytest.raises(BadImage, match=r"112\.jpg: ref_id 112010: The mask .*112_10\.mat cannot be read \("):
+        build_dataset(read(data), progress=False)
+    assert build_dataset(read(data), skip_bad=True, progress=False)["image_id"][:] == [8756]
+
+
+def test_reader_that_ended_is_started_again(data):
+    reader = MatReader()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"KeyError: 'x'"):
+            reader.read_zeros(data / "masks/8756_1.mat", "x")
+        reader._process.kill()
+        with pytest.raises(ValueError, match=r"the process that read it ended with code -?\d+"):
+            reader.read_zeros(data / "masks/8756_1.mat", "segimg_t")
+        assert np.array_equal(reader.read_zeros(data / "masks/8756_1.mat", "segimg_t"), object_mask("8756_1"))
+
+
+@pytest.mark.parametrize("value", [1, np.nan])
+def test_masks_without_the_object_are_bad_images(data, value):
+    savemat(data / "masks/112_10.mat", {"segimg_t": np.full((HEIGHT, WIDTH), value)})
+    with pytest.raises(BadImage, match=r"112\.jpg: ref_id 112010: The object covers no pixel of its image"):
+        build_dataset(read(data), progress=False)
+
+
+def test_images_lie_in_their_folder(data):
+    (data / "images/112.jpg").rename(data / "elsewhere.jpg")
+    (data / "images/112.jpg").symlink_to(data / "elsewhere.jpg")
+    with pytest.raises(BadImage, match=r"112\.jpg: cannot be read \(it leads out of the folder of the images"):
+        build_dataset(read(data), progress=False)
+
+
+def test_names_that_are_there_twice_are_said(data, caplog):
+    (data / "referit_query_test.json").write_text('{"8756_1": ["sky"], "112_10": ["a"], "8756_1": ["sun"]}')
+    with pytest.raises(ValueError, match=r"referit_query_test\.json .*: 8756_1 is there twice"):
+        read(data)
+    write_queries(data, {"8756_1": ["sky"], "08756_1": ["sun"]})
+    read(data)
+    assert (
+        "referit_query_test.json: 1 ids of references are there more than once and count as often (8756001)"
+        in caplog.text
+    )
+
+
 def test_missing_images_are_named(data):
     (data / "images/112.jpg").unlink()
     with pytest.raises(BadImage, match=r"112\.jpg: missing"):
@@ -121,7 +169,17 @@ def test_splits_that_do_not_exist_are_explained(data):
 
 @pytest.mark.parametrize(
     "queries",
-    [["sky"], {"8756": ["sky"]}, {"a_1": ["sky"]}, {"8756_1": "sky"}, {"8756_1": [1]}, {"8756_1000": ["sky"]}],
+    [
+        ["sky"],
+        {"8756": ["sky"]},
+        {"a_1": ["sky"]},
+        {"8756_1": "sky"},
+        {"8756_1": [1]},
+        {"8756_1": [None]},
+        {"8756_1": {"sky": 1}},
+        {"8756_1000": ["sky"]},
+        {f"{10**12}_1": ["sky"]},  # its ids would not fit into 64 bits
+    ],
 )
 def test_files_of_something_else_are_explained(data, queries):
     write_queries(data, queries)

@@ -7,20 +7,24 @@ MATLAB mask an object, and the images.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import reprlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .canonical import AnnotatedImage, AnnotatedReference
+from .canonical import AnnotatedImage, AnnotatedReference, check_images
+from .mat_files import MatReader
+from .records import TEXT
 from .refer import read_json
 
 
 MASK_KEY = "segimg_t"
-_NAME = re.compile(r"(\d+)_(\d+)")
+_NAME = re.compile(r"[0-9]{1,12}_[0-9]{1,3}")  # all ids made of it fit into 64 bits
 _STRIDE = 1000  # more than an image has objects, and an object expressions
+_MAT_READER = MatReader()
 
 
 def read_referit(
@@ -46,7 +50,12 @@ def read_referit(
         `ValueError`: The split's file does not exist (the message lists those that do) or is not as above.
         `ImportError`: SciPy is not installed; it reads the masks.
     """
-    _import_loadmat()
+    try:
+        import scipy.io  # noqa: F401  (in the process that reads the masks)
+    except ImportError as error:
+        raise ImportError(
+            'ReferIt\'s masks are MATLAB files, which SciPy reads: `pip install "modeling-restr[train]"`.'
+        ) from error
     path = Path(annotation_dir) / f"referit_query_{split}.json"
     if not path.is_file():
         present = ", ".join(sorted(file.name for file in path.parent.glob("referit_query_*.json"))) or "none"
@@ -55,22 +64,33 @@ def read_referit(
     for name, texts in _read_queries(path).items():
         image_id, reference = _build_reference(name, texts, Path(mask_dir))
         references.setdefault(image_id, []).append(reference)
-    return [
-        AnnotatedImage(image_id, f"{image_id}.jpg", Path(image_dir, f"{image_id}.jpg"), tuple(references[image_id]))
-        for image_id in references
+    folder = Path(image_dir)
+    images = [
+        AnnotatedImage(image_id, name := f"{image_id}.jpg", folder / name, tuple(found), image_dir=folder)
+        for image_id, found in references.items()
     ]
+    check_images(images, path)
+    return images
 
 
 def _read_queries(path: Path) -> dict[str, list[str]]:
-    queries = read_json(path)
+    queries = read_json(path, _to_dict)
     if not isinstance(queries, dict):
         raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got a {type(queries).__name__}.')
     for name, texts in queries.items():
-        is_named = (numbers := _NAME.fullmatch(name)) and int(numbers[2]) < _STRIDE
-        is_texts = isinstance(texts, list) and len(texts) < _STRIDE and all(isinstance(text, str) for text in texts)
-        if not (is_named and is_texts):
-            raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got {name!r}: {texts!r:.200}.')
+        is_texts = isinstance(texts, list) and len(texts) < _STRIDE and all(map(TEXT.matches, texts))
+        if not (_NAME.fullmatch(name) and is_texts):
+            got = f"{reprlib.repr(name)}: {reprlib.repr(texts)}"
+            raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got {got}.')
     return queries
+
+
+def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two fields of one name, `json` takes the last without a word."""
+    names = Counter(name for name, _ in pairs)
+    if len(names) < len(pairs):
+        raise ValueError(f"{names.most_common(1)[0][0]} is there twice")
+    return dict(pairs)
 
 
 def _build_reference(name: str, texts: list[str], mask_dir: Path) -> tuple[int, AnnotatedReference]:
@@ -92,23 +112,12 @@ def load_mask(path: Path) -> np.ndarray:
     Raises:
         `ValueError`: The file is missing, damaged or without `segimg_t`.
     """
-    loadmat = _import_loadmat()
     if not path.is_file():
         raise ValueError(f"The mask {path} is missing.")
     try:
-        return loadmat(path, variable_names=[MASK_KEY])[MASK_KEY] == 0
-    except Exception as error:  # SciPy raises nearly anything on a damaged file
-        raise ValueError(f"The mask {path} cannot be read ({type(error).__name__}: {error}).") from error
-
-
-def _import_loadmat() -> Callable[..., Any]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImportError(
-            'ReferIt\'s masks are MATLAB files, which SciPy reads: `pip install "modeling-restr[train]"`.'
-        ) from error
-    return loadmat
+        return _MAT_READER.read_zeros(path, MASK_KEY)
+    except ValueError as error:
+        raise ValueError(f"The mask {path} cannot be read ({error}).") from error
 
 
 __all__ = ["read_referit"]
