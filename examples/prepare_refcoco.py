@@ -25,14 +25,18 @@ from modeling_restr.data.canonical import AnnotatedImage
 from modeling_restr.data.dataset_card import ORIGINS, OTHER, PreparedSplit, Source
 from modeling_restr.data.preparation import IMAGES_PER_SHARD, prepare, push_to_hub, read_source
 from modeling_restr.data.published_counts import PUBLISHED_COUNTS, format_counts
+from modeling_restr.data.records import Problems
 
 
 class Task(NamedTuple):
-    """What to read: the source, its splits, and the function that reads one of them."""
+    """
+    What to read: the source, its splits, and the function that reads one of them. What that passes over, it adds to
+    the problems it is given.
+    """
 
     source: Source
     splits: list[str]
-    read: Callable[[str], list[AnnotatedImage]]
+    read: Callable[[str, Problems], list[AnnotatedImage]]
 
 
 def published_splits(dataset: str, split_by: str, prefix: str = "") -> dict[str, tuple[str, str, str]]:
@@ -82,7 +86,7 @@ def plan_refer(args: argparse.Namespace) -> Task:
     return Task(
         source,
         list(published) or of_refclef,
-        lambda split: read_refer(args.annotation_dir, args.image_dir, args.dataset, split_by, split),
+        lambda split, _: read_refer(args.annotation_dir, args.image_dir, args.dataset, split_by, split),
     )
 
 
@@ -96,7 +100,7 @@ def plan_grefcoco(args: argparse.Namespace) -> Task:
     return Task(
         Source(name="grefcoco", title="gRefCOCO (unc)", description=description, origins=("grefcoco",)),
         ["train", "val", "testA", "testB"],
-        lambda split: read_grefcoco(args.annotation_dir, args.image_dir, "unc", split),
+        lambda split, _: read_grefcoco(args.annotation_dir, args.image_dir, "unc", split),
     )
 
 
@@ -107,7 +111,7 @@ def plan_referit(args: argparse.Namespace) -> Task:
     return Task(
         Source(name="referit", title="ReferIt", description=description, origins=("referit",)),
         ["train", "val", "test"],
-        lambda split: read_referit(args.annotation_dir, args.mask_dir, args.image_dir, split),
+        lambda split, _: read_referit(args.annotation_dir, args.mask_dir, args.image_dir, split),
     )
 
 
@@ -137,7 +141,7 @@ def plan_hub(args: argparse.Namespace) -> Task:
     return Task(
         source,
         [names.get(split, split) for split in available],
-        lambda split: read_hub_copy(args.path_or_id, split, args.image_dir, args.revision),
+        lambda split, _: read_hub_copy(args.path_or_id, split, args.image_dir, args.revision),
     )
 
 
@@ -162,16 +166,16 @@ def plan_coco(args: argparse.Namespace) -> Task:
     return Task(
         source,
         ["train", "val"] if args.val_share else ["train"],
-        lambda split: read_coco(args.instances_file, args.image_dir, split=split, **options),
+        lambda split, _: read_coco(args.instances_file, args.image_dir, split=split, **options),
     )
 
 
-def prepare_task(task: Task, args: argparse.Namespace) -> dict[str, PreparedSplit]:
-    splits = {}
+def prepare_task(task: Task, args: argparse.Namespace) -> tuple[dict[str, PreparedSplit], Problems]:
+    splits, problems = {}, Problems()
     for split in args.splits or task.splits:
         print(f"Reading the annotations of {split}", flush=True)
-        splits[split] = task.read(split)
-    return prepare(
+        splits[split] = task.read(split, problems)
+    prepared = prepare(
         task.source,
         splits,
         args.output_dir,
@@ -179,9 +183,10 @@ def prepare_task(task: Task, args: argparse.Namespace) -> dict[str, PreparedSpli
         num_proc=args.num_proc,
         skip_bad=args.skip_bad,
     )
+    return prepared, problems
 
 
-def prepare_combination(args: argparse.Namespace) -> dict[str, PreparedSplit]:
+def prepare_combination(args: argparse.Namespace) -> tuple[dict[str, PreparedSplit], Problems]:
     from modeling_restr.data.combination import combine
 
     names = args.names or [read_source(folder).name for folder in args.folders]
@@ -200,11 +205,11 @@ def prepare_combination(args: argparse.Namespace) -> dict[str, PreparedSplit]:
         notes=combination.notes,
     )
     shutil.rmtree(cache_dir, ignore_errors=True)
-    return prepared
+    return prepared, Problems()
 
 
-def report(output_dir: Path, prepared: dict[str, PreparedSplit]) -> None:
-    """The table, and every image that was left out by name."""
+def report(output_dir: Path, prepared: dict[str, PreparedSplit], problems: Problems) -> None:
+    """The table, every image that was left out by name, and a summary of all that was."""
     source = read_source(output_dir)
     counts = {name: split.counts for name, split in prepared.items()}
     print(f"\n{source.title} in {output_dir}")
@@ -213,6 +218,10 @@ def report(output_dir: Path, prepared: dict[str, PreparedSplit]) -> None:
     if left_out:
         print(f"\nImages left out, since they cannot be used: {len(left_out):,}")
         print("\n".join(f"  {name}  {problem}" for name, problem in left_out))
+    for split in prepared.values():
+        problems.extend(split.problems)
+    if problems:
+        print(f"\nDropped or doubtful, in all:\n{problems.summary()}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -228,8 +237,8 @@ def parse_args() -> argparse.Namespace:
         "--skip_bad",
         "--skip-bad",
         action="store_true",
-        help="leave out images that are missing, damaged or of another size than their annotations say, and list them "
-        "(default: stop)",
+        help="leave out images that are missing, damaged, of another size than their annotations say, or with an "
+        "object without a mask, and list them (default: stop)",
     )
     common.add_argument(
         "--push_to_hub", metavar="REPO_ID", help="upload the folder to this dataset repository at the end"
@@ -308,11 +317,11 @@ def add_coco_arguments(command: argparse.ArgumentParser) -> None:
 def main() -> None:
     args = parse_args()
     try:
-        prepared = args.prepare(args)
-        report(args.output_dir, prepared)
+        prepared, problems = args.prepare(args)
+        report(args.output_dir, prepared, problems)
         if args.push_to_hub:
             print(f"Uploaded: {push_to_hub(args.output_dir, args.push_to_hub, private=args.private or None)}")
-    except (ValueError, OSError, BrokenProcessPool) as error:
+    except (ValueError, OSError, RecursionError, BrokenProcessPool) as error:
         raise SystemExit(str(error)) from error
 
 

@@ -292,7 +292,7 @@ def test_bad_images_are_left_out_with_a_warning(tmp_path, caplog):
     assert dataset["image_id"][:] == [0, 3]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert all(text in caplog.text for text in ("Left out 3 images", "b.png: missing", "c.png", "e.png"))
-    assert "1 missing images: b.png\n1 images that cannot be decoded: c.png\n1 images of another size" in caplog.text
+    assert "missing images: 1 (b.png)\nimages that cannot be decoded: 1 (c.png)\nimages of another size" in caplog.text
     none_left = build_dataset(images[1:3], skip_bad=True, progress=False)
     assert len(none_left) == 0
     assert none_left.features == FEATURES

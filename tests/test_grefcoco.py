@@ -1,5 +1,6 @@
 """gRefCOCO's layout: several targets are one mask, none is an empty one."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from modeling_restr.data import build_dataset, decode_mask, read_grefcoco
-from modeling_restr.data.canonical import FEATURES
+from modeling_restr.data.canonical import FEATURES, BadImage
+from modeling_restr.data.preparation import fingerprint
 
 
 HEIGHT, WIDTH = 24, 32
@@ -130,6 +132,35 @@ def test_no_target_is_an_empty_mask(tmp_path, ann_id, category_id):
     assert len(reference["expressions"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], r"at least 3 points, got \[\]"),
+        (None, r"at least 3 points, got \[\]"),
+        ([[-9, -9, -3, -9, -3, -1]], "covers no pixel"),
+        ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "covers no pixel"),
+        ([[1e9, 1, 12, 1, 12, 9]], "got 1000000000.0"),
+        (5, r"got \[5\]"),
+    ],
+)
+@pytest.mark.parametrize("ann_ids", [[10], [10, 20], [20, 10]], ids=str)
+def test_each_of_several_targets_has_a_mask(tmp_path, segmentation, message, ann_ids):
+    write_grefcoco(tmp_path, [make_ref(5, ann_ids, [1] * len(ann_ids)), make_ref(6, [-1], [-1])])
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    instances["annotations"][0]["segmentation"] = segmentation
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    with pytest.raises(BadImage, match=rf"{FILE_NAME}: ref_id 5: .*{message}"):
+        build_dataset(read_grefcoco(tmp_path, tmp_path / "images"), progress=False)
+
+
+def test_fingerprint_of_several_targets_is_that_of_their_parts(tmp_path):
+    write_grefcoco(tmp_path, [make_ref(5, [10, 20], [1, 1])])
+    (image,) = read_grefcoco(tmp_path, tmp_path / "images")
+    flat = [polygon(10), compressed(20)]
+    united = dataclasses.replace(image.references[0], segmentation=flat)
+    assert fingerprint([image]) == fingerprint([dataclasses.replace(image, references=(united,))])
+
+
 def test_flag_may_be_missing_but_not_wrong(tmp_path):
     refs = [make_ref(5, [10, 20], [1, 1]), make_ref(6, [-1], [-1])]
     expected = read_references(tmp_path, refs)
@@ -169,6 +200,14 @@ def test_folder_or_the_one_above(tmp_path, name):
         (make_ref(5, [10], [1], image_id=7), "ref_id 5: 7 is not among the images"),
         (make_ref(5, [10, -1], [1, -1]), r"ref_id 5: ann_id has both objects and no target: \[10, -1\]"),
         ({"ref_id": 5}, "reference 0: expected the fields"),
+        (
+            make_ref(5, [10, "20"], [1, 1]),
+            "reference 0: expected ann_id to be a whole number of 64 bits or a list of th",
+        ),
+        (
+            make_ref(5, [10], None),
+            "reference 0: expected category_id to be a whole number of 64 bits or a list of them",
+        ),
     ],
 )
 def test_references_that_do_not_fit_are_named(tmp_path, ref, message):

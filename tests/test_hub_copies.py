@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -360,12 +361,95 @@ def test_malformed_annotations_are_errors(tmp_path, copy, broken):
         read_hub_copy(copy, "train", image_dir=tmp_path / "photos")
 
 
+def test_images_of_one_name_in_two_folders(tmp_path, copy):
+    rows = [reference_row(7), reference_row(3) | {"image_path": f"other/{NAMES[581857]}"}]
+    write_split(copy, "train", rows, REFERENCE_ROW)
+    write_photos(tmp_path / "photos")
+    with pytest.raises(ValueError, match=r"for image 581857 \(.*\) and for image 131074 \(.*\): give a folder"):
+        read_hub_copy(copy, "train", image_dir=tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_id": "a"}, "Row 0: expected image_id to be a whole number of 64 bits, got 'a'"),
+        ({"image_path": None}, "Row 0: expected image_path to be text, got None"),
+        ({"ref_id": None}, "Row 0: expected ref_id to be a whole number of 64 bits, got None"),
+        ({"sentences": None}, "Row 0: expected sentences to be a list, got None"),
+        (
+            {"sentences": [{"sent_id": 1}]},
+            r"Row 0, ref_id 7, sentences: expected the fields \['sent', 'sent_id'\], got",
+        ),
+        (
+            {"sentences": [{"sent_id": 1, "sent": None}]},
+            "Row 0, ref_id 7, sentences: expected sent to be text, got None",
+        ),
+        (
+            {"raw_anns": '{"segmentation": 1, "bbox": 1, "category_id": [1]}'},
+            "Row 0, annotation 1719310: expected categor",
+        ),
+        ({"raw_anns": 5000 * "["}, "Row 0: expected raw_anns to be a JSON object with segmentation"),
+    ],
+)
+def test_values_of_another_kind_are_named_with_their_row(tmp_path, copy, changes, message):
+    copy.mkdir()
+    (copy / "train.jsonl").write_text(json.dumps(reference_row(7) | changes))
+    write_photos(tmp_path / "photos")
+    with pytest.raises(ValueError, match=f"{copy}: {message}"):
+        read_hub_copy(copy, "train", image_dir=tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    "segmentation", [None, 5, "x", {"size": [40], "counts": "a"}, [[1e9, 1, 12, 1, 12, 9]], [[1, 2]]]
+)
+def test_damaged_outlines_are_their_images_fault(tmp_path, copy, segmentation):
+    copy.mkdir()
+    (copy / "train.jsonl").write_text(json.dumps(reference_row(7, segmentation=segmentation)))
+    write_photos(tmp_path / "photos")
+    (image,) = read_hub_copy(copy, "train", image_dir=tmp_path / "photos")
+    with pytest.raises(BadImage, match=rf"{NAMES[581857]}: ref_id 7: "):
+        build_row(image)
+
+
+@pytest.mark.parametrize("mask", [None, {"size": None, "counts": None}, {"size": [40], "counts": "a"}])
+def test_damaged_masks_are_their_images_fault(copy, mask):
+    row = mask_row(581857)
+    row["samples"][0]["mask"] = mask
+    write_split(copy, "validation", [row], MASK_ROW)
+    (image,) = read_hub_copy(copy, "validation")
+    with pytest.raises(BadImage, match=rf"{NAMES[581857]}: ref_id 7: "):
+        build_row(image)
+
+
+def test_flattened_polygons_that_are_none(copy):
+    rows = [question_row(7, segmentation=None, bbox=None), question_row(9, segmentation=[1.0, 2.0, 3.0])]
+    write_split(copy, "test", rows, QUESTION_ROW)
+    (image,) = read_hub_copy(copy, "test")
+    for reference in image.references:
+        with pytest.raises(BadImage, match=r"ref_id \d: A polygon must be"):
+            build_row(replace(image, references=(reference,)))
+
+
+def test_rows_that_name_files_mean_those_of_the_copy(tmp_path, copy):
+    write_photos(tmp_path / "secret")
+    write_photos(copy / "photos")
+    for folder, message in ((copy / "photos", None), (tmp_path / "secret", "leads out of the folder of the images")):
+        row = mask_row(581857) | {"image": {"bytes": None, "path": str(folder / NAMES[581857])}}
+        write_split(copy, "validation", [row], MASK_ROW)
+        (image,) = read_hub_copy(copy, "validation")
+        if message is None:
+            assert build_row(image)["image"]["bytes"] == photo(581857)
+        else:
+            with pytest.raises(BadImage, match=f"{NAMES[581857]}: cannot be read .it {message}"):
+                build_row(image)
+
+
 def test_rows_that_stand_twice_are_named(tmp_path, copy, caplog):
     write_split(copy, "train", [reference_row(ref_id) for ref_id in (7, 3, 9, 3)], REFERENCE_ROW)
     write_photos(tmp_path / "photos")
     images = read_hub_copy(copy, "train", image_dir=tmp_path / "photos")
     assert [len(image.references) for image in images] == [2, 2]
-    assert "1 references stand in this copy more than once (ref_id 3)" in caplog.text
+    assert "1 ids of references are there more than once and count as often (3)" in caplog.text
 
 
 def test_benchmark(copy, caplog):

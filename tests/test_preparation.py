@@ -8,7 +8,7 @@ import runpy
 import datasets
 import numpy as np
 import pytest
-from annotated_images import make_images, read_rows
+from annotated_images import TWO_BOXES, make_images, read_rows
 from filelock import FileLock
 from hub_server import USER, serve
 
@@ -151,6 +151,34 @@ def test_bad_images_stop_it_and_leave_no_card_and_no_file_that_lacks_any(tmp_pat
     assert len(read_rows(output, "val", tmp_path / "cache")) == 6
 
 
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_all_that_was_dropped_is_counted_by_kind(tmp_path, images, num_proc):
+    images[4].image.unlink()
+    stray = dataclasses.replace(images[5].references[0], segmentation=[[1, 2], *TWO_BOXES, [1, 2, 3, 4]])
+    empty = dataclasses.replace(images[6].references[0], segmentation=[[3, 3, 9, 3, 9, 3]])
+    images[5] = dataclasses.replace(images[5], references=(stray,))
+    images[6] = dataclasses.replace(images[6], references=(empty,))
+    for _ in range(2):  # the second time, nothing is made
+        prepared = prepare(
+            SOURCE, {"val": images}, tmp_path / "output", images_per_shard=3, skip_bad=True, num_proc=num_proc
+        )
+        assert prepared["val"].problems == {
+            "missing images": [images[4].file_name],
+            "polygons of one or two points, dropped": [f"{images[5].file_name}: ref_id {stray.ref_id}"] * 2,
+            "images with an object without a usable mask or box": [images[6].file_name],
+        }
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert f"- missing images: 1 ({images[4].file_name})\n- polygons of one or two points, dropped: 2 (" in card
+
+
+def test_two_images_of_one_file_in_two_splits_are_refused(tmp_path, images):
+    other = dataclasses.replace(images[1], image=images[0].image)
+    with pytest.raises(ValueError, match=r"000001\.jpg for image 1 \(.*\) and for image 2 \(.*000002\.jpg\): give"):
+        prepare(SOURCE, {"train": images[:1], "val": [other]}, tmp_path / "output")
+    same = dataclasses.replace(images[0], references=images[0].references[:1])  # an image may be in two splits
+    prepare(SOURCE, {"train": images[:1], "val": [same]}, tmp_path / "output")
+
+
 def test_nothing_but_bad_images_is_an_error_even_so(tmp_path, images):
     for image in images:
         image.image.unlink()
@@ -196,6 +224,11 @@ def test_fingerprint_is_of_the_annotations_only(tmp_path, images):
         reference = dataclasses.replace(AnnotatedReference(1, 1, "dog", [], ((1, "a"),)), **changes)
         prints.add(fingerprint([dataclasses.replace(images[0], references=(reference,))]))
     assert len(prints) == 3 + len(segmentations) + 5
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=rf"{images[0].file_name}: its annotations are nested too deeply"):
+        fingerprint([dataclasses.replace(images[0], references=(dataclasses.replace(reference, bbox=deep),))])
     with pytest.raises(TypeError, match="cannot hold a set"):
         fingerprint([dataclasses.replace(images[0], references=(dataclasses.replace(reference, bbox={1}),))])
 

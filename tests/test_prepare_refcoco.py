@@ -132,16 +132,33 @@ def test_bad_images_stop_it_or_are_left_out_and_listed(script, tmp_path, capsys)
     assert read_files(output) == first and coco_name(2) in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that blocks whoever reads it")
+BLOCKING_SCRIPT = """
+import sys
+import threading
+
+from modeling_restr.data import canonical
+
+def read_image(source, image_dir=None, read=canonical.read_image):
+    if source.name == {name!r}:
+        threading.Event().wait()
+    return read(source, image_dir)
+
+canonical.read_image = read_image
+if __name__ == "__main__":
+    sys.path.insert(0, {folder!r})
+    import prepare_refcoco
+    prepare_refcoco.main()
+"""
+
+
 def test_killed_in_the_middle_of_a_shard_it_goes_on_to_the_same_end(script, tmp_path):
     arguments = [*write_refer(tmp_path / "refer"), "--splits", "train", "--images_per_shard", 2, "--num_proc", 2]
     script(*arguments[:-2], "--output_dir", tmp_path / "undisturbed")
-    blocking = tmp_path / "refer" / "images" / coco_name(4)  # the last image of the second shard
-    content = blocking.read_bytes()
-    blocking.unlink()
-    os.mkfifo(blocking)
+    last_of_second_shard = coco_name(4)
+    blocking = tmp_path / "blocking.py"  # which every worker imports
+    blocking.write_text(BLOCKING_SCRIPT.format(folder=str(SCRIPT.parent), name=last_of_second_shard))
     output = tmp_path / "killed"
-    command = [sys.executable, SCRIPT, *arguments, "--output_dir", output]
+    command = [sys.executable, blocking, *arguments, "--output_dir", output]
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     others = [output / "data" / f"train-0000{index}-of-00004.parquet" for index in (0, 2, 3)]
     deadline = time.monotonic() + 500
@@ -153,11 +170,43 @@ def test_killed_in_the_middle_of_a_shard_it_goes_on_to_the_same_end(script, tmp_
     assert not (output / "data" / "train-00001-of-00004.parquet").exists()
     assert list(output.glob("data/.train-00001*.tmp")) and not (output / "README.md").exists()
     times = [path.stat().st_mtime_ns for path in others]
-    blocking.unlink()
-    blocking.write_bytes(content)
     script(*arguments[:-2], "--output_dir", output)
     assert read_files(output) == read_files(tmp_path / "undisturbed")
     assert [path.stat().st_mtime_ns for path in others] == times  # made once
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_hostile_annotations_are_left_out_or_named(script, tmp_path, capsys):
+    """Each image of a split is bad in another way, but the last."""
+    arguments = [*write_refer(tmp_path / "refer"), "--output_dir", tmp_path / "output", "--splits", "train"]
+    path = tmp_path / "refer" / "refcoco" / "instances.json"
+    instances = json.loads(path.read_text())
+    images, annotations = instances["images"], instances["annotations"]
+    annotations[0]["segmentation"] = [[1e9, 1, 12, 1, 12, 9, 2, 9]]
+    images[1]["height"] = images[1]["width"] = 10**6
+    images[2]["file_name"] = "../../up.jpg"
+    write_photo(tmp_path / "up.jpg", 3)
+    annotations[3]["segmentation"] = {"size": [40, 50], "counts": [100, -5, 1905]}
+    annotations[4]["segmentation"] = [[-9, -9, -3, -9, -3, -1]]
+    (tmp_path / "refer" / "images" / coco_name(6)).unlink()
+    os.mkfifo(tmp_path / "refer" / "images" / coco_name(6))
+    annotations[6]["segmentation"] = [*TWO_BOXES, [1, 2]]
+    path.write_text(json.dumps(instances))
+    with pytest.raises(SystemExit, match=r"Images that cannot be used \(skip_bad leaves them out\): 6\n"):
+        script(*arguments)
+    script(*arguments, "--skip_bad")
+    out = capsys.readouterr().out
+    assert [row["image_id"] for row in read_rows(tmp_path / "output", "train", tmp_path / "cache")] == [7]
+    assert out.endswith(
+        f"""
+Dropped or doubtful, in all:
+images with an object without a usable mask or box: 3 ({coco_name(1)}, {coco_name(4)}, {coco_name(5)})
+images of another size than their annotations: 1 ({coco_name(2)})
+missing images: 1 (../../up.jpg)
+images that cannot be read: 1 ({coco_name(6)})
+polygons of one or two points, dropped: 1 ({coco_name(7)}: ref_id 7)
+"""
+    )
 
 
 def test_grefcoco(script, tmp_path, capsys):

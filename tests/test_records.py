@@ -70,5 +70,6 @@ def test_summary_counts_by_problem_and_names_the_first():
     problems.add("damaged masks")
     problems.extend({"missing images": ["b.jpg"], "stray points": [f"ref_id {number}" for number in range(1200)]})
     assert (
-        problems.summary(num_names=2) == "2 missing images: a.jpg, b.jpg\n1,200 stray points: ref_id 0, ref_id 1, ..."
+        problems.summary(num_names=2)
+        == "missing images: 2 (a.jpg, b.jpg)\nstray points: 1,200 (ref_id 0, ref_id 1, ...)"
     )

@@ -337,8 +337,19 @@ def test_folders_that_do_not_exist_are_explained(data):
         ({"image_id": 999}, "ref_id 2: 999 is not among the images of"),
         ({"category_id": 999}, "ref_id 2: 999 is not among the categories of"),
         ({"ann_id": 30}, "ref_id 2 is about image 9, but its annotation 30 in .* about image 581857"),
-        ({"sentences": [{"sent": "the dog"}]}, "ref_id 2: expected sentences with sent_id and sent"),
-        ({"sentences": ["the dog"]}, "ref_id 2: expected sentences with sent_id and sent"),
+        ({"sentences": [{"sent": "the dog"}]}, r"ref_id 2, sentences: expected the fields \['sent', 'sent_id'\], got"),
+        ({"sentences": ["the dog"]}, r"ref_id 2, sentences: expected the fields \['sent', 'sent_id'\], got 'the dog'"),
+        ({"sentences": 5}, r"refs\(unc\)\.p, reference 1: expected sentences to be a list, got 5"),
+        ({"sentences": [{"sent": None, "sent_id": 1}]}, "ref_id 2, sentences: expected sent to be text, got None"),
+        ({"sentences": [{"sent": 5, "sent_id": 1}]}, "ref_id 2, sentences: expected sent to be text, got 5"),
+        (
+            {"sentences": [{"sent": "", "sent_id": 2**64}]},
+            "sentences: expected sent_id to be a whole number of 64 bit",
+        ),
+        ({"ref_id": "a"}, r"refs\(unc\)\.p, reference 1: expected ref_id to be a whole number of 64 bits, got 'a'"),
+        ({"image_id": [9]}, r"reference 1: expected image_id to be a whole number of 64 bits, got \[9\]"),
+        ({"ann_id": 2**63}, "reference 1: expected ann_id to be a whole number of 64 bits, got 9223372036854775808"),
+        ({"split": None}, "reference 1: expected split to be text, got None"),
     ],
 )
 def test_references_that_do_not_fit_are_named(data, changes, message):
@@ -364,12 +375,71 @@ def test_files_of_something_else_are_explained(data):
         ("[", r"instances\.json is not JSON"),
         ("[]", r"instances\.json is not in COCO's format"),
         ('{"images": []}', r"instances\.json is not in COCO's format"),
-        (json.dumps(instances), r"instances\.json: images need the fields .*'height'.*, 581857 lacks some"),
+        (json.dumps(instances), r"instances\.json, 581857 of the images: expected the fields .*'height'.*, got"),
+        (100_000 * "[", r"instances\.json is not JSON that can be used: maximum recursion depth"),
     ):
         write_refer(folder)
         (folder / "instances.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_refer(data / "data", data / "train2014")
+
+
+@pytest.mark.parametrize("table", ["images", "annotations", "categories"])
+def test_ids_of_instances_are_unique_and_fit_into_64_bits(data, table):
+    instances = default_instances()
+    instances[table].append(instances[table][0] | {"file_name": "other.jpg"})
+    write_refer(data / "data/refcoco", instances=instances)
+    number = instances[table][0]["id"]
+    with pytest.raises(
+        ValueError, match=rf"instances\.json: the ids of {table} must be unique, {number} is there twice"
+    ):
+        read_refer(data / "data", data / "train2014")
+    instances[table][-1]["id"] = 2**70
+    write_refer(data / "data/refcoco", instances=instances)
+    with pytest.raises(ValueError, match=rf"instances\.json .* the ids of {table} must be .* got {2**70} in record"):
+        read_refer(data / "data", data / "train2014")
+
+
+@pytest.mark.parametrize(("table", "field"), [("images", "file_name"), ("categories", "name")])
+def test_texts_of_instances_are_texts(data, table, field):
+    instances = default_instances()
+    for record in instances[table]:
+        record[field] = 5
+    write_refer(data / "data/refcoco", instances=instances)
+    with pytest.raises(ValueError, match=rf"instances\.json, \d+ of the {table}: expected {field} to be text, got 5"):
+        read_refer(data / "data", data / "train2014")
+
+
+def test_references_that_are_there_twice_are_named(data, caplog):
+    refs = default_refs()
+    write_refer(data / "data/refcoco", [*refs, refs[0]])
+    images = read_refer(data / "data", data / "train2014")
+    assert [reference.ref_id for image in images for reference in image.references] == [4, 3, 4, 2]
+    assert "refcoco: 1 ids of references are there more than once and count as often (4)" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a.jpg"), ("job_1/a.jpg", "job_2/a.jpg"), ("a.jpg", "images\\a.jpg")])
+def test_two_images_of_one_file_are_refused(data, names):
+    instances = default_instances()
+    for image, name in zip(instances["images"], names):
+        image["file_name"] = name
+    write_refer(data / "data/refcoco", instances=instances)
+    read_refer(data / "data", data / "train2014")  # its images are missing, which is said of each when rows are built
+    write_images(data / "job_1", ["a.jpg"])
+    message = r"a\.jpg for image 581857 \(.*a\.jpg\) and for image 9 \(.*a\.jpg\): give a folder"
+    with pytest.raises(ValueError, match=message):
+        read_refer(data / "data", data / "job_1")
+    if names[0].startswith("job"):
+        write_images(data / "job_2", ["a.jpg"])
+        assert len({image.image for image in read_refer(data / "data", data)}) == 2
+
+
+def test_numbers_of_numpy_are_explained(tmp_path):
+    (tmp_path / "refs.p").write_bytes(pickle.dumps([{"ref_id": np.int64(5)}]))
+    with pytest.raises(
+        ValueError, match=r"refs\.p was refused: .*numpy.*: write NumPy's numbers as int\(\) and float\(\)"
+    ):
+        load_plain_pickle(tmp_path / "refs.p")
 
 
 # The dataset
@@ -411,6 +481,49 @@ def test_bad_images_of_a_dataset_stop_it_or_are_left_out(data):
         load_refer(data / "data", data / "train2014")
     dataset = load_refer(data / "data", data / "train2014", skip_bad=True)
     assert dataset["image_id"][:] == [581857]
+
+
+@pytest.mark.parametrize("name", ["../up.jpg", "./../secret/s.jpg", "/dev/zero", 5000 * "a", "", "..\\up.jpg", "x\0"])
+def test_names_that_lead_out_of_the_folder_are_not_followed(data, name):
+    write_images(data / "secret", ["s.jpg"])
+    write_images(data, ["up.jpg"])
+    for file_name in (name, str(data / "up.jpg")):
+        instances = default_instances()
+        instances["images"][1]["file_name"] = file_name
+        write_refer(data / "data/refcoco", instances=instances)
+        with pytest.raises(BadImage, match="1 images cannot be used"):
+            load_refer(data / "data", data / "train2014")
+        assert load_refer(data / "data", data / "train2014", skip_bad=True)["image_id"][:] == [581857]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("segmentation", [[1e9, 1, 12, 1, 12, 9, 2, 9]]),
+        ("segmentation", {"size": [HEIGHT, WIDTH], "counts": [100, -5, 673]}),
+        ("segmentation", {"size": [HEIGHT, WIDTH], "counts": None}),
+        ("segmentation", {"size": [10**6, 10**6], "counts": [0, 10**12]}),
+        ("segmentation", {"size": [HEIGHT], "counts": "PPY1"}),
+        ("segmentation", [[-20, -9, -3, -9, -3, -1]]),
+        ("segmentation", 5),
+        ("segmentation", {}),
+        ("segmentation", [{"a": 1}]),
+        ("segmentation", ["a"]),
+        ("bbox", "x"),
+        ("bbox", [1, 2, 3, 10**400]),
+        ("height", 10**6),
+        ("height", None),
+        ("width", "32"),
+        ("width", [32]),
+    ],
+)
+def test_damaged_annotations_are_their_images_fault(data, field, value):
+    instances = default_instances()
+    instances["images" if field in ("height", "width") else "annotations"][1][field] = value
+    write_refer(data / "data/refcoco", instances=instances)
+    with pytest.raises(BadImage, match=rf"1 images cannot be used.*\n  {FILE_NAMES[9]}: (ref_id 2|decodes)"):
+        load_refer(data / "data", data / "train2014")
+    assert load_refer(data / "data", data / "train2014", skip_bad=True)["image_id"][:] == [581857]
 
 
 def test_object_without_a_segmentation_is_no_expression_about_nothing(data):

@@ -191,7 +191,7 @@ def test_stray_parts_are_counted():
 def test_objects_have_pixels():
     box, triangle = (segmentation_to_rle([polygon], SIZE) for polygon in (BOX, TRIANGLE))
     assert object_to_rle([BOX], SIZE) == box
-    union = object_to_rle(SeveralObjects(([BOX], triangle)), SIZE)
+    union = object_to_rle(SeveralObjects(([BOX], [triangle])), SIZE)
     assert np.array_equal(decode_mask(union), decode_mask(box) | decode_mask(triangle))
     outside = [[-20, -9, -3, -9, -3, -1]]
     line, point = [[3, 3, 9, 3, 9, 3]], [[4, 4, 4, 4, 4, 4]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from tqdm.contrib.concurrent import thread_map
 
-from .image_files import resolve_image
+from .image_files import is_file, resolve_image
 from .records import Problems
 from .segmentation import (
     Segmentation,
@@ -38,6 +39,7 @@ from .segmentation import (
 logger = datasets.logging.get_logger(__name__)
 _UNDECODABLE = "images that cannot be decoded"
 
+NO_TARGET = -1  # in gRefCOCO the id of the annotation of what is not in the image
 MASK_FEATURE = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
 FEATURES = datasets.Features(
     {
@@ -91,8 +93,8 @@ class AnnotatedReference:
 
     @property
     def refers_to_nothing(self) -> bool:
-        """Whether nothing in the image is meant, as gRefCOCO has it; an object whose mask is empty is a mistake."""
-        return isinstance(self.segmentation, list | tuple) and not self.segmentation
+        """Whether nothing in the image is meant, as gRefCOCO has it; of anything else, an empty mask is a mistake."""
+        return self.ann_id == NO_TARGET or (isinstance(self.segmentation, list | tuple) and not self.segmentation)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,47 @@ class AnnotatedImage:
     size: tuple[int, int] | None = None
     image_dir: Path | None = None
     problem: str | None = None
+
+
+def check_images(images: Sequence[AnnotatedImage], place: Any) -> None:
+    """
+    Check what a reader has found at a `place`, and warn of ids that are there more than once.
+
+    Raises:
+        ValueError: two images are one file, as [`check_distinct_files`] says.
+    """
+    check_distinct_files(images)
+    files = {(image.image_id, image.file_name) for image in images}
+    _warn_of_repeated_ids(place, "images", (image_id for image_id, _ in files))
+    _warn_of_repeated_ids(place, "references", (ref.ref_id for image in images for ref in image.references))
+
+
+def _warn_of_repeated_ids(place: Any, what: str, ids: Iterable[int]) -> None:
+    repeated = [number for number, count in Counter(ids).items() if count > 1]
+    if repeated:
+        logger.warning(
+            f"{place}: {len(repeated)} ids of {what} are there more than once and count as often "
+            f"({', '.join(map(str, repeated[:10]))}{', ...' if len(repeated) > 10 else ''})."
+        )
+
+
+def check_distinct_files(images: Iterable[AnnotatedImage]) -> None:
+    """
+    Check that no two images are one file: the annotations of one of them would lie on a picture that is not theirs.
+
+    Raises:
+        ValueError: they are; the message names both.
+    """
+    first: dict[Path, AnnotatedImage] = {}
+    for image in images:
+        if not isinstance(image.image, Path):
+            continue
+        other = first.setdefault(image.image, image)
+        if other.image_id != image.image_id and is_file(image.image):
+            raise ValueError(
+                f"Expected a file for each image, found {image.image} for image {other.image_id} ({other.file_name}) "
+                f"and for image {image.image_id} ({image.file_name}): give a folder in which each has its own."
+            )
 
 
 def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> bytes:
@@ -200,8 +243,7 @@ def _build_reference(
 ) -> dict[str, Any]:
     place = f"{file_name}: ref_id {reference.ref_id}"
     try:
-        nothing = encode_mask(np.zeros(size, dtype=bool))
-        rle = nothing if reference.refers_to_nothing else object_to_rle(reference.segmentation, size)
+        rle = object_to_rle(reference.segmentation, size, may_be_empty=reference.refers_to_nothing)
         bbox = _check_bbox(coco_mask.toBbox(rle) if reference.bbox is None else reference.bbox)
         num_stray = count_stray_parts(reference.segmentation)
     except ValueError as error:
@@ -271,6 +313,7 @@ def build_dataset(images: Iterable[AnnotatedImage], skip_bad: bool = False, prog
 __all__ = [
     "FEATURES",
     "MASK_FEATURE",
+    "NO_TARGET",
     "AnnotatedImage",
     "AnnotatedReference",
     "BadImage",
@@ -279,6 +322,8 @@ __all__ = [
     "build_row",
     "build_row_or_error",
     "build_rows",
+    "check_distinct_files",
+    "check_images",
     "decode_mask",
     "encode_mask",
     "read_image",

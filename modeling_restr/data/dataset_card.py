@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from .canonical import FEATURES
 from .published_counts import Counts, format_counts_as_markdown, published_counts
+from .records import Problems
 
 
 NUM_LEFT_OUT_SHOWN = 50
@@ -125,13 +126,15 @@ class Source:
 class PreparedSplit:
     """A finished split: what its files hold, and what is wrong with each image that was left out.
 
-    `num_bytes` is the size of its rows, `file_size` that of its files.
+    `num_bytes` is the size of its rows, `file_size` that of its files. `problems` counts by kind all that was left out,
+    images and less, and what should be looked at.
     """
 
     counts: Counts
     left_out: tuple[str, ...] = ()
     num_bytes: int = 0
     file_size: int = 0
+    problems: Problems = field(default_factory=Problems)
 
 
 def build_card(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str] = ()) -> DatasetCard:
@@ -234,6 +237,11 @@ mask; ids are the source's."""
 def _describe_left_out(splits: Mapping[str, PreparedSplit]) -> Iterator[str]:
     if not any(split.left_out for split in splits.values()):
         yield "No image."
+    for name, split in splits.items():
+        if split.problems:
+            lines = [f"- {line}" for line in split.problems.summary().splitlines()]
+            yield f"What is missing from the split {name}, or doubtful in it, by kind:"
+            yield "\n".join(lines)
     for name, split in splits.items():
         if not split.left_out:
             continue

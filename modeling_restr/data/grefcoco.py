@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .canonical import AnnotatedImage, AnnotatedReference
+from .canonical import NO_TARGET, AnnotatedImage, AnnotatedReference
+from .records import ID_OR_IDS
 from .refer import (
+    REF_FIELDS,
     Instances,
     check_refs,
     expressions_of,
@@ -19,10 +21,11 @@ from .refer import (
     read_json,
     select_split,
 )
+from .segmentation import SeveralObjects
 
 
 FOLDERS = ("grefcoco", "gRefCOCO")
-NO_TARGET = -1  # in gRefCOCO the id of the annotation and the category of what is not there
+FIELDS = {**REF_FIELDS, "ann_id": ID_OR_IDS, "category_id": ID_OR_IDS}
 
 
 def read_grefcoco(
@@ -31,7 +34,7 @@ def read_grefcoco(
     """
     Read the annotations of gRefCOCO. Images and references are in the order of the file, the text is `sent`.
 
-    The mask of a reference is the union of its objects; with none it is empty, its `ann_id` -1 and its category "".
+    The mask of a reference is the union of its objects; without any it is empty, its `ann_id` -1 and its category "".
     Of several objects, `ann_id` is the first's, `category` all their different names, joined by ", ", and `bbox` the
     mask's.
 
@@ -54,7 +57,7 @@ def read_grefcoco(
     if not path.is_file():
         present = ", ".join(sorted(file.name for file in folder.glob("grefs(*).json"))) or "none"
         raise ValueError(f"Expected {path.name} in {folder}, got {present}.")
-    refs = select_split(check_refs(read_json(path), path), split, path)
+    refs = select_split(check_refs(read_json(path), path, FIELDS), split, path)
     return group_by_image(refs, Instances.read(folder / "instances.json"), image_dir, _build_reference)
 
 
@@ -63,12 +66,13 @@ def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedRefe
     if ref.get("no_target", not ann_ids) == bool(ann_ids):
         raise ValueError(f"ref_id {ref['ref_id']}: no_target is {ref['no_target']}, but ann_id {ref['ann_id']}.")
     annotations = [instances.annotation_of(ref, ann_id) for ann_id in ann_ids]
+    objects = tuple(parts_of(annotation) for annotation in annotations)
     names = [instances.category_of(ref, category_id) for category_id in _targets(ref, "category_id")]
     return AnnotatedReference(
         ref_id=ref["ref_id"],
         ann_id=ann_ids[0] if ann_ids else NO_TARGET,
         category=", ".join(dict.fromkeys(names)),
-        segmentation=[part for annotation in annotations for part in parts_of(annotation)],
+        segmentation=SeveralObjects(objects) if len(objects) > 1 else next(iter(objects), []),
         expressions=expressions_of(ref),
         bbox=annotations[0].get("bbox") if len(annotations) == 1 else None,
     )

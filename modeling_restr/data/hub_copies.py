@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -23,9 +23,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
-from .canonical import AnnotatedImage, AnnotatedReference, ImageInDataset, Segmentation
+from .canonical import AnnotatedImage, AnnotatedReference, ImageInDataset, check_images
+from .image_files import image_finder
+from .records import ANYTHING, ID, LIST, OBJECT, TEXT, TEXT_OR_TEXTS, check_fields
+from .refer import check_sentences, expressions_of
+from .segmentation import are_numbers
 
 
 logger = datasets.logging.get_logger(__name__)
@@ -49,6 +55,10 @@ _COCO_CATEGORIES = dict(
 )
 # COCO_train2014_000000581857_16.jpg: REFER's name of object 16 on image 581857.
 _COCO_FILE_NAME = re.compile(r"(?P<stem>COCO_[a-z]+\d{4}_(?P<image_id>\d{12}))(?:_\d+)?(?P<suffix>\.\w+)")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_IMAGE_FIELDS = {"id": ID, "file_name": TEXT, "height": ANYTHING, "width": ANYTHING}
+_ANNOTATION_FIELDS = {"category_id": ID, "segmentation": ANYTHING, "bbox": ANYTHING}
+_SAMPLE_FIELDS = {"id": ID, "category": TEXT, "sentences": TEXT_OR_TEXTS, "mask": ANYTHING, "bbox": ANYTHING}
 _OTHER_NAMES = {"val": "validation", "validation": "val", "testA": "test"}
 # References of the val splits of RefCOCO (UNC), RefCOCO+ (UNC) and RefCOCOg (UMD), each by itself.
 _NUM_VAL_REFERENCES = {3811, 3805, 2573}
@@ -80,11 +90,22 @@ def read_hub_copy(
     """
     split, dataset = _load_split(str(path_or_id), split, revision)
     layout = _recognise_layout(dataset.column_names, path_or_id)
-    images = list(layout.read(dataset, _find_images(dataset, image_dir, path_or_id)))
+    find_image, folder = _find_images(dataset, image_dir, path_or_id)
+    try:
+        images = [replace(image, image_dir=folder) for image in layout.read(dataset, find_image)]
+    except ValueError as error:
+        raise ValueError(f"{path_or_id}: {error}") from error
     if layout.flattened:
         _warn_of_flattened_polygons(dataset, split, path_or_id)
-    _warn_of_repeated_references(images, path_or_id)
+    check_images(images, path_or_id)
     return _unite_rows(images)
+
+
+def _folder_of_copy(path_or_id: str | Path) -> Path:
+    """The folder itself, or the one of a Hub id in the Hub's cache."""
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    return Path(HF_HUB_CACHE, repo_folder_name(repo_id=str(path_or_id), repo_type="dataset"))
 
 
 def _load_split(path_or_id: str, split: str, revision: str | None) -> tuple[str, datasets.Dataset]:
@@ -109,24 +130,21 @@ def _resolve_split(split: str, available: Sequence[str], path_or_id: str) -> str
 ImageSource = Callable[[int, dict[str, Any]], Path | ImageInDataset]  # of a row, by its number and its columns
 
 
-def _find_images(dataset: datasets.Dataset, image_dir: str | Path | None, path_or_id: str | Path) -> ImageSource:
+def _find_images(
+    dataset: datasets.Dataset, image_dir: str | Path | None, path_or_id: str | Path
+) -> tuple[ImageSource, Path]:
+    """What finds the image of a row, and the folder in which its file must lie if it is one."""
     if "image" in dataset.column_names:
         images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
-        return lambda index, row: ImageInDataset(images, index)
+        return lambda index, row: ImageInDataset(images, index), _folder_of_copy(path_or_id)
     if image_dir is None or not Path(image_dir).is_dir():
         given = "none was given" if image_dir is None else f"{image_dir} is not a folder"
         raise ValueError(
             f"{path_or_id} holds no images: expected an image_dir with COCO's train2014 images, {given}. They are at "
             "http://images.cocodataset.org/zips/train2014.zip."
         )
-    return lambda index, row: _locate_image(Path(image_dir), PurePosixPath(row["image_path"]))
-
-
-def _locate_image(image_dir: Path, image_path: PurePosixPath) -> Path:
-    """coco/train2014/name, train2014/name or name in `image_dir`, the first that exists; the last if none does."""
-    parts = [part for part in image_path.parts if part not in ("/", "..")]  # never outside of `image_dir`
-    candidates = [image_dir.joinpath(*parts[start:]) for start in range(len(parts))]
-    return next((path for path in candidates if path.is_file()), candidates[-1])
+    find_image = image_finder(image_dir)
+    return lambda index, row: find_image(row["image_path"]), Path(image_dir)
 
 
 def _iterate_rows(dataset: datasets.Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -138,13 +156,14 @@ def _iterate_rows(dataset: datasets.Dataset) -> Iterator[tuple[int, dict[str, An
 def _read_reference_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
     """jxu124/refcoco, refcocoplus and refcocog. The column `bbox` is [x0, y0, x1, y1], the annotation's is COCO's."""
     for index, row in _iterate_rows(dataset):
+        check_fields(row, {"image_id": ID, "image_path": TEXT}, f"Row {index}")
         annotation = _parse_json(row, index, "raw_anns", ("segmentation", "bbox", "category_id"))
         info = _parse_json(row, index, "raw_image_info", ("height", "width"))
         yield AnnotatedImage(
             image_id=row["image_id"],
             file_name=PurePosixPath(row["image_path"]).name,
             image=find_image(index, row),
-            references=(_build_refer_reference(row, annotation),),
+            references=(_build_refer_reference(row, annotation, f"Row {index}"),),
             size=(info["height"], info["width"]),
         )
 
@@ -152,11 +171,11 @@ def _read_reference_rows(dataset: datasets.Dataset, find_image: ImageSource) -> 
 def _parse_json(row: dict[str, Any], index: int, column: str, expected: tuple[str, ...]) -> dict[str, Any]:
     try:
         value = json.loads(row[column])
-    except (TypeError, json.JSONDecodeError):  # some mirrors hold objects instead of JSON
+    except (TypeError, ValueError, RecursionError):  # some mirrors hold objects instead of JSON
         value = row[column]
     if not isinstance(value, dict) or not value.keys() >= set(expected):
         raise ValueError(
-            f"Row {index}: expected {column} to be a JSON object with {', '.join(expected)}, got {str(value)[:100]!r}."
+            f"Row {index}: expected {column} to be a JSON object with {', '.join(expected)}, got {reprlib.repr(value)}."
         )
     return value
 
@@ -164,43 +183,48 @@ def _parse_json(row: dict[str, Any], index: int, column: str, expected: tuple[st
 def _read_benchmark(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
     """jxu124/refcoco-benchmark."""
     for index, row in _iterate_rows(dataset):
+        check_fields(row, {"image_info": OBJECT, "ref_list": LIST}, f"Row {index}")
         info = row["image_info"]
+        check_fields(info, _IMAGE_FIELDS, f"Row {index}, image_info")
+        for ref in row["ref_list"]:
+            check_fields(ref, {"ref_info": OBJECT, "ann_info": OBJECT}, f"Row {index}, ref_list")
         yield AnnotatedImage(
             image_id=info["id"],
             file_name=info["file_name"],
             image=find_image(index, row),
-            references=tuple(_build_refer_reference(ref["ref_info"], ref["ann_info"]) for ref in row["ref_list"]),
+            references=tuple(
+                _build_refer_reference(ref["ref_info"], ref["ann_info"], f"Row {index}") for ref in row["ref_list"]
+            ),
             size=(info["height"], info["width"]),
         )
 
 
-def _build_refer_reference(ref: dict[str, Any], annotation: dict[str, Any]) -> AnnotatedReference:
+def _build_refer_reference(ref: dict[str, Any], annotation: dict[str, Any], place: str) -> AnnotatedReference:
     """Of REFER's own `ref` and COCO's annotation."""
+    check_fields(ref, {"ref_id": ID, "ann_id": ID, "sentences": LIST}, place)
+    check_sentences(ref, f"{place}, ref_id {ref['ref_id']}")
+    check_fields(annotation, _ANNOTATION_FIELDS, f"{place}, annotation {ref['ann_id']}")
     return AnnotatedReference(
         ref_id=ref["ref_id"],
         ann_id=ref["ann_id"],
         category=_COCO_CATEGORIES.get(annotation["category_id"], ""),
-        segmentation=_require_outline(annotation["segmentation"]),
-        expressions=tuple((sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]),
+        segmentation=annotation["segmentation"] or [[]],  # one that a copy lost is an error, no "nothing to see"
+        expressions=expressions_of(ref),
         bbox=annotation["bbox"],
     )
-
-
-def _require_outline(segmentation: list[list[float]] | dict[str, Any]) -> Segmentation:
-    """An outline that a copy lost is a polygon of no points, an error: no polygons would mean "nothing to see"."""
-    return segmentation if len(segmentation) else [[]]
 
 
 def _read_question_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
     """lmms-lab/RefCOCO, RefCOCOplus and RefCOCOg. `question_id` is the id of COCO's annotation."""
     sent_ids = count()
     for index, row in _iterate_rows(dataset):
-        match = _COCO_FILE_NAME.fullmatch(row["file_name"])
-        if match is None or not str(row["question_id"]).isdigit():
+        match = _COCO_FILE_NAME.fullmatch(str(row["file_name"]))
+        if match is None or not _NUMBER.fullmatch(str(row["question_id"])):
             raise ValueError(
                 f"Row {index}: expected a file_name such as COCO_train2014_000000581857_16.jpg and a number as "
                 f"question_id, got {row['file_name']!r} and {row['question_id']!r}."
             )
+        check_fields(row, {"answer": TEXT_OR_TEXTS}, f"Row {index}")
         reference = AnnotatedReference(
             ref_id=index,
             ann_id=int(row["question_id"]),
@@ -217,33 +241,37 @@ def _count_texts(texts: str | Sequence[str], sent_ids: Iterator[int]) -> tuple[t
     return tuple((next(sent_ids), text) for text in ([texts] if isinstance(texts, str) else texts))
 
 
-def _restore_decimals(numbers: Sequence[float]) -> list[float]:
+def _restore_decimals(numbers: Any) -> Any:
     """
     The decimal numbers that were stored as float32. Polygons are filled on a grid of fifths of a pixel: 10.1 and its
-    nearest float32 may come to lie on different points of it.
+    nearest float32 may come to lie on different points of it. What are no numbers stays, for the image to be refused.
     """
-    return [float(str(np.float32(number))) for number in numbers]
+    return [float(str(np.float32(number))) for number in numbers] if are_numbers(numbers) else numbers
 
 
 def _read_mask_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
     """moondream/refcoco-m. A sample's `id` is the only one it has."""
     sent_ids = count()
     for index, row in _iterate_rows(dataset):
+        check_fields(row, {"image_id": ID, "file_name": TEXT, "samples": LIST}, f"Row {index}")
+        for sample in row["samples"]:
+            check_fields(sample, _SAMPLE_FIELDS, f"Row {index}, samples")
         references = tuple(
             AnnotatedReference(
                 ref_id=sample["id"],
                 ann_id=sample["id"],
                 category=sample["category"],
-                segmentation=sample["mask"],
+                segmentation=sample["mask"] or [[]],
                 expressions=_count_texts(sample["sentences"], sent_ids),
                 bbox=sample["bbox"],
             )
             for sample in row["samples"]
         )
-        sizes = [(height, width) for height, width in (sample["mask"]["size"] for sample in row["samples"])]
-        yield AnnotatedImage(
-            row["image_id"], row["file_name"], find_image(index, row), references, sizes[0] if sizes else None
-        )
+        sizes: list[Any] = [
+            sample["mask"].get("size") for sample in row["samples"] if isinstance(sample["mask"], dict)
+        ]
+        size = tuple(sizes[0]) if sizes and are_numbers(sizes[0]) and len(sizes[0]) == 2 else None
+        yield AnnotatedImage(row["image_id"], row["file_name"], find_image(index, row), references, size)
 
 
 @dataclass(frozen=True)
@@ -308,24 +336,14 @@ def _warn_of_flattened_polygons(dataset: datasets.Dataset, split: str, path_or_i
         )
 
 
-def _spans_box(polygon: Sequence[float], box: Sequence[float], tolerance: float = 1.0) -> bool:
+def _spans_box(polygon: Any, box: Any, tolerance: float = 1.0) -> bool:
     """Whether [x0, y0, x1, y1, ...] reaches all edges of the box [x, y, width, height], to `tolerance` pixels."""
-    if len(polygon) < 2:
+    if not are_numbers(polygon) or len(polygon) < 2 or not are_numbers(box) or len(box) != 4:
         return False
     x, y, width, height = box
     horizontal, vertical = polygon[0::2], polygon[1::2]
     edges = [min(horizontal), min(vertical), max(horizontal), max(vertical)]
     return np.allclose(edges, [x, y, x + width, y + height], rtol=0, atol=tolerance)
-
-
-def _warn_of_repeated_references(images: Sequence[AnnotatedImage], path_or_id: str | Path) -> None:
-    counts = Counter(reference.ref_id for image in images for reference in image.references)
-    repeated = [ref_id for ref_id, number in counts.items() if number > 1]
-    if repeated:
-        logger.warning(
-            f"{path_or_id}: {len(repeated)} references stand in this copy more than once (ref_id "
-            f"{', '.join(map(str, repeated[:10]))}{', ...' if len(repeated) > 10 else ''}) and count as often."
-        )
 
 
 __all__ = ["read_hub_copy"]

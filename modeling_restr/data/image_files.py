@@ -48,7 +48,7 @@ def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
         names = dict.fromkeys(_names_below(file_name)) if len(file_name) <= MAX_NAME else ()
         candidates = (folder / name for name in names for folder in folders)
         expected = folders[:2][-1].joinpath(*_parts_of(file_name)[-1:])
-        return next((path for path in candidates if _is_file(path)), expected)
+        return next((path for path in candidates if is_file(path)), expected)
 
     return find_image
 
@@ -67,7 +67,8 @@ def _parts_of(file_name: str, separators: str = r"[/\\]|\?d=") -> list[str]:
     return [part for part in re.split(separators, file_name) if part.strip(".") and not part.endswith(":")]
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether a path leads to a regular file; one that nothing can lead to does not."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or has a zero byte in it
@@ -104,4 +105,4 @@ def _folders_of(image_dir: Path) -> Iterator[Path]:
             yield repository / "blobs"
 
 
-__all__ = ["IMAGE_FOLDERS", "image_finder", "resolve_image"]
+__all__ = ["IMAGE_FOLDERS", "image_finder", "is_file", "resolve_image"]

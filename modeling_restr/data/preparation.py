@@ -22,10 +22,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .canonical import AnnotatedImage, BadImage
+from .canonical import AnnotatedImage, BadImage, check_distinct_files
 from .dataset_card import PreparedSplit, Source, build_card
 from .published_counts import Counts
-from .shards import count_bytes, count_rows, make_shards, plan_shards, read_left_out, shard_paths
+from .records import Problems
+from .segmentation import SeveralObjects
+from .shards import count_bytes, count_rows, make_shards, plan_shards, read_left_out, read_problems, shard_paths
 
 
 SETTINGS_NAME = "preparation.json"
@@ -54,8 +56,9 @@ def prepare(
         output_dir (`str` or `Path`): The folder; made as needed.
         images_per_shard (`int`, defaults to 1500): Also fixed by the first run in the folder.
         num_proc (`int`, defaults to 1): Processes that decode and write; the files are the same for any number.
-        skip_bad (`bool`, defaults to `False`): Leave out images that are missing, damaged or of another size than
-            their annotations say. Shards that lack images are made again as soon as this is `False`.
+        skip_bad (`bool`, defaults to `False`): Leave out images that are missing, damaged, of another size than their
+            annotations say, or with an object without a mask. Shards that lack images are made again as soon as this
+            is `False`.
         notes (`Sequence[str]`): Paragraphs for the card on how the data was made.
 
     Returns:
@@ -64,10 +67,11 @@ def prepare(
     Raises:
         `BadImage`: For bad images, without `skip_bad`; the message lists those of all shards that were looked at. Or
             when a split has no image that can be used.
-        `ValueError`: The folder holds something else, or an argument is out of its range.
+        `ValueError`: The folder holds something else, an argument is out of its range, or two images are one file.
     """
     output_dir = Path(output_dir)
     _check_arguments(splits, images_per_shard, num_proc)
+    check_distinct_files(chain.from_iterable(splits.values()))
     (output_dir / "data").mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output_dir / ".preparation.lock", timeout=0):
@@ -187,7 +191,10 @@ def fingerprint(images: Sequence[AnnotatedImage]) -> str:
     for image in images:
         references = [vars(reference) for reference in image.references]
         content = [image.image_id, image.file_name, image.size, references]
-        digest.update(json.dumps(content, sort_keys=True, default=_to_json).encode())
+        try:
+            digest.update(json.dumps(content, sort_keys=True, default=_to_json).encode())
+        except RecursionError:
+            raise ValueError(f"{image.file_name}: its annotations are nested too deeply.") from None
     return digest.hexdigest()
 
 
@@ -202,6 +209,8 @@ def _to_json(value: Any) -> Any:
         return value.name
     if isinstance(value, partial):  # loads a mask from its file
         return list(value.args)
+    if isinstance(value, SeveralObjects):
+        return list(chain.from_iterable(value.objects))
     raise TypeError(f"Annotations cannot hold a {type(value).__name__}: {value!r:.100}")
 
 
@@ -225,12 +234,13 @@ def read_prepared_splits(folder: str | Path) -> dict[str, PreparedSplit]:
     """What each finished split of a prepared folder holds, counted in its files."""
     prepared = {}
     for name, paths in list_shards(folder).items():
-        counts = Counts()
+        counts, problems = Counts(), Problems()
         for path in paths:
             counts = counts.plus(count_rows(path))
+            problems.extend(read_problems(path))
         left_out = tuple(problem for path in paths for problem in read_left_out(path))
         num_bytes, file_size = sum(map(count_bytes, paths)), sum(path.stat().st_size for path in paths)
-        prepared[name] = PreparedSplit(counts, left_out, num_bytes, file_size)
+        prepared[name] = PreparedSplit(counts, left_out, num_bytes, file_size, problems)
     return prepared
 
 

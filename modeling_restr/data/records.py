@@ -85,7 +85,7 @@ class Problems(dict[str, list[str]]):
 
         problems = Problems()
         problems.add("annotations without a mask", "annotation 7")
-        print(problems.summary())  # 1 annotations without a mask: annotation 7
+        print(problems.summary())  # annotations without a mask: 1 (annotation 7)
     """
 
     def add(self, problem: str, *names: str) -> None:
@@ -99,7 +99,7 @@ class Problems(dict[str, list[str]]):
     def summary(self, num_names: int = 10) -> str:
         """A line for each kind: how many there are, and the first of them by name."""
         return "\n".join(
-            f"{len(names):,} {problem}: {', '.join(names[:num_names])}{', ...' if len(names) > num_names else ''}"
+            f"{problem}: {len(names):,} ({', '.join(names[:num_names])}{', ...' if len(names) > num_names else ''})"
             for problem, names in self.items()
         )
 

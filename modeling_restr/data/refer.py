@@ -8,15 +8,16 @@ from __future__ import annotations
 import codecs
 import json
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from .canonical import AnnotatedImage, AnnotatedReference, build_dataset
+from .canonical import AnnotatedImage, AnnotatedReference, build_dataset, check_images
 from .image_files import image_finder
+from .records import ANYTHING, ID, LIST, TEXT, Kind, check_fields, index_records
 
 
 # dataset -> who split it
@@ -27,12 +28,13 @@ DATASETS = {
     "refclef": ("unc", "berkeley"),
 }
 
-_REF_FIELDS = {"ref_id", "ann_id", "image_id", "category_id", "split", "sentences"}
-_SENTENCE_FIELDS = {"sent_id", "sent"}
+REF_FIELDS = {"ref_id": ID, "ann_id": ID, "image_id": ID, "category_id": ID, "split": TEXT, "sentences": LIST}
+SENTENCE_FIELDS = {"sent_id": ID, "sent": TEXT}
+# Sizes and segmentations of any kind are compared with the image when its row is built.
 _INSTANCES_FIELDS = {
-    "images": {"id", "file_name", "height", "width"},
-    "annotations": {"id", "image_id", "segmentation"},
-    "categories": {"id", "name"},
+    "images": {"id": ID, "file_name": TEXT, "height": ANYTHING, "width": ANYTHING},
+    "annotations": {"id": ID, "image_id": ID, "segmentation": ANYTHING},
+    "categories": {"id": ID, "name": TEXT},
 }
 
 
@@ -115,9 +117,10 @@ class _PlainUnpickler(pickle.Unpickler):
     """Without classes and functions, a pickle can build nothing but containers, numbers and text."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(
-            f"it asks for {module}.{name}, which annotations have no use for: do not trust it"
+        advice = (
+            "write NumPy's numbers as int() and float() make them" if module.startswith("numpy") else "do not trust it"
         )
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which annotations have no use for: {advice}")
 
 
 def _decode_as_windows_1252(error: UnicodeError) -> tuple[str, int]:
@@ -146,19 +149,19 @@ def load_plain_pickle(path: Path) -> Any:
             raise ValueError(f"{path} was refused: {error}.") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """
-    Read a JSON file.
+    Read a JSON file; `object_pairs_hook` as for `json.loads`.
 
     Raises:
-        `ValueError`: The file is missing or no JSON.
+        `ValueError`: The file is missing or no JSON, or is nested too deeply.
     """
     if not path.is_file():
         raise ValueError(f"Expected a file {path}, found none.")
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        return json.loads(path.read_bytes(), object_pairs_hook=object_pairs_hook)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be used: {error}.") from error
 
 
 def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Path:
@@ -177,27 +180,24 @@ def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Pat
     return folder
 
 
-def check_refs(refs: Any, path: Path) -> list[dict[str, Any]]:
+def check_refs(refs: Any, path: Path, fields: Mapping[str, Kind] = REF_FIELDS) -> list[dict[str, Any]]:
     """
     The references of a file, as they are.
 
     Raises:
-        `ValueError`: The file holds something else.
+        `ValueError`: The file holds something else; the message names the reference and the field.
     """
     if not isinstance(refs, list):
         raise ValueError(f"Expected {path} to hold a list of references, got {type(refs).__name__}.")
     for index, ref in enumerate(refs):
-        if not _has_fields(ref, _REF_FIELDS):
-            raise ValueError(
-                f"{path}, reference {index}: expected the fields {sorted(_REF_FIELDS)}, got {ref!r:.200}."
-            )
-        if not all(_has_fields(sentence, _SENTENCE_FIELDS) for sentence in ref["sentences"]):
-            raise ValueError(f"{path}, ref_id {ref['ref_id']}: expected sentences with sent_id and sent.")
+        check_fields(ref, fields, f"{path}, reference {index}")
+        check_sentences(ref, f"{path}, ref_id {ref['ref_id']}")
     return refs
 
 
-def _has_fields(record: Any, fields: set[str]) -> bool:
-    return isinstance(record, dict) and record.keys() >= fields
+def check_sentences(ref: dict[str, Any], place: str) -> None:
+    for sentence in ref["sentences"]:
+        check_fields(sentence, SENTENCE_FIELDS, f"{place}, sentences")
 
 
 def select_split(refs: Iterable[dict[str, Any]], split: str, path: Path) -> list[dict[str, Any]]:
@@ -230,14 +230,14 @@ def expressions_of(ref: dict[str, Any]) -> tuple[tuple[int, str], ...]:
 
 
 def parts_of(annotation: dict[str, Any]) -> list[Any]:
-    """The polygons or RLEs of an annotated object; one without any has a part that is none, and is a bad image's."""
+    """The polygons or RLEs of an annotated object; one without any has a part that is none, and makes a bad image."""
     segmentation = annotation["segmentation"] or [[]]
     return segmentation if isinstance(segmentation, list) else [segmentation]
 
 
 @dataclass(frozen=True)
 class Instances:
-    """The content of an `instances.json` by id, asked for on behalf of a reference."""
+    """The content of an `instances.json` by id, as references ask for it."""
 
     path: Path
     images: dict[int, dict[str, Any]]
@@ -247,22 +247,13 @@ class Instances:
     @classmethod
     def read(cls, path: Path) -> Instances:
         content = read_json(path)
-        try:
-            tables = {name: {record["id"]: record for record in content[name]} for name in _INSTANCES_FIELDS}
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not in COCO's format: images, annotations and categories with ids."
-            ) from error
-        return cls(path, **tables)
+        return cls(path, **{table: index_records(content, table, path) for table in _INSTANCES_FIELDS})
 
     def _find(self, table: str, key: int, ref: dict[str, Any]) -> dict[str, Any]:
         records = getattr(self, table)
         if key not in records:
             raise ValueError(f"ref_id {ref['ref_id']}: {key} is not among the {table} of {self.path}.")
-        if not _has_fields(records[key], _INSTANCES_FIELDS[table]):
-            raise ValueError(
-                f"{self.path}: {table} need the fields {sorted(_INSTANCES_FIELDS[table])}, {key} lacks some."
-            )
+        check_fields(records[key], _INSTANCES_FIELDS[table], f"{self.path}, {key} of the {table}")
         return records[key]
 
     def image_of(self, ref: dict[str, Any]) -> dict[str, Any]:
@@ -287,14 +278,19 @@ def group_by_image(
     image_dir: str | Path,
     build_reference: Callable[[dict[str, Any], Instances], AnnotatedReference],
 ) -> list[AnnotatedImage]:
-    """The images in the order in which `refs` first name them, each with its references."""
+    """
+    The images in the order in which `refs` first name them, each with its references.
+
+    Raises:
+        `ValueError`: References and instances do not fit, or two images are one file.
+    """
     find_image = image_finder(image_dir)
     records: dict[int, dict[str, Any]] = {}
     references: dict[int, list[AnnotatedReference]] = {}
     for ref in refs:
         records.setdefault(ref["image_id"], instances.image_of(ref))
         references.setdefault(ref["image_id"], []).append(build_reference(ref, instances))
-    return [
+    images = [
         AnnotatedImage(
             image_id=image_id,
             file_name=record["file_name"],
@@ -305,6 +301,8 @@ def group_by_image(
         )
         for image_id, record in records.items()
     ]
+    check_images(images, instances.path.parent)
+    return images
 
 
 __all__ = ["load_refer", "read_refer"]

@@ -30,9 +30,9 @@ MAX_OUTLINE = 100  # times height + width: the longest outline of a polygon, in 
 
 @dataclass(frozen=True)
 class SeveralObjects:
-    """Objects that are referred to together; none may be without a mask."""
+    """The parts of each of several objects that are referred to together; none may be without a mask."""
 
-    objects: tuple[Segmentation, ...]
+    objects: tuple[Sequence[Part], ...]
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -57,16 +57,19 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     return np.repeat(is_inside, runs).reshape(width, height).T
 
 
-def object_to_rle(segmentation: Segmentation | SeveralObjects, size: tuple[int, int]) -> dict[str, Any]:
+def object_to_rle(
+    segmentation: Segmentation | SeveralObjects, size: tuple[int, int], may_be_empty: bool = False
+) -> dict[str, Any]:
     """
     The mask of an object, or of several united, as [`segmentation_to_rle`] makes it.
 
     Raises:
-        ValueError: as [`segmentation_to_rle`], and for an object without a single pixel in its image.
+        ValueError: as [`segmentation_to_rle`], and unless it `may_be_empty` for an object without a single pixel.
     """
+    objects: Iterable[Segmentation]
     objects = segmentation.objects if isinstance(segmentation, SeveralObjects) else (segmentation,)
-    rles = [segmentation_to_rle(segmentation, size) for segmentation in objects]
-    if not coco_mask.area(rles).all():
+    rles = [segmentation_to_rle(part, size) for part in objects]
+    if not may_be_empty and not coco_mask.area(rles).all():
         raise ValueError("The object covers no pixel of its image.")
     return _as_text(coco_mask.merge(rles))
 
