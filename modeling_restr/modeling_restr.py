@@ -155,7 +155,8 @@ def eager_attention_forward(
     attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, keys)
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
-    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
     attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()  # (batch, queries, heads, head_dim)
     return attn_output, attn_weights
@@ -1139,8 +1140,9 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         self, logits: torch.Tensor, patch_logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Total, pixel and patch loss (scalars) of (N, H, W) and (N, h, w) logits for (N, any, any) labels."""
-        labels = labels.to(logits.device)[:, None].float()  # (N, 1, height, width)
-        logits, patch_logits = logits[:, None].float(), patch_logits[:, None].float()
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        labels = labels.to(logits.device, dtype)[:, None]  # (N, 1, height, width)
+        logits, patch_logits = logits[:, None].to(dtype), patch_logits[:, None].to(dtype)
         if logits.shape != labels.shape:
             logits = F.interpolate(logits, size=labels.shape[2:], mode="bilinear", align_corners=True)
         loss_pixel = F.binary_cross_entropy_with_logits(logits, labels)

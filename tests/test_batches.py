@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from numerics import algebra, assert_same_gradients, gradients
 from tiny_training import make_dataset, make_model, make_processor
 from torch.utils.data import DataLoader
 
@@ -156,25 +157,23 @@ def test_values_that_the_model_does_not_take_are_refused_with_their_sent_ids(dat
             ReferringCollator(spoil, vocab_size)(items)
 
 
+@algebra
 def test_weighted_gradients_of_small_batches_are_those_of_the_large_one(dataset):
     processor = make_processor()
-    model, collate = make_model(processor).double(), ReferringCollator(processor)
+    model, collate = make_model(processor), ReferringCollator(processor)
     items = [ReferringDataset(dataset, 4)[position] for position in range(6)]
     assert len({len(item["texts"]) for item in items}) > 1  # else nothing is weighted
 
-    def gradients(*batches):
-        model.zero_grad()
+    def add_up(*batches):
         num_pairs = sum(len(batch["input_ids"]) for batch in batches)
         for batch in batches:
             inputs, _ = split_ids(batch)
             (model(**inputs).loss * loss_weight(batch, num_pairs, len(batches)) / len(batches)).backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
+        return gradients(model)
 
-    large = gradients(collate(items))
-    small = gradients(collate(items[:1]), collate(items[1:3]), collate(items[3:]))
-    for one, other in zip(large, small, strict=True):
-        scale = float(one.abs().max())
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * scale + 1e-15)  # the loss is in float32
+    large = add_up(collate(items))
+    small = add_up(collate(items[:1]), collate(items[1:3]), collate(items[3:]))
+    assert_same_gradients(small, large)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])  # 4 files: among 3 processes they cannot be dealt out

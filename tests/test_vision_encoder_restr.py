@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_close
 from safetensors.torch import load_file, save_file
-from tiny_models import FUSION_TYPES, SIZES, assert_close, images, masks, tiny_config, tiny_model, words
+from tiny_models import FUSION_TYPES, SIZES, images, masks, tiny_config, tiny_model, words
 from transformers import (
     AutoModel,
     BertConfig,
@@ -138,17 +139,18 @@ def save_encoder(model_class, config, folder, **kwargs) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("model_class", [ViTModel, ViTForImageClassification])
 @torch.no_grad()
 def test_vit_weights_become_restr_s_own_encoder(tmp_path, model_class):
-    encoder = save_encoder(model_class, VISION_CONFIGS["vit"][0], tmp_path)
-    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path)
+    encoder = save_encoder(model_class, VISION_CONFIGS["vit"][0], tmp_path).double()
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path).double()
     assert type(model.model.vision_model) is ReSTRVisionModel
     assert model.config.vision_config.drop_path_rate == 0.1
     assert (model.config.hidden_size, model.config.num_attention_heads, model.training) == (32, 4, False)
     encoder.base_model.config._attn_implementation = model.config._attn_implementation
-    tokens = encoder.base_model(images(2)).last_hidden_state
-    assert_close(model.get_image_features(images(2)).pooler_output.flatten(1, 2), tokens[:, 1:])
+    tokens = encoder.base_model(images(2).double()).last_hidden_state
+    assert_close(model.get_image_features(images(2).double()).pooler_output.flatten(1, 2), tokens[:, 1:])
     assert model.config.vision_config.layer_norm_eps == VISION_CONFIGS["vit"][0].layer_norm_eps
 
 
@@ -158,17 +160,20 @@ def test_dtype_of_a_model_with_a_pretrained_encoder(tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} == {model.dtype}
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", ["deit", "dinov2"])
 @torch.no_grad()
 def test_other_encoders_keep_their_class(tmp_path, name):
     config, num_prefix_tokens = VISION_CONFIGS[name]
-    encoder = save_encoder(DeiTModel if name == "deit" else Dinov2Model, config, tmp_path)
-    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path)
+    encoder = save_encoder(DeiTModel if name == "deit" else Dinov2Model, config, tmp_path).double()
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path).double()
     assert type(model.model.vision_model) is type(encoder)
-    tokens = encoder(foreign_images(model)).last_hidden_state[:, num_prefix_tokens:]
-    assert_close(model.get_image_features(foreign_images(model)).pooler_output.flatten(1, 2), tokens)
+    pixel_values = foreign_images(model).double()
+    tokens = encoder(pixel_values).last_hidden_state[:, num_prefix_tokens:]
+    assert_close(model.get_image_features(pixel_values).pooler_output.flatten(1, 2), tokens)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", ["vit", "deit"])
 @torch.no_grad()
 def test_pretrained_positions_are_resized_to_the_image_size(tmp_path, name):
@@ -181,6 +186,7 @@ def test_pretrained_positions_are_resized_to_the_image_size(tmp_path, name):
     grid = positions[0, num_prefix_tokens:].T.reshape(1, 32, 4, 4)
     grid = F.interpolate(grid, size=(6, 6), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
     resized = model.model.vision_model.embeddings.position_embeddings
+    # They are resized in float32: sums of four products, with weights of 23 bits.
     assert_close(resized, torch.cat([positions[:, :num_prefix_tokens], grid], dim=1), bound=1e-6)
 
 

@@ -76,30 +76,3 @@ def words(count: int, num_words: int = NUM_WORDS) -> torch.Tensor:
 
 def masks(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.randint(0, 2, (count, height, width), generator=torch.Generator().manual_seed(count))
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
-    """The largest difference is at most `bound` times the largest magnitude."""
-    assert actual.shape == expected.shape
-    difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
-    assert difference <= bound * expected.abs().max().item()
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients by name; they are taken off the model."""
-    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def assert_same_gradients(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-5
-) -> None:
-    """As `assert_close`, parameter by parameter."""
-    assert actual.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    for name, gradient in expected.items():
-        if name.endswith("k_proj.bias"):  # it shifts all scores of a query alike: no gradient but rounding
-            assert max(gradient.abs().max().item(), actual[name].abs().max().item()) < 1e-5 * largest
-        else:
-            assert_close(actual[name], gradient, bound)
