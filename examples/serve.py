@@ -1,29 +1,34 @@
 """
 Serve a model on this machine, over HTTP as an Inference Endpoint does:
 
-    python examples/serve.py examples/checkpoint --port 8080
+    python examples/serve.py --port 8080
 
 POST / takes a request as JSON, or a photo as it is with the sentences in the query; GET /health says that it is there.
 For trying things out: it has neither TLS nor any idea of who is asking. docs/serving.md has requests and answers.
 """
 
 import argparse
+import io
 import json
+import re
+import socket
+import sys
+import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import modeling_restr  # noqa: F401  (so that a folder without code can be served)
-from modeling_restr.hub.handler import EndpointHandler
+from modeling_restr.hub.handler import EndpointHandler, RequestError
 
 
 CHECKPOINT = Path(__file__).parent / "restr-mini"
 
 
 class Server(ThreadingHTTPServer):
-    """A thread a connection, all of which ask one handler."""
+    """A thread per connection, all of which ask one handler."""
 
     request_queue_size = 128
 
@@ -33,33 +38,91 @@ class Server(ThreadingHTTPServer):
         # An image in base64, and the sentences, of which a character takes at most twelve bytes in JSON.
         self.max_body = handler.max_bytes * 4 // 3 + handler.max_sentences * handler.max_sentence_length * 12 + 10_000
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the traceback, unless the client has left, which is no fault."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class DeadlineReader(io.RawIOBase):
+    """What comes over a connection until a deadline, however little of it comes at a time."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.deadline = 0.0  # by time.monotonic
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("The request did not arrive in time.")
+        self.connection.settimeout(remaining)
+        return self.connection.recv_into(buffer)
+
 
 class RequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds that a client may take to send the next bytes
+    timeout = 60  # seconds in which the whole request has to arrive, and in which the answer has to be taken
     server: Server
+    raw_requestline: bytes
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.reader = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self.reader)
+
+    def handle_one_request(self) -> None:
+        self.reader.deadline = time.monotonic() + self.timeout
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        words = self.raw_requestline.split()
+        # HTTP/0.9 has no headers, neither to wait for nor to send. Later versions than 1.1 are answered as RFC 9110
+        # (2.5) wants it: by the highest version that the server knows.
+        self.default_request_version = "HTTP/0.9" if len(words) == 2 else "HTTP/1.1"
+        if len(words) == 2:
+            self.rfile = io.BufferedReader(io.BytesIO())
+        elif words and re.fullmatch(rb"HTTP/([2-9]|[1-9]\d+)(\.\d+)?", words[-1]):
+            self.raw_requestline = b" ".join([*words[:-1], b"HTTP/1.1"])
+        return super().parse_request()
 
     def do_GET(self) -> None:
-        if self.path in ("/", "/health"):
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # what else it sends is not read
+        if self.path.partition("?")[0] in ("/", "/health"):
             self._answer(HTTPStatus.OK, {"status": "ok"})
         else:
             self._answer(HTTPStatus.NOT_FOUND, _error("Expected GET /health or POST /."))
 
+    do_HEAD = do_GET
+
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 18 or int(length) > self.server.max_body:
-            self.close_connection = True  # what it sends is not read
             message = (
                 f"Expected a Content-Length of at most {self.server.max_body} bytes, got {length[:18] or 'none'}."
             )
-            return self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _error(message))
+            return self.send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            self.close_connection = True  # the client has left
+            return
+        answer: Any
         try:
-            answer = self.server.handler(self._read_request(self.rfile.read(int(length))))
-        except ValueError as error:
-            return self._answer(HTTPStatus.BAD_REQUEST, _error(error))
+            status, answer = HTTPStatus.OK, self.server.handler(self._read_request(body))
+        except RequestError as error:
+            status, answer = HTTPStatus.BAD_REQUEST, _error(error)
         except RuntimeError as error:
-            return self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, _error(error))
-        self._answer(HTTPStatus.OK, answer)
+            status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, _error(error)
+        self._answer(status, answer)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer in JSON, too, and read nothing more of this connection."""
+        self.close_connection = True
+        self._answer(HTTPStatus(code), _error(message or HTTPStatus(code).phrase))
 
     def _read_request(self, body: bytes) -> Any:
         request: Any
@@ -69,8 +132,8 @@ class RequestHandler(BaseHTTPRequestHandler):
             try:
                 request = json.loads(body)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"Expected JSON, or an image with its own Content-Type: {error}") from None
-        query = dict(parse_qsl(urlsplit(self.path).query))
+                raise RequestError(f"Expected JSON, or an image with its own Content-Type: {error}") from None
+        query = dict(parse_qsl(self.path.partition("?")[2]))
         # As an Inference Endpoint does it: beside the parameters of a body, a query says nothing.
         if query and isinstance(request, dict) and "parameters" not in request:
             request["parameters"] = query
@@ -78,11 +141,15 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def _answer(self, status: HTTPStatus, answer: Any) -> None:
         body = json.dumps(answer).encode()
+        self.connection.settimeout(self.timeout)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 def _error(reason: object) -> dict[str, str]:

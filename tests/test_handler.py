@@ -5,6 +5,8 @@ import http.client
 import json
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import numpy as np
@@ -27,12 +30,13 @@ from tiny_training import make_model, make_processor
 
 from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline, ReSTRProcessor
 from modeling_restr.hub import save_bundle
-from modeling_restr.hub.handler import EndpointHandler
+from modeling_restr.hub.handler import EndpointHandler, RequestError
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
-from serve import Server
+import serve as serve_script
+from serve import DeadlineReader, Server
 
 
 BOUNDS = {
@@ -352,17 +356,36 @@ def test_neither_paths_nor_urls_are_opened(url, tmp_path):
     assert not asked
 
 
-def test_failure_of_the_model_shows_in_the_log_alone(url, handler, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError, KeyError, OSError, TypeError])
+def test_failure_of_the_model_shows_in_the_log_alone(url, handler, monkeypatch, caplog, error):
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("at /secret/place")
+        raise error("at /secret/place")
 
-    monkeypatch.setattr(handler, "pipe", fail)
+    monkeypatch.setattr(handler.pipe, "postprocess", fail)
     status, answer = post(url, make_request())
     assert status == 500
     assert answer == {"error": "The model failed on this request; the server's log says why."}
     assert "at /secret/place" in caplog.text
     monkeypatch.undo()
     assert post(url, make_request())[0] == 200
+
+
+def test_weights_that_are_not_numbers_are_the_server_s_fault(url, handler, caplog):
+    bias = handler.pipe.model.model.fusion.visual_projection.bias
+    kept = bias.detach().clone()
+    try:
+        torch.nn.init.constant_(bias, float("nan"))
+        status, answer = post(url, make_request())
+    finally:
+        bias.data.copy_(kept)
+    assert (status, answer["error"]) == (500, "The model failed on this request; the server's log says why.")
+    assert "finite" in caplog.text
+
+
+def test_whatever_is_wrong_with_a_request_is_one_error(handler):
+    for data in (None, {}, {"inputs": 5, "text": "dog"}, {"inputs": make_image(), "text": [" "]}):
+        with pytest.raises(RequestError):
+            handler(data)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1e6", ""])
@@ -384,14 +407,92 @@ def test_local_server_refuses_what_it_need_not_read(url):
     assert status == 400 and "Expected the request as an object" in answer["error"]
 
 
-def test_local_server_says_that_it_is_there(url):
-    for path, status in {"/health": 200, "/photo.png": 404}.items():
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
-        connection.request("GET", path)
-        response = connection.getresponse()
-        assert response.status == status
-        assert json.loads(response.read()).keys() == ({"status"} if status == 200 else {"error"})
-        connection.close()
+def send(url: str, request: bytes) -> bytes:
+    """All that the server sends until it closes the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(1000), b""))
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/health?verbose=1"])
+@pytest.mark.parametrize("version", ["1.0", "1.1", "2", "2.0", "3.11"])
+def test_local_server_says_that_it_is_there(url, path, version):
+    headers, body = send(url, f"GET {path} HTTP/{version}\r\nConnection: close\r\n\r\n".encode()).split(b"\r\n\r\n")
+    assert headers.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert json.loads(body) == {"status": "ok"}
+
+
+@pytest.mark.parametrize("request_line", ["GET /\r\n", "GET / HTTP/0.9\r\n\r\n"])
+def test_http_0_9_is_answered_without_headers(url, request_line):
+    assert json.loads(send(url, request_line.encode())) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /photo.png HTTP/1.1", 404),
+        ("PUT / HTTP/1.1", 501),
+        ("GET / HTTP/one", 400),
+        ("GET / a photo HTTP/1.1", 400),
+        (f"GET /{'a' * 70_000} HTTP/1.1", 414),
+    ],
+)
+def test_local_server_refuses_in_json(url, request_line, status):
+    headers, body = send(url, f"{request_line}\r\nConnection: close\r\n\r\n".encode()).split(b"\r\n\r\n")
+    assert headers.startswith(f"HTTP/1.1 {status} ".encode()) and json.loads(body).keys() == {"error"}
+
+
+def test_head_gets_no_body(url):
+    answer = send(url, b"HEAD /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\n")
+
+
+def test_a_request_has_a_deadline_however_slowly_it_comes(monkeypatch):
+    moments = iter([0, 4, 8, 12])
+    monkeypatch.setattr(serve_script, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"dripping")
+        reader, buffer = DeadlineReader(ours), bytearray(1)
+        reader.deadline = 10
+        assert [reader.readinto(buffer) for _ in range(3)] == [1, 1, 1]
+        assert ours.gettimeout() == 2
+        with pytest.raises(TimeoutError, match="did not arrive in time"):
+            reader.readinto(buffer)
+
+
+def test_a_client_that_drips_is_dropped(url, monkeypatch):
+    moments = iter([0, 1])  # of the first line
+    monkeypatch.setattr(serve_script, "time", SimpleNamespace(monotonic=lambda: next(moments, 61)))
+    assert send(url, b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n" + b"a" * 4000) == b""
+
+
+def test_a_client_that_leaves_is_no_fault(handler, capfd):
+    """At once, in the middle of its request, and while the model runs."""
+    asked, left = threading.Event(), threading.Event()
+
+    def ask_model(data):
+        asked.set()
+        left.wait()
+        return [{"label": "dog"}] * 100_000
+
+    bounds = {"max_bytes": 1000, "max_sentences": 1, "max_sentence_length": 10}
+    model = type("Model", (), {**bounds, "__call__": lambda self, data: ask_model(data)})()
+    head = b"POST / HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 4\r\n\r\n"
+    with Server(("127.0.0.1", 0), model) as server:
+        server.daemon_threads = False  # the end waits for them
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for request in (b"", head + b"nu", head + b"null"):
+            connection = socket.create_connection(server.server_address, timeout=120)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves by a reset
+            connection.sendall(request)
+            if request.endswith(b"null"):
+                asked.wait()
+            connection.close()
+        left.set()
+        server.shutdown()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_fresh_process_without_the_package_answers_from_the_folder(folder, pipe, tmp_path):

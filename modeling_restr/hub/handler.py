@@ -27,6 +27,10 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _THRESHOLDS = ("threshold", "mask_threshold")
 
 
+class RequestError(ValueError):
+    """A request is bad. The message says what about it, and is written for whoever sent it."""
+
+
 class EndpointHandler:
     """
     Answers requests, in any number of threads, as `huggingface_hub.InferenceClient.image_segmentation` reads it.
@@ -63,7 +67,8 @@ class EndpointHandler:
         # Pillow warns of images that have more pixels, and refuses those that have more than twice as many.
         Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        self.pipe: Any = pipeline("image-segmentation", model=path, trust_remote_code=True)
+        pipe: Any = pipeline("image-segmentation", model=path, trust_remote_code=True)
+        self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer
         # Pipelines are not made for threads (a tokenizer's padding is set as it is used), and the pixels and masks of
         # one request are enough to have in memory.
         self._lock = threading.Lock()
@@ -83,30 +88,34 @@ class EndpointHandler:
             if that is empty; `mask`, a PNG of the image's own size in base64, 255 inside and 0 outside.
 
         Raises:
-            `ValueError`: The request is bad; the message says what about it, and is written for whoever sent it.
-            `RuntimeError`: The model failed; why stands in the log only.
+            `RequestError`: (a `ValueError`) The request is bad; the message says what about it.
+            `RuntimeError`: Anything else failed; the reason is only logged.
         """
-        image, sentences, options = self._read_request(data)
         try:
+            image, sentences, options = self._read_request(data)
             with self._lock:
                 _decode(image)
+                self._check_words(sentences)
                 results = self.pipe(image, text=sentences, **options)
                 return [{**result, "mask": _to_base64_png(result["mask"])} for result in results]
-        except ValueError:
+        except RequestError:
             raise
         except Exception as error:
+            # The pipeline's error for images, of which the class may be the package's or the repository's own.
+            if type(error).__name__ == "UnreadableImageError":
+                raise RequestError(str(error)) from error
             logger.exception("The model failed on a request.")
             raise RuntimeError("The model failed on this request; the server's log says why.") from error
 
     def _read_request(self, data: Mapping[str, Any]) -> tuple[Image.Image, list[str], dict[str, float]]:
         _check_names(data, ("inputs", "text", "parameters"), "the request")
         if data.get("inputs") is None:
-            raise ValueError("Expected an image as 'inputs', got none.")
+            raise RequestError("Expected an image as 'inputs', got none.")
         parameters = {} if data.get("parameters") is None else data["parameters"]
         _check_names(parameters, ("text", *_THRESHOLDS), "'parameters'")
         texts = [part["text"] for part in (data, parameters) if part.get("text") is not None]
         if len(texts) != 1:
-            raise ValueError(f"Expected 'text' beside 'inputs' or among 'parameters', got it {len(texts)} times.")
+            raise RequestError(f"Expected 'text' beside 'inputs' or among 'parameters', got it {len(texts)} times.")
         sentences = self._read_sentences(texts[0])
         options = _read_options(parameters)
         return self._open_image(data["inputs"]), sentences, options
@@ -114,15 +123,20 @@ class EndpointHandler:
     def _read_sentences(self, text: Any) -> list[str]:
         sentences = [line for line in text.splitlines() if line.strip()] if isinstance(text, str) else text
         if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-            raise ValueError("Expected 'text' as a list of sentences, or as a string with one sentence a line.")
+            raise RequestError("Expected 'text' as a list of sentences, or as a string with one sentence a line.")
         if not 1 <= len(sentences) <= self.max_sentences:
-            raise ValueError(f"Expected 1 to {self.max_sentences} sentences, got {len(sentences)}.")
+            raise RequestError(f"Expected 1 to {self.max_sentences} sentences, got {len(sentences)}.")
         if any("\ud800" <= character <= "\udfff" for sentence in sentences for character in sentence):
-            raise ValueError("Expected sentences in Unicode, got one half of a surrogate pair.")
+            raise RequestError("Expected sentences in Unicode, got one half of a surrogate pair.")
         longest = max(map(len, sentences))
         if longest > self.max_sentence_length:
-            raise ValueError(f"Expected sentences of at most {self.max_sentence_length} characters, got {longest}.")
+            raise RequestError(f"Expected sentences of at most {self.max_sentence_length} characters, got {longest}.")
         return sentences
+
+    def _check_words(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            if not self._tokenizer.tokenize(sentence):
+                raise RequestError(f"Expected sentences with at least one word, got {sentence!r}.")
 
     def _open_image(self, inputs: Any) -> Image.Image:
         """Returns the image with its pixels not decoded yet, unless a PIL image came decoded."""
@@ -132,10 +146,10 @@ class EndpointHandler:
             self._check_num_bytes(len(inputs))
             inputs = self._open_file(bytes(inputs))
         if not isinstance(inputs, Image.Image):
-            raise ValueError(f"Expected an image as base64 in 'inputs', got {type(inputs).__name__}.")
+            raise RequestError(f"Expected an image as base64 in 'inputs', got {type(inputs).__name__}.")
         width, height = inputs.size
         if not 1 <= width * height <= self.max_pixels:
-            raise ValueError(f"Expected an image of 1 to {self.max_pixels} pixels, got {width} x {height}.")
+            raise RequestError(f"Expected an image of 1 to {self.max_pixels} pixels, got {width} x {height}.")
         return inputs
 
     def _open_file(self, content: bytes) -> Image.Image:
@@ -145,27 +159,27 @@ class EndpointHandler:
             # Of the images in an MPO file, which many cameras write as .jpg, the first is the photo.
             is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
         except Image.DecompressionBombError:
-            raise ValueError(f"Expected an image of 1 to {self.max_pixels} pixels, got a larger one.") from None
+            raise RequestError(f"Expected an image of 1 to {self.max_pixels} pixels, got a larger one.") from None
         except Exception:  # noqa: BLE001  (whatever a damaged or a hostile file makes a reader raise)
-            raise ValueError(f"Expected an image in 'inputs' ({', '.join(_FORMATS)}), got something else.") from None
+            raise RequestError(f"Expected an image in 'inputs' ({', '.join(_FORMATS)}), got something else.") from None
         if is_animated:
-            raise ValueError("Expected a single image in 'inputs', got a file with several frames or pages.")
+            raise RequestError("Expected a single image in 'inputs', got a file with several frames or pages.")
         return image
 
     def _decode_base64(self, text: str) -> bytes:
         if _URL.match(text):
-            raise ValueError("Expected the image itself as base64 in 'inputs', got a URL; URLs are not opened.")
+            raise RequestError("Expected the image itself as base64 in 'inputs', got a URL; URLs are not opened.")
         self._check_num_bytes(len(text) // 4 * 3 - text[-2:].count("="))
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
-            raise ValueError(
+            raise RequestError(
                 "Expected the image itself in 'inputs', as standard base64 in one line; paths are not opened."
             ) from None
 
     def _check_num_bytes(self, num_bytes: int) -> None:
         if num_bytes > self.max_bytes:
-            raise ValueError(f"Expected an image of at most {self.max_bytes} bytes, got {num_bytes}.")
+            raise RequestError(f"Expected an image of at most {self.max_bytes} bytes, got {num_bytes}.")
 
 
 def _read_bound(name: str, default: int) -> int:
@@ -177,10 +191,10 @@ def _read_bound(name: str, default: int) -> int:
 
 def _check_names(values: Any, names: tuple[str, ...], where: str) -> None:
     if not isinstance(values, Mapping):
-        raise ValueError(f"Expected {where} as an object with {', '.join(names)}, got {type(values).__name__}.")
+        raise RequestError(f"Expected {where} as an object with {', '.join(names)}, got {type(values).__name__}.")
     unknown = ", ".join(sorted(str(name)[:50] for name in set(values) - set(names))[:5])
     if unknown:
-        raise ValueError(f"Expected nothing but {', '.join(names)} in {where}, got {unknown}.")
+        raise RequestError(f"Expected nothing but {', '.join(names)} in {where}, got {unknown}.")
 
 
 def _read_options(parameters: Mapping[str, Any]) -> dict[str, float]:
@@ -193,7 +207,7 @@ def _read_options(parameters: Mapping[str, Any]) -> dict[str, float]:
     except (TypeError, ValueError, OverflowError):
         threshold = -1.0
     if not 0 <= threshold <= 1:
-        raise ValueError("Expected one threshold from 0 to 1, as threshold or as mask_threshold.")
+        raise RequestError("Expected one threshold from 0 to 1, as threshold or as mask_threshold.")
     return {"threshold": threshold}
 
 
@@ -201,8 +215,10 @@ def _decode(image: Image.Image) -> None:
     try:
         image.load()
         image.getexif()
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001
-        raise ValueError(f"Expected a whole image in 'inputs', got a damaged one: {error}") from None
+        raise RequestError(f"Expected a whole image in 'inputs', got a damaged one: {error}") from None
 
 
 def _to_base64_png(mask: Image.Image) -> str:
