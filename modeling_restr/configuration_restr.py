@@ -1,5 +1,6 @@
 """ReSTR model configuration."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -56,6 +57,33 @@ _BOUNDS = {
         ("finite and not negative", lambda value: 0 <= value < math.inf),
     ),
 }
+
+
+_PLAIN_VITS = "Take a plain ViT, which has one token per patch, in rows: ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP."
+# Those that shapes do not give away, or whose weights have a way in, and the way.
+_REFUSED_VISION_MODELS = {
+    "vit_mae": "it shuffles its patches at every call. Its weights load as a plain ViT: save what "
+    "`ViTModel.from_pretrained(...)` makes of them, and take that.",
+    "siglip2_vision_model": "it reads patches of images of any shape (NaFlex). Take a SigLIP 2 of fixed size, such as "
+    "google/siglip2-base-patch16-224, whose model type is 'siglip'.",
+}
+
+
+def check_vision_config(config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` that says what to take instead if a config cannot be that of a plain ViT."""
+    refused = f"The vision encoder must be a plain ViT, got a {type(config).__name__} ({config.model_type!r}): "
+    if config.model_type in _REFUSED_VISION_MODELS:
+        raise ValueError(refused + _REFUSED_VISION_MODELS[config.model_type])
+    if isinstance(getattr(config, "vision_config", None), PreTrainedConfig):
+        raise ValueError(f"{refused}it has a vision encoder among its parts. Pass its `vision_config`.")
+    if getattr(config, "num_detection_tokens", 0):
+        raise ValueError(f"{refused}it has detection tokens behind its patch tokens. {_PLAIN_VITS}")
+    for name in ("image_size", "patch_size", "hidden_size", "num_channels"):
+        value = getattr(config, name, None)
+        is_pair = name in ("image_size", "patch_size") and isinstance(value, list | tuple) and len(value) == 2
+        if not isinstance(value, int) and not is_pair:
+            found = f"{type(config).__name__} has no `{name}`" if value is None else f"its `{name}` is {value}"
+            raise ValueError(f"{refused}{found}. {_PLAIN_VITS}")
 
 
 class ReSTRBaseConfig(PreTrainedConfig):
@@ -229,7 +257,7 @@ class ReSTRConfig(ReSTRBaseConfig):
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             The vision encoder: a [`ReSTRVisionConfig`] (the default; also what a `dict` without `model_type` gives)
             or the config of any plain ViT of transformers whose model returns patch tokens behind its prefix tokens
-            (ViT, DeiT, DINOv2, ...).
+            (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, ...).
         text_config (`dict` or [`ReSTRTextConfig`], *optional*): The language encoder.
         fusion_type (`str`, defaults to `"coupled"`):
             `"coupled"` (the published model), `"independent"` or `"vanilla"` (the paper's ablation).
@@ -237,7 +265,9 @@ class ReSTRConfig(ReSTRBaseConfig):
         share_fusion_layers (`bool`, defaults to `False`):
             Whether each fusion encoder has one block that is applied `num_fusion_layers` times.
         hidden_size (`int`, *optional*): Width of the fusion encoders; that of the vision encoder by default.
-        num_attention_heads (`int`, defaults to 12): Attention heads of the fusion encoders; divides `hidden_size`.
+        num_attention_heads (`int`, *optional*):
+            Attention heads of the fusion encoders; divides `hidden_size`. By default 12, or as many as the vision
+            encoder has where 12 does not divide `hidden_size`.
         intermediate_size (`int`, *optional*): Width of the fusion MLPs; four times `hidden_size` by default.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the fusion MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the fusion LayerNorms.
@@ -287,7 +317,7 @@ class ReSTRConfig(ReSTRBaseConfig):
     num_fusion_layers: int = 2
     share_fusion_layers: bool = False
     hidden_size: _Int = None
-    num_attention_heads: int = 12
+    num_attention_heads: _Int = None
     intermediate_size: _Int = None
     hidden_act: str = "gelu"
     layer_norm_eps: float | int = 1e-5
@@ -300,13 +330,43 @@ class ReSTRConfig(ReSTRBaseConfig):
     def resolve_defaults(self) -> None:
         """Fill in the encoders' configs, and the values that follow from them where the caller left them open."""
         self.vision_config = self._resolve_vision_config(self.vision_config)
+        check_vision_config(self.vision_config)
         self.text_config = self._resolve_text_config(self.text_config)
-        if self.hidden_size is None:
-            self.hidden_size = self.vision_config.hidden_size
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+        self._resolve_widths()
         if self.patch_loss_weight is None:
             self.patch_loss_weight = 0.1 if self.use_pixel_decoder else 0.0
+
+    def _resolve_widths(self) -> None:
+        """Derive the widths that were left open, and remember which: they may have to follow another encoder."""
+        names = ("hidden_size", "num_attention_heads", "intermediate_size")
+        left_open = [name for name in names if getattr(self, name) is None]
+        if self.hidden_size is None:
+            self.hidden_size = self.vision_config.hidden_size
+        if self.num_attention_heads is None:
+            vision_heads = getattr(self.vision_config, "num_attention_heads", 12)
+            self.num_attention_heads = 12 if self.hidden_size % 12 == 0 else vision_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        derived = {name: getattr(self, name) for name in left_open}
+        self._derived_widths = {**self.__dict__.get("_derived_widths", {}), **derived}
+
+    def with_vision_config(self, vision_config: PreTrainedConfig) -> "ReSTRConfig":
+        """
+        A copy of this config with another vision encoder. `hidden_size`, `num_attention_heads` and `intermediate_size`
+        follow it if they were left open when this config was made, and not set since.
+        """
+        config = copy.deepcopy(self)
+        config.vision_config = vision_config
+        for name, width in self._derived_widths.items():
+            if getattr(config, name) == width:
+                setattr(config, name, None)
+        config.resolve_defaults()
+        config.validate_architecture()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers: every value, whether it was derived or not."""
+        return {name: value for name, value in super().to_dict().items() if name != "_derived_widths"}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -344,17 +404,7 @@ class ReSTRConfig(ReSTRBaseConfig):
     def validate_architecture(self) -> None:
         """Raise a `ValueError` when values are out of bounds or do not fit one another."""
         super().validate_architecture()
-        if getattr(self.vision_config, "num_detection_tokens", 0):
-            raise ValueError(
-                f"`vision_config` must be that of a plain ViT, whose patch tokens come last; a "
-                f"{self.vision_config.model_type!r} encoder has detection tokens behind them."
-            )
-        for name in ("image_size", "patch_size"):
-            if not isinstance(getattr(self.vision_config, name, None), int | Iterable):
-                raise ValueError(
-                    f"`vision_config` must be that of a plain ViT with `image_size` and `patch_size`; "
-                    f"{type(self.vision_config).__name__} has no `{name}`."
-                )
+        check_vision_config(self.vision_config)
 
 
 __all__ = ["ReSTRConfig", "ReSTRTextConfig", "ReSTRVisionConfig"]

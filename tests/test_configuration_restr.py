@@ -31,6 +31,46 @@ def test_fusion_follows_the_vision_encoder_unless_told():
     assert ReSTRConfig(vision_config=vision_config, hidden_size=48).vision_config.hidden_size == 96
 
 
+def test_heads_are_twelve_or_as_many_as_the_vision_encoder_has():
+    for hidden_size, vision_heads, expected in ((768, 8, 12), (1024, 16, 16), (384, 6, 12), (32, 4, 4)):
+        vision_config = {"hidden_size": hidden_size, "num_attention_heads": vision_heads}
+        assert ReSTRConfig(vision_config=vision_config).num_attention_heads == expected
+    assert ReSTRConfig(vision_config=vision_config, num_attention_heads=2).num_attention_heads == 2
+
+
+LARGE = ViTConfig(hidden_size=1024, num_attention_heads=16)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (1024, 16, 4096)),
+        ({"hidden_size": 768}, (768, 12, 3072)),
+        ({"num_attention_heads": 8}, (1024, 8, 4096)),
+        ({"intermediate_size": 3072}, (1024, 16, 3072)),
+        ({"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}, (768, 12, 3072)),
+    ],
+)
+def test_widths_that_were_left_open_follow_another_vision_encoder(tmp_path, values, expected):
+    config = ReSTRConfig(fusion_type="vanilla", **values)
+    saved = config.to_dict()
+    other = config.with_vision_config(LARGE)
+    assert (other.hidden_size, other.num_attention_heads, other.intermediate_size) == expected
+    assert (other.fusion_type, other.vision_config) == ("vanilla", LARGE)
+    assert config.to_dict() == saved
+    assert other.with_vision_config(config.vision_config).to_dict() == saved
+    config.save_pretrained(tmp_path)  # where every width is written, none is open
+    assert ReSTRConfig.from_pretrained(tmp_path, num_attention_heads=8).with_vision_config(LARGE).hidden_size == 768
+    assert not [name for name in json.loads((tmp_path / "config.json").read_text()) if name.startswith("_")]
+
+
+def test_widths_that_were_set_later_do_not_follow():
+    config = ReSTRConfig()
+    config.hidden_size, config.num_attention_heads = 512, 8
+    other = config.with_vision_config(LARGE)
+    assert (other.hidden_size, other.num_attention_heads, other.intermediate_size) == (512, 8, 2048)
+
+
 def test_coarse_models_have_no_patch_loss_by_default():
     assert ReSTRConfig(use_pixel_decoder=False).patch_loss_weight == 0
     assert ReSTRConfig(use_pixel_decoder=False, patch_loss_weight=0.5).patch_loss_weight == 0.5
@@ -246,6 +286,26 @@ def test_open_values_given_to_from_pretrained_follow_the_encoders(tmp_path):
 def test_vision_config_of_transformers_is_kept_as_it_is():
     vision_config = DeiTConfig(image_size=64, patch_size=8)
     assert ReSTRConfig(vision_config=vision_config).vision_config is vision_config
+
+
+@pytest.mark.parametrize(
+    ("vision_config", "message"),
+    [
+        (
+            {"model_type": "vit_mae", "mask_ratio": 0.0},
+            "ViTMAEConfig.*shuffles its patches.*`ViTModel.from_pretrained",
+        ),
+        ({"model_type": "siglip2_vision_model"}, "Siglip2VisionConfig.*NaFlex.*google/siglip2-base-patch16-224"),
+        ({"model_type": "convnext"}, r"'convnext'\): ConvNextConfig has no `hidden_size`. Take a plain ViT"),
+        ({"model_type": "resnet"}, "ResNetConfig has no `image_size`. Take a plain ViT.*: ViT, DeiT"),
+        ({"model_type": "swin", "image_size": [8, 32, 32]}, r"SwinConfig.*its `image_size` is \[8, 32, 32\]. Take"),
+        ({"model_type": "yolos"}, "YolosConfig.*detection tokens.*Take a plain ViT"),
+        ({"model_type": "clip"}, "CLIPConfig.*Pass its `vision_config`"),
+    ],
+)
+def test_vision_encoders_of_another_kind_are_refused_with_the_way_out(vision_config, message):
+    with pytest.raises(ValueError, match=message):
+        ReSTRConfig(vision_config=vision_config)
 
 
 @pytest.mark.parametrize(
