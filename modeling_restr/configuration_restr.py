@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -59,31 +59,44 @@ _BOUNDS = {
 }
 
 
-_PLAIN_VITS = "Take a plain ViT, which has one token per patch, in rows: ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP."
-# Those that shapes do not give away, or whose weights have a way in, and the way.
+# Vision models whose shapes would pass or whose weights have another way in: why not, and what to take.
 _REFUSED_VISION_MODELS = {
-    "vit_mae": "it shuffles its patches at every call. Its weights load as a plain ViT: save what "
-    "`ViTModel.from_pretrained(...)` makes of them, and take that.",
-    "siglip2_vision_model": "it reads patches of images of any shape (NaFlex). Take a SigLIP 2 of fixed size, such as "
-    "google/siglip2-base-patch16-224, whose model type is 'siglip'.",
+    "vit_mae": (
+        "it shuffles its patches at every call",
+        "Its weights load as a plain ViT: save what `ViTModel.from_pretrained(...)` makes of them, and take that.",
+    ),
+    "siglip2_vision_model": (
+        "it reads patches of images of any shape (NaFlex)",
+        "Take a SigLIP 2 of fixed size, such as google/siglip2-base-patch16-224, whose model type is 'siglip'.",
+    ),
 }
+
+
+def refuse_vision_config(
+    config: PreTrainedConfig,
+    reason: str,
+    advice: str = "Take one that makes one token per patch, in rows: ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP.",
+) -> NoReturn:
+    """Raise the `ValueError` for a vision encoder that is no plain ViT."""
+    name = f"{type(config).__name__} ({config.model_type!r})"
+    raise ValueError(f"The vision encoder must be a plain ViT, got a {name}: {reason}. {advice}")
 
 
 def check_vision_config(config: PreTrainedConfig) -> None:
     """Raise a `ValueError` that says what to take instead if a config cannot be that of a plain ViT."""
-    refused = f"The vision encoder must be a plain ViT, got a {type(config).__name__} ({config.model_type!r}): "
     if config.model_type in _REFUSED_VISION_MODELS:
-        raise ValueError(refused + _REFUSED_VISION_MODELS[config.model_type])
+        refuse_vision_config(config, *_REFUSED_VISION_MODELS[config.model_type])
     if isinstance(getattr(config, "vision_config", None), PreTrainedConfig):
-        raise ValueError(f"{refused}it has a vision encoder among its parts. Pass its `vision_config`.")
+        refuse_vision_config(config, "it has a vision encoder among its parts", "Pass its `vision_config`.")
+    if getattr(config, "depths", None):
+        refuse_vision_config(config, "it has several stages, each with fewer tokens")
     if getattr(config, "num_detection_tokens", 0):
-        raise ValueError(f"{refused}it has detection tokens behind its patch tokens. {_PLAIN_VITS}")
+        refuse_vision_config(config, "it has detection tokens behind its patch tokens")
     for name in ("image_size", "patch_size", "hidden_size", "num_channels"):
         value = getattr(config, name, None)
         is_pair = name in ("image_size", "patch_size") and isinstance(value, list | tuple) and len(value) == 2
         if not isinstance(value, int) and not is_pair:
-            found = f"{type(config).__name__} has no `{name}`" if value is None else f"its `{name}` is {value}"
-            raise ValueError(f"{refused}{found}. {_PLAIN_VITS}")
+            refuse_vision_config(config, f"it has no `{name}`" if value is None else f"its `{name}` is {value}")
 
 
 class ReSTRBaseConfig(PreTrainedConfig):

@@ -1,9 +1,9 @@
 """PyTorch ReSTR model: convolution-free referring image segmentation with transformers (arXiv 2203.16768)."""
 
-import copy
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,8 +27,12 @@ from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
 from .vision_encoder_restr import (
     as_pair,
     convert_vision_model,
+    find_unused_parameters,
+    load_vision_model,
+    patch_grid,
     resize_position_embeddings,
     resize_state_dict_positions,
+    set_image_size,
 )
 
 
@@ -750,31 +754,25 @@ def _check_image_indices(image_indices: torch.Tensor, num_expressions: int) -> N
         raise ValueError(f"`image_indices` must be integers, got {image_indices.dtype}.")
 
 
-def _remove_unused_parameters(vision_model: Any) -> None:
-    """Remove what no patch token depends on: without gradients, it would stop distributed training."""
-    if getattr(vision_model, "pooler", None) is not None:
-        vision_model.pooler = None
-    embeddings: Any = getattr(vision_model, "embeddings", None)
-    mask_token = getattr(embeddings, "mask_token", None)
-    if isinstance(mask_token, nn.Parameter):
-        del embeddings.mask_token
-        # The encoder's own initialisation still asks for it.
-        embeddings.register_buffer("mask_token", torch.zeros_like(mask_token), persistent=False)
-
-
 @auto_docstring(
     custom_intro="ReSTR up to its patch logits: image and language encoders and their fusion, no pixel decoder."
 )
 class ReSTRModel(ReSTRPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^pixel_decoder\."]
 
+    _unused_vision_parameters: frozenset[str] = frozenset()  # those of ReSTR's own encoder are all used
+
     def __init__(self, config: ReSTRConfig):
         super().__init__(config)
         if config.vision_config.model_type == ReSTRVisionConfig.model_type:
             self.vision_model = ReSTRVisionModel(config.vision_config)
         else:
+            self._unused_vision_parameters = find_unused_parameters(config.vision_config)
             self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-            _remove_unused_parameters(self.vision_model)
+            # Checkpoints of earlier versions lack some of them.
+            self._keys_to_ignore_on_load_missing = [
+                rf"^(model\.)?vision_model\.{re.escape(name)}$" for name in self._unused_vision_parameters
+            ]
         # Some encoders (DINOv2) interpolate their positions unasked and do not take the argument.
         self._vision_model_takes_interpolate_pos_encoding = (
             "interpolate_pos_encoding" in inspect.signature(self.vision_model.forward).parameters
@@ -784,6 +782,18 @@ class ReSTRModel(ReSTRPreTrainedModel):
         self.post_init()
         # CLIP's vision encoder also names layers that its language encoder alone has, and FSDP looks for every one.
         self._no_split_modules = set(self._no_split_modules or ()) & {type(m).__name__ for m in self.modules()}
+        self._freeze_unused_parameters()
+
+    def _freeze_unused_parameters(self) -> None:
+        """Distributed training would wait for their gradients."""
+        for name, weight in self.vision_model.named_parameters():
+            if name in self._unused_vision_parameters:
+                weight.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ReSTRModel":
+        """As for every module. Loading, which ends in `eval()`, makes all parameters new ones, to be trained."""
+        self._freeze_unused_parameters()
+        return super().train(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -1029,11 +1039,13 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         `google/vit-base-patch16-384`. The model is returned in evaluation mode.
 
         A plain ViT (`model_type` `"vit"`) becomes ReSTR's own vision encoder, which computes the same and has drop
-        path. Any other encoder (DeiT, DINOv2, ...) keeps its class from transformers.
+        path. Any other encoder (DeiT, DINOv2, DINOv3, ...) keeps its class from transformers; of a model with two
+        encoders (CLIP, SigLIP, SigLIP 2 of fixed size) it is the vision encoder.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id of the vision model.
-            config (`ReSTRConfig`, *optional*): All the rest of the model; its `vision_config` is replaced.
+            config (`ReSTRConfig`, *optional*):
+                All the rest of the model; its `vision_config` is replaced, and widths that were left open follow it.
             image_size (`int`, *optional*):
                 Side of the square input in pixels, when it is to differ from the checkpoint's: its position
                 embeddings are resized bilinearly, once.
@@ -1045,28 +1057,21 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             `ValueError`: The checkpoint is not that of a plain ViT, lacks weights, or does not fit `image_size`.
         """
         attn_implementation, dtype = kwargs.pop("attn_implementation", None), kwargs.pop("dtype", torch.float32)
-        vision_model, loading_info = AutoModel.from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, dtype=torch.float32, **kwargs
-        )
-        vision_config, state_dict = convert_vision_model(vision_model)
+        vision_model, unused = load_vision_model(pretrained_model_name_or_path, **kwargs)
+        old_grid = patch_grid(vision_model.config)
+        set_image_size(vision_model.config, image_size)
+        vision_config, state_dict = convert_vision_model(vision_model, unused)
         if config is None:
-            config = ReSTRConfig(
-                vision_config=vision_config, num_attention_heads=getattr(vision_config, "num_attention_heads", 12)
-            )
+            num_heads = getattr(vision_config, "num_attention_heads", None)
+            config = ReSTRConfig(vision_config=vision_config, num_attention_heads=num_heads)
         else:
-            config = copy.deepcopy(config)
-            config.vision_config = vision_config
-            config.validate_architecture()
-        state_dict = resize_state_dict_positions(state_dict, config.vision_config, image_size)
+            config = config.with_vision_config(vision_config)
         model = cls(config)
-        missing, unexpected = model.model.vision_model.load_state_dict(state_dict, strict=False)
-        missing += [name for name in loading_info["missing_keys"] if not name.startswith("pooler.")]
-        unexpected = [name for name in unexpected if not name.startswith("pooler.") and "mask_token" not in name]
-        if missing or unexpected:
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not fill a {vision_config.model_type!r} encoder: "
-                f"missing {missing}, unexpected {unexpected}."
-            )
+        vision_model = model.model.vision_model
+        state_dict = resize_state_dict_positions(
+            state_dict, vision_model.state_dict(), old_grid, patch_grid(vision_config)
+        )
+        vision_model.load_state_dict(state_dict)
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         return model.to(dtype).eval()

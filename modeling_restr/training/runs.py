@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from huggingface_hub import HfApi
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from ..configuration_restr import ReSTRConfig, ReSTRTextConfig
 from ..data.canonical import FEATURES
@@ -31,6 +30,7 @@ from ..metrics.evaluation import check_dataset, evaluate_dataset, fingerprint, f
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from ..tokenization_restr import build_tokenizer, read_vocabulary, split_expression, vocabulary_from_expressions
+from ..vision_encoder_restr import load_vision_config
 from .augmentation import Augmentation
 from .batches import ReferringDataset, ReferringStream, count_expressions
 from .checkpoints import check_whole, find_last_checkpoint
@@ -179,7 +179,7 @@ def create_model(args: ModelArguments, sentences: Iterable[str]) -> tuple[ReSTRF
     vocabulary = vocabulary_from_expressions(sentences) if path is None else read_vocabulary(path)
     vectors = None if args.word_vectors is None else load_word_vectors(args.word_vectors, vocabulary)
     dim = 300 if vectors is None else vectors.matrix.shape[1]
-    vision_config = AutoConfig.from_pretrained(args.vision_model_name_or_path)
+    vision_config = load_vision_config(args.vision_model_name_or_path)
     text_config = ReSTRTextConfig(
         vocab_size=max(vocabulary.values()) + 1,
         hidden_size=dim,
