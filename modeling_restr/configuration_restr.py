@@ -288,7 +288,7 @@ class ReSTRConfig(ReSTRBaseConfig):
         use_pixel_decoder (`bool`, defaults to `True`):
             Whether logits are decoded to pixels; otherwise the patch logits are the output.
         patch_loss_weight (`float`, *optional*):
-            Weight of the patch loss beside the pixel loss; 0.1 with the pixel decoder, 0 without it.
+            Weight of the patch loss, added to the pixel loss; 0.1 with the pixel decoder, 0 without it.
         attend_to_padding (`bool`, defaults to `True`):
             The original's rule: padding slots are zeroed after their projection, and attended to, so that every
             expression has to be padded to `max_position_embeddings`. `False` keeps them out of every attention; then

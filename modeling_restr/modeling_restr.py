@@ -47,7 +47,7 @@ class ReSTRFusionOutput(ModelOutput):
 
     patch_logits (`torch.Tensor` of shape `(N, P)`): <patch, classifier> of each patch.
     patch_embeds (`torch.Tensor` of shape `(N, P, hidden_size)`): The patches that the classifier is applied to.
-    visual_embeds (`torch.Tensor` of shape `(B, P, hidden_size)`): The projected visual tokens, once an image.
+    visual_embeds (`torch.Tensor` of shape `(B, P, hidden_size)`): The projected visual tokens, once per image.
     hidden_states (`tuple[torch.Tensor]`, *optional*): The first block's input, then the output of every block.
     attentions (`tuple[torch.Tensor]`, *optional*): Attention weights of every block.
     """
@@ -64,11 +64,11 @@ class ReSTRFusionOutput(ModelOutput):
 class ReSTRModelOutput(ModelOutput):
     r"""
     patch_logits (`torch.Tensor` of shape `(N, h, w)`):
-        One logit a patch: whether the patch belongs to what the expression refers to.
+        One logit per patch: does it belong to what the expression refers to?
     patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`):
         The patches after the fusion, as the adaptive classifier sees them.
     visual_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`):
-        The projected visual tokens that enter the fusion, once an image.
+        The projected visual tokens that enter the fusion, once per image.
     vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
         The image features; pass them as `vision_embeds` to ask again without encoding the image.
     text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
@@ -112,9 +112,9 @@ class ReSTRImageSegmentationOutput(ModelOutput):
     loss_patch (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
         Mean binary cross entropy of `patch_logits`; a patch is positive when any of its pixels is.
     logits (`torch.Tensor` of shape `(N, H, W)`):
-        One logit a pixel of the model's input. Without the pixel decoder these are the patch logits.
+        One logit per pixel of the model's input. Without the pixel decoder these are the patch logits.
     patch_logits (`torch.Tensor` of shape `(N, h, w)`):
-        One logit a patch.
+        One logit per patch.
     vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
         The image features; pass them as `vision_embeds` to ask again without encoding the image.
     text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
@@ -580,7 +580,7 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Apply one encoder; the 2D `attention_mask` is 0 for keys that nobody attends to."""
+        """Apply one encoder; the 2D `attention_mask` is 0 for keys to leave out."""
         mask = _expand_mask(self.config, hidden_states, attention_mask)
         repeats = self.config.num_fusion_layers // len(layers)
         for layer in list(layers) * repeats:
@@ -662,7 +662,7 @@ class ReSTRChannelMap(nn.Module):
 class ReSTRFirstChannelMap(ReSTRChannelMap):
     """
     The decoder's first map, of [projected visual tokens ; patches weighted with their logits]: the sum of a part that
-    depends on the image alone, computed once an image, and a part that depends on the expression.
+    depends on the image alone, computed once per image, and a part that depends on the expression.
     """
 
     def forward(  # type: ignore[override]
@@ -674,7 +674,7 @@ class ReSTRFirstChannelMap(ReSTRChannelMap):
     ) -> torch.Tensor:
         visual_weight, masked_weight = self.weight.chunk(2, dim=1)  # (hidden, hidden) each
         visual_part = F.linear(visual_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
-        # The patch logit is a scalar a patch, so it may scale the patch after the linear map.
+        # There is one logit per patch, so it may scale the patch after the linear map.
         return F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
 
 
@@ -699,7 +699,7 @@ class ReSTRPixelDecoder(nn.Module):
         self.layers = nn.ModuleList([ReSTRFirstChannelMap(2 * dim, dim)])
         self.layers.extend(ReSTRChannelMap(*sizes) for sizes in pairwise(widths))
         self.head = ReSTRChannelMap(widths[-1], 1)
-        self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # 88 MB an expression at 480x480
+        self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # 88 MB per expression at 480x480
 
     def _upsample(self, hidden_states: torch.Tensor, block: int, grid: tuple[int, int]) -> torch.Tensor:
         if block == len(self.layers) - 1:
@@ -747,7 +747,7 @@ def _check_vision_embeds(vision_embeds: Any, hidden_size: int) -> None:
 def _check_image_indices(image_indices: torch.Tensor, num_expressions: int) -> None:
     if image_indices.shape != (num_expressions,):
         raise ValueError(
-            f"`image_indices` must have one entry an expression, shape ({num_expressions},), got "
+            f"`image_indices` must have one entry per expression, shape ({num_expressions},), got "
             f"{tuple(image_indices.shape)}."
         )
     if image_indices.is_floating_point() or image_indices.dtype == torch.bool:
@@ -965,7 +965,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
             0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
         image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
-            Which image each expression is about. By default all 0 for one image, and one expression an image for
+            Which image each expression is about. By default all 0 for one image, and one expression per image for
             as many expressions as images.
         vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
             Image features, instead of `pixel_values`: what [`~ReSTRModel.get_image_features`] returned, or a
@@ -1176,7 +1176,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
             0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
         image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
-            Which image each expression is about. By default all 0 for one image, and one expression an image for
+            Which image each expression is about. By default all 0 for one image, and one expression per image for
             as many expressions as images.
         vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
             Image features, instead of `pixel_values`: what [`~ReSTRForImageSegmentation.get_image_features`] returned,

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, BertConfig, DeiTConfig, Dinov2Config, PreTrainedConfig, ViTConfig, YolosConfig
@@ -139,6 +140,14 @@ def test_unknown_keys_are_kept_in_silence(tmp_path, caplog, config_class):
     reloaded = config_class.from_pretrained(tmp_path)
     assert {key: getattr(reloaded, key) for key in KEYS_OF_TOOLS} == {**KEYS_OF_TOOLS, "note": "changed"}
     assert [record for record in caplog.records if "did you mean" in record.message] == []
+
+
+def test_folders_of_earlier_versions_load_in_silence(caplog):
+    folder = Path(__file__).parents[1] / "examples" / "restr-mini"
+    saved = json.loads((folder / "config.json").read_text())
+    loaded = json.loads(ReSTRConfig.from_pretrained(folder).to_json_string())
+    assert {**loaded, "transformers_version": ""} == {**saved, "transformers_version": ""}
+    assert caplog.records == []
 
 
 def hints(caplog):

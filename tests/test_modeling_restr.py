@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface, Dinov2Config
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from modeling_restr import (
     ReSTRConfig,
@@ -908,6 +908,10 @@ def test_tuples_come_back_where_they_are_asked_for():
     assert isinstance(model.get_image_features(images(1)), tuple)
 
 
+def test_the_loss_function_is_left_to_transformers():
+    assert ReSTRForImageSegmentation.loss_function is PreTrainedModel.loss_function
+
+
 @torch.no_grad()
 def test_features_are_those_of_the_forward_pass():
     model = tiny_model()
@@ -991,7 +995,7 @@ def test_bad_inputs_are_refused():
         ({"pixel_values": images(2), "input_ids": words(3)}, "2 images and 3 expressions: pass `image_indices`"),
         (
             {"pixel_values": images(2), "input_ids": words(3), "image_indices": torch.tensor([0, 1])},
-            r"one entry an expression, shape \(3,\), got \(2,\)",
+            r"one entry per expression, shape \(3,\), got \(2,\)",
         ),
         (
             {"pixel_values": images(2), "input_ids": words(2), "image_indices": torch.tensor([0.0, 1.0])},
