@@ -9,6 +9,7 @@ with the images embedded, one row an image, with a card, as `datasets.load_datas
         --image_dir referit/images --output_dir data/referit
     python examples/prepare_refcoco.py hub jxu124/refcocoplus --image_dir coco --output_dir data/refcocoplus
     python examples/prepare_refcoco.py coco --instances_file instances.json --image_dir photos --output_dir data/own
+    python examples/prepare_refcoco.py sentences --sentences_file own.csv --image_dir photos --output_dir data/mine
     python examples/prepare_refcoco.py combine data/refcoco data/refcocoplus --output_dir data/both
 
 Interrupted, the same command goes on where it was. At the end stands a table beside the published counts.
@@ -152,22 +153,46 @@ def plan_coco(args: argparse.Namespace) -> Task:
         "expressions_per_instance": args.expressions_per_instance,
         "seed": args.seed,
         "val_share": args.val_share,
+        **{name: True for name in ("crowds_as_instances", "captions") if getattr(args, name)},
     }
-    source = Source(
-        name=args.name,
-        title=f"Expressions for {args.name}",
-        description=(
-            f"The expressions were generated from the category, place, order and size of the objects in "
-            f"{args.instances_file.name}, at most {args.expressions_per_instance} an object, each true of one object "
-            f"only (seed {args.seed})."
-        ),
-        options=options,
+    description = (
+        f"The expressions were generated from the category, place, order and size of the objects in "
+        f"{args.instances_file.name}, at most {args.expressions_per_instance} an object, each true of one object "
+        f"only (seed {args.seed})."
     )
+    if args.captions:
+        description = f"The expressions are the captions of the annotations in {args.instances_file.name}."
+    source = Source(name=args.name, title=f"Expressions for {args.name}", description=description, options=options)
     return Task(
         source,
         ["train", "val"] if args.val_share else ["train"],
-        lambda split, _: read_coco(args.instances_file, args.image_dir, split=split, **options),
+        lambda split, problems: read_coco(
+            args.instances_file, args.image_dir, split=split, problems=problems, **options
+        ),
     )
+
+
+def plan_sentences(args: argparse.Namespace) -> Task:
+    from modeling_restr.data.sentence_files import read_sentences
+
+    left_out = Problems()
+    options = {"val_share": args.val_share, "boxes_as_masks": args.boxes_as_masks}
+    splits = read_sentences(args.sentences_file, args.image_dir, mask_dir=args.mask_dir, problems=left_out, **options)
+
+    def read(split: str, problems: Problems) -> list[AnnotatedImage]:
+        if split not in splits:
+            raise ValueError(f"Expected --splits among {', '.join(splits)}, got {split}.")
+        problems.update(left_out)
+        return splits[split]
+
+    note = " The masks are boxes." if args.boxes_as_masks else ""
+    source = Source(
+        name=args.name,
+        title=f"Sentences of {args.name}",
+        description=f"Read from {args.sentences_file.name}.{note}",
+        options=options,
+    )
+    return Task(source, list(splits), read)
 
 
 def prepare_task(task: Task, args: argparse.Namespace) -> tuple[dict[str, PreparedSplit], Problems]:
@@ -254,7 +279,13 @@ def parse_args() -> argparse.Namespace:
         ("grefcoco", plan_grefcoco, add_folder_arguments, "gRefCOCO"),
         ("referit", plan_referit, add_referit_arguments, "ReferIt with MATLAB masks"),
         ("hub", plan_hub, add_hub_arguments, "a copy of RefCOCO, RefCOCO+ or RefCOCOg on the Hub"),
-        ("coco", plan_coco, add_coco_arguments, "any COCO instances file; expressions are generated"),
+        ("coco", plan_coco, add_coco_arguments, "any COCO instances file; expressions are generated, or its captions"),
+        (
+            "sentences",
+            plan_sentences,
+            add_sentences_arguments,
+            "own photos, sentences and masks in a CSV or JSONL file",
+        ),
     ):
         command = commands.add_parser(name, parents=[reading], help=text, description=text)
         add_arguments(command)
@@ -296,7 +327,7 @@ def add_coco_arguments(command: argparse.ArgumentParser) -> None:
         "--instances_file", type=Path, required=True, help="the JSON file with images and annotations"
     )
     command.add_argument("--image_dir", type=Path, required=True, help="the folder of the images")
-    command.add_argument("--name", default="coco", help="a short name of letters, digits and _ (default: %(default)s)")
+    add_own_arguments(command, name="coco")
     command.add_argument(
         "--expressions_per_instance",
         type=int,
@@ -306,6 +337,31 @@ def add_coco_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed", type=int, default=0, help="another one gives other expressions (default: %(default)s)"
     )
+    command.add_argument(
+        "--crowds_as_instances",
+        action="store_true",
+        help="read annotations marked as crowds (iscrowd 1), as CVAT's brush makes them, as one object each",
+    )
+    command.add_argument(
+        "--captions", action="store_true", help="the caption of each annotation instead of generated expressions"
+    )
+
+
+def add_sentences_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--sentences_file",
+        type=Path,
+        required=True,
+        help=".csv or .jsonl with image, sentence and one of mask, polygon, rle and box; see docs/your_own_photos.md",
+    )
+    command.add_argument("--image_dir", type=Path, help="the folder of the photos (default: that of the file)")
+    command.add_argument("--mask_dir", type=Path, help="the folder of the masks (default: that of the file)")
+    command.add_argument("--boxes_as_masks", action="store_true", help="take a box's rectangle as the mask")
+    add_own_arguments(command, name="own")
+
+
+def add_own_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--name", default=name, help="a short name of letters, digits and _ (default: %(default)s)")
     command.add_argument(
         "--val_share",
         type=float,

@@ -296,6 +296,49 @@ def test_coco_photos_of_ones_own(script, tmp_path, capsys):
         script(*arguments, "--output_dir", tmp_path / "output", "--val_share", 0.3, "--name", "dogs", "--seed", 1)
 
 
+def test_coco_with_captions_and_brush_masks(script, tmp_path, capsys):
+    write_photo(tmp_path / "1.png", 1)
+    annotation = {"image_id": 1, "category_id": 1, "segmentation": TWO_BOXES[1:], "iscrowd": 1}
+    instances = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 50}],
+        "annotations": [annotation | {"id": 1, "caption": "my old dog"}, annotation | {"id": 2}],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    arguments = ["coco", "--instances_file", tmp_path / "instances.json", "--image_dir", tmp_path, "--val_share", 0]
+    with pytest.raises(SystemExit, match=r"marked as crowds \(iscrowd 1\).*: 2 \(annotation 1, annotation 2\)"):
+        script(*arguments, "--output_dir", tmp_path / "crowds")
+    script(*arguments, "--output_dir", tmp_path / "captions", "--captions")
+    assert "annotations without a caption: 1 (annotation 2)" in capsys.readouterr().out
+    (row,) = read_rows(tmp_path / "captions", "train", tmp_path / "cache")
+    assert [e["text"] for reference in row["references"] for e in reference["expressions"]] == ["my old dog"]
+    instances["annotations"] = instances["annotations"][:1]
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    script(*arguments, "--output_dir", tmp_path / "brushed", "--crowds_as_instances")
+    (row,) = read_rows(tmp_path / "brushed", "train", tmp_path / "cache")
+    assert "dog" in row["references"][0]["expressions"][0]["text"]
+
+
+def test_own_sentences(script, tmp_path, capsys):
+    for number in range(1, 5):
+        write_photo(tmp_path / "photos" / f"{number}.png", number)
+    lines = [f'{number}.png;the box;"{json.dumps(TWO_BOXES[0])}";' for number in range(1, 4)]
+    lines += ['4.png;the box;;"[2, 1, 10, 8]"', lines[0]]
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join(["image;sentence;polygon;box", *lines]))
+    arguments = ["sentences", "--sentences_file", path, "--image_dir", tmp_path / "photos", "--output_dir"]
+    with pytest.raises(SystemExit, match=r"line 5: .* got a box: boxes_as_masks"):
+        script(*arguments, tmp_path / "output")
+    script(*arguments, tmp_path / "output", "--boxes_as_masks", "--val_share", 0.3)
+    out = capsys.readouterr().out
+    assert "Sentences of own in" in out and "lines of own.csv that repeat another, dropped: 1 (line 6)" in out
+    rows = [row for split in ("train", "val") for row in read_rows(tmp_path / "output", split, tmp_path / "cache")]
+    assert sorted(row["file_name"] for row in rows) == [f"{number}.png" for number in range(1, 5)]
+    assert all(row["references"][0]["bbox"] == [2, 1, 10, 8] for row in rows)
+    with pytest.raises(SystemExit, match="Expected --splits among train, val, got test"):
+        script(*arguments, tmp_path / "other", "--boxes_as_masks", "--val_share", 0.3, "--splits", "test")
+
+
 def test_combine_says_what_it_dropped(script, tmp_path, capsys):
     first = {"train": range(1, 5), "val": [10], "testA": [20], "testB": [30]}
     second = {"train": [4, 5, 10], "val": [1], "testA": [21], "testB": [31]}

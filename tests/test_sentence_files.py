@@ -250,7 +250,7 @@ def test_mask_pictures_of_every_mode(folder, mode):
 def test_names_that_lead_to_one_file_are_refused(folder, column):
     names = ["x/a.jpg", "y/a.jpg"] if column == "image" else ["x/a.png", "y/a.png"]
     path = write_lines(folder, *(line(**{"mask": "masks/a.png", column: name}) for name in names))
-    with pytest.raises(ValueError, match=rf"lead to another file in .*, got {names[0]} and {names[1]}"):
+    with pytest.raises(ValueError, match=rf"found .* for {names[0]} and {names[1]}"):
         read_sentences(path, folder / "photos", mask_dir=folder / "masks")
 
 

@@ -101,7 +101,7 @@ class AnnotatedReference:
 class AnnotatedImage:
     """
     An image as its annotations describe it. `size` is (height, width) where they state it. A file must lie in
-    `image_dir`, where that is given. `problem` is what is already known to keep it from being used.
+    `image_dir`, where that is given.
     """
 
     image_id: int
@@ -110,7 +110,6 @@ class AnnotatedImage:
     references: tuple[AnnotatedReference, ...]
     size: tuple[int, int] | None = None
     image_dir: Path | None = None
-    problem: str | None = None
 
 
 def check_images(images: Sequence[AnnotatedImage], place: Any) -> None:
@@ -184,8 +183,6 @@ def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems 
     """
     problems = Problems() if problems is None else problems
     name, stated = f"{annotated.file_name:.200}", annotated.size
-    if annotated.problem is not None:
-        raise BadImage(f"{name}: {annotated.problem}")
     try:
         encoded = read_image(annotated.image, annotated.image_dir)
     except FileNotFoundError as error:

@@ -414,7 +414,7 @@ def read_coco(
 
     Raises:
         ValueError: for a file that is no COCO instances file (the message says what is missing or wrong, and where),
-            for an argument out of its range, and when no expression at all can be made.
+            for two images of one file, for an argument out of its range, and when no expression at all can be made.
     """
     _check_arguments(expressions_per_instance, seed, min_area_share, split, val_share)
     found = Problems() if problems is None else problems
@@ -428,8 +428,7 @@ def read_coco(
     for image_id in tqdm(
         _select_images(file, split, val_share), desc="Expressions", unit="image", disable=not progress
     ):
-        image = file.describe_image(image_id)
-        is_usable = image.problem is None and image.size is not None
+        image, is_usable = file.describe_image(image_id)
         if is_usable:
             image = replace(image, references=tuple(refer(image)))
         if image.references or not is_usable:  # building its row will say what is wrong

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import reprlib
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
-from .canonical import AnnotatedImage
-from .image_files import image_finder
-from .image_sizes import ImageSize, find_shared_files, read_size
+from .canonical import AnnotatedImage, check_distinct_files
+from .image_files import image_finder, resolve_image
 from .records import ID, LIST, TEXT, TEXT_OR_TEXTS, Problems, check_fields, index_records
 from .refer import read_json
 from .segmentation import are_numbers, count_stray_parts, segmentation_to_rle
@@ -28,6 +28,13 @@ _LARGEST_ID = 2**63 - 1  # int64, as the canonical form has it
 _LARGEST_IDS = {"annotations": _LARGEST_ID // MAX_EXPRESSIONS - 1}
 # Of an image whose file cannot be compared with what the annotations say: a decoded mask takes 2 ** 27 bytes.
 _MAX_UNSEEN_PIXELS = 2**27
+
+
+class _FileSize(NamedTuple):
+    """(height, width) of an image file as it is shown, and as its pixels are stored: EXIF may turn it by 90 degrees."""
+
+    shown: tuple[int, int]
+    stored: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,11 @@ class CocoFile:
             self._check_categories(annotations)
         self.annotations = self._group_by_image(annotations)
         find_image = image_finder(image_dir)
-        self._file_names = {number: self._file_name(number) for number in self.images}
-        self._paths = {number: find_image(name) for number, name in self._file_names.items()}
-        self._shared = find_shared_files(self._paths)
+        self._paths = {number: find_image(self._file_name(number)) for number in self.images}
+        check_distinct_files(self._image(number) for number in self.images)
+
+    def _image(self, number: int, size: tuple[int, int] | None = None) -> AnnotatedImage:
+        return AnnotatedImage(number, self._file_name(number), self._paths[number], (), size, self.image_dir)
 
     def _index(self, content: Any, table: str, kinds: dict[str, Any]) -> dict[int, dict[str, Any]]:
         indexed = index_records(content, table, self.path)
@@ -134,26 +143,19 @@ class CocoFile:
 
     # --- Images -------------------------------------------------------------------------------------------------------
 
-    def describe_image(self, image_id: int) -> AnnotatedImage:
+    def describe_image(self, image_id: int) -> tuple[AnnotatedImage, bool]:
         """
-        The image without references. One that cannot be used has a `problem`, or no `size`: its masks must not be
-        decoded, and building its row says what is wrong.
+        The image without references, and whether its masks may be decoded: not where nothing confirms its size.
+        Building the row of such an image says what is wrong with it.
         """
-        name, path = self._file_names[image_id], self._paths[image_id]
-        image = AnnotatedImage(image_id, name, path, (), image_dir=self.image_dir)
-        if image_id in self._shared:
-            ids = ", ".join(map(str, self._shared[image_id]))
-            return replace(image, problem=f"{path.name} is the file of several images (ids {ids}): give each its own")
         try:
-            in_file = read_size(path, self.image_dir)
-        except ValueError:  # building its row says so, too
-            return replace(image, size=self._find_size(image_id, None))
+            in_file = _read_size(self._paths[image_id], self.image_dir)
+        except ValueError:
+            in_file = None
         size = self._find_size(image_id, in_file)
-        if size in in_file:
-            return replace(image, size=size)
-        return replace(image, problem=f"decodes to {in_file.shown} (height, width), its annotations are for {size}")
+        return self._image(image_id, size), size is not None if in_file is None else size in in_file
 
-    def _find_size(self, image_id: int, in_file: ImageSize | None) -> tuple[int, int] | None:
+    def _find_size(self, image_id: int, in_file: _FileSize | None) -> tuple[int, int] | None:
         """(height, width) as the image's record has it, or else its RLEs as far as they fit the file, or its file."""
         image = self.images[image_id]
         segmentations = (annotation.get("segmentation") for annotation in self.annotations.get(image_id, ()))
@@ -211,6 +213,24 @@ class CocoFile:
                 f"{self.path}: annotation {annotation['id']}: expected iscrowd to be 0 or 1, got {reprlib.repr(value)}."
             )
         return text in ("1", "1.0", "true")
+
+
+def _read_size(path: Path, image_dir: Path) -> _FileSize:
+    """
+    The size in the header of a file that lies in `image_dir`.
+
+    Raises:
+        ValueError: it is missing, lies elsewhere, or is no image.
+    """
+    try:
+        with Image.open(resolve_image(path, image_dir)) as image:
+            # Pillow would decode a PNG to look for EXIF behind its pixels.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            stored = (image.height, image.width)
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    return _FileSize(stored[::-1] if is_turned else stored, stored)
 
 
 def _as_size(value: Any) -> tuple[int, int] | None:

@@ -37,8 +37,7 @@ from PIL import Image, ImageOps
 
 from .canonical import AnnotatedImage, AnnotatedReference
 from .coco import SPLITS, draw_share, split_of
-from .image_files import image_finder, resolve_image
-from .image_sizes import find_shared_files
+from .image_files import image_finder, is_file, resolve_image
 from .records import TEXT, Problems, check_fields
 from .segmentation import Segmentation, are_numbers
 
@@ -320,10 +319,13 @@ def _find_files(path: Path, names: Iterable[str], folder: Path) -> dict[str, Pat
     """{name: its file in the folder, or where it was expected}."""
     find = image_finder(folder)
     paths = {name: find(name) for name in names}
-    for shared in find_shared_files(paths).values():
-        raise ValueError(
-            f"{path}: expected each name to lead to another file in {folder}, got {' and '.join(shared)}."
-        )
+    first: dict[Path, str] = {}
+    for name, found in paths.items():
+        other = first.setdefault(found, name)
+        if other != name and is_file(found):
+            raise ValueError(
+                f"{path}: expected a file in {folder} for each name, found {found} for {other} and {name}."
+            )
     return paths
 
 
