@@ -194,6 +194,8 @@ def train_distributed(rank: int, folder: Path, names: list[str]) -> None:
             weights, sum(weight.detach().double().sum() for weight in model.parameters())[None].float()
         )
         assert weights[0] == weights[1], name
+        del model, weights
+    torch.distributed.barrier()  # else gloo may still hold tensors, which it cannot release while its group is destroyed
     torch.distributed.destroy_process_group()
 
 
