@@ -56,6 +56,7 @@ setup(
         "huggingface-hub>=1.0",
         "jinja2>=3.0",
         "numpy>=1.26",
+        "packaging>=20.0",
         "pillow>=10.1",
         "safetensors>=0.5",
         "tokenizers>=0.22",

@@ -1,5 +1,9 @@
 """ReSTR model configuration."""
 
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import copy
 import dataclasses
 import difflib

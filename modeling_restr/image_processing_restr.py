@@ -1,5 +1,9 @@
 """ReSTR's image processor: letterboxed pixel values and labels, and masks back at the images' own sizes."""
 
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import os
 from collections.abc import Iterable, Mapping
 from io import BytesIO

@@ -1,5 +1,15 @@
 """PyTorch ReSTR model: convolution-free referring image segmentation with transformers (arXiv 2203.16768)."""
 
+if not __package__:  # where a saved model is the working directory, `import modeling_restr` finds its file
+    raise ImportError(
+        f"Expected the package modeling_restr, but {__file__} is the code of a saved model, which hides it: run Python "
+        "in another folder, or as `python -P`. transformers loads this file with `trust_remote_code=True`."
+    )
+
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import inspect
 import math
 import os
@@ -985,7 +995,11 @@ class ReSTRModel(ReSTRPreTrainedModel):
         torch.Size([2, 30, 30])
         ```"""
         if input_ids is None:
-            raise ValueError("Expected `input_ids`, the words of at least one expression, got none.")
+            raise ValueError(
+                "Expected `input_ids`, the words of at least one expression, got none. The task of the pipeline that "
+                'passes them is "referring-image-segmentation": pipeline("referring-image-segmentation", model=...), '
+                "with `modeling_restr` imported."
+            )
         attention_mask = self._prepare_attention_mask(input_ids, attention_mask)
         vision_embeds, vision_model_output = self._prepare_vision_embeds(
             pixel_values, vision_embeds, interpolate_pos_encoding, **kwargs

@@ -1,5 +1,9 @@
 """ReSTR's pipeline: photographs and sentences in, a mask for each sentence out."""
 
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import os
 from collections.abc import Iterator, Mapping, Sized
 from types import SimpleNamespace
@@ -15,6 +19,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# By which `pipeline` knows it where the package is imported. A config's `custom_pipelines`, by which it is found in a
+# repository's own code, has "image-segmentation": for the tasks in there `pipeline` always asks to trust that code.
+TASK = "referring-image-segmentation"
 _PARAMETERS = ("text", "threshold", "show_progress")
 # Lists and datasets of at least this length show their progress unless told otherwise.
 _PROGRESS_FROM = 20
@@ -30,14 +37,20 @@ class ReSTRPipeline(Pipeline):
 
     ```python
     >>> from transformers import pipeline
+    >>> import modeling_restr
 
-    >>> pipe = pipeline(model="path/or/id", trust_remote_code=True)
+    >>> pipe = pipeline("referring-image-segmentation", model="path/or/id")
     >>> pipe("photo.jpg", text="the dog on the left")
     [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>}]
     >>> results = pipe([{"image": "photo.jpg", "text": ["the dog", "the ball"]}, ...], batch_size=8)
     ```
 
-    The image is encoded once, however many sentences ask about it. Batches count images.
+    The image is encoded once, however many sentences ask about it. Batches count images. Without the package, with the
+    code that a bundle or a repository brings along: `pipeline("image-segmentation", model="path/or/id",
+    trust_remote_code=True)`.
+
+    Raises:
+        ValueError: there is no `processor`.
     """
 
     _load_processor = True  # type: ignore[assignment]
@@ -45,6 +58,15 @@ class ReSTRPipeline(Pipeline):
     _load_video_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError(
+                "Expected the model's processor, got none: pass `processor=`, such as "
+                "`AutoProcessor.from_pretrained(folder_or_id)`. An image processor and a tokenizer make one: "
+                "`ReSTRProcessor(image_processor, tokenizer)`."
+            )
 
     def __call__(  # type: ignore[override]
         self, image: Any, text: str | list[str] | None = None, **kwargs: Any
@@ -88,7 +110,7 @@ class ReSTRPipeline(Pipeline):
         return super().__call__([image], **kwargs)[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save model and processor: `pipeline(model=save_directory, trust_remote_code=True)` loads the folder."""
+        """Save model, processor and code: [`~transformers.pipeline`] loads the folder with and without this package."""
         processor: Any = self.processor  # which transformers' own leaves out
         self.model.save_pretrained(save_directory, **kwargs)
         processor.save_pretrained(save_directory, **kwargs)
@@ -202,4 +224,4 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-__all__ = ["ReSTRPipeline"]
+__all__ = ["TASK", "ReSTRPipeline"]

@@ -1,5 +1,9 @@
 """ReSTR's processor: images and referring expressions in, the model's inputs out; its logits in, masks out."""
 
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import copy
 import os
 from collections.abc import Iterable

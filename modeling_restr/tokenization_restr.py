@@ -4,6 +4,10 @@ The result is a plain [`~transformers.PreTrainedTokenizerFast`], so `AutoTokeniz
 any code of this package.
 """
 
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import re
 import unicodedata
 from collections import Counter

@@ -1,5 +1,9 @@
 """What ReSTR asks of a vision encoder of transformers, and how a pretrained one becomes ReSTR's."""
 
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import copy
 import math
 import os

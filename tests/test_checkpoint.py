@@ -56,7 +56,7 @@ def test_it_is_small_enough_to_ship_and_stored_in_half_precision():
 
 
 def test_pipeline_on_a_photograph():
-    pipe = pipeline("image-segmentation", model=str(CHECKPOINT))
+    pipe = pipeline("referring-image-segmentation", model=str(CHECKPOINT))
     photo = CHECKPOINT.parent / "photos" / "school_bus.jpg"
     results = pipe(str(photo), text=["the yellow thing", "the black circle"])
     assert [result["label"] for result in results] == ["the yellow thing", "the black circle"]

@@ -120,7 +120,7 @@ def evaluated(monkeypatch):
 
 
 def test_overall_iou_is_that_of_the_pipelines_masks(model_folder, rows, results):
-    pipe = pipeline("image-segmentation", model=str(model_folder), device="cpu")
+    pipe = pipeline("referring-image-segmentation", model=str(model_folder), device="cpu")
     counts = {}
     for row in rows:
         pairs = [(reference, one) for reference in row["references"] for one in reference["expressions"]]

@@ -267,6 +267,6 @@ def test_iterator_is_read_once_with_several_workers(pipe, images):
 def test_saved_pipeline_is_all_that_a_pipeline_needs(pipe, images, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert {"model.safetensors", "pipeline_restr.py", "processor_config.json"} <= {p.name for p in tmp_path.iterdir()}
-    again = pipeline(model=str(tmp_path), device="cpu")
+    again = pipeline("referring-image-segmentation", model=str(tmp_path), device="cpu")
     assert isinstance(again, ReSTRPipeline)
     assert again(images[0], text=SENTENCES) == pipe(images[0], text=SENTENCES)

@@ -37,6 +37,7 @@ CODE_FILES = {
     "modeling_restr.py",
     "pipeline_restr.py",
     "processing_restr.py",
+    "requirements_restr.py",
     "vision_encoder_restr.py",
 }
 SERVING_FILES = {"handler.py", "requirements.txt"}

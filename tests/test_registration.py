@@ -1,6 +1,7 @@
-"""With the package installed, transformers knows ReSTR without remote code and treats other models as before."""
+"""With the package imported, transformers knows ReSTR without remote code, and is otherwise as it was before."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -16,13 +17,11 @@ from transformers import (
     AutoModelForImageSegmentation,
     AutoProcessor,
     AutoTokenizer,
-    ImageSegmentationPipeline,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
     pipeline,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import PushToHubMixin, logging
 
 import modeling_restr
 from modeling_restr import (
@@ -41,10 +40,86 @@ from modeling_restr import (
 from modeling_restr.hub import save_bundle
 
 
-PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+TASK = "referring-image-segmentation"
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 ENCODER = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 VISION = {**ENCODER, "image_size": 32, "patch_size": 8}
 TEXT = {**ENCODER, "vocab_size": 6, "projection_dim": 16}
+
+# Compares what transformers and huggingface_hub define before the package is imported and after, and what the pipeline
+# of another model answers. Names that a module has got later are not counted: transformers loads its own lazily.
+FRESH_PROCESS = """
+import importlib, json, sys, tempfile
+from types import ModuleType
+
+import torch
+from PIL import Image
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, pipeline
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+
+for name in ("modelcard", "trainer", "processing_utils", "image_processing_backends", "models.auto.tokenization_auto"):
+    importlib.import_module(f"transformers.{name}")
+
+
+def walk(value, path, found, depth=0):
+    found[path] = tuple(value) if isinstance(value, list) else value
+    own = type(value).__module__.partition(".")[0] == "transformers" and not isinstance(value, ModuleType)
+    if type(value) is dict:
+        items = value.items()
+    elif own or (isinstance(value, type) and value.__module__ == path[0]):
+        items = vars(value).items()
+    else:
+        return
+    if depth < 3:
+        for name, part in list(items):
+            walk(part, (*path, name if isinstance(name, str) else getattr(name, "__name__", repr(name))), found, depth + 1)
+
+
+def take_snapshot():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("transformers", "huggingface_hub"):
+            for attribute, value in list(vars(module).items()):
+                walk(value, (name, attribute), found)
+    return found
+
+
+def is_one_thing(parent):
+    return parent is not None and not isinstance(parent, ModuleType)
+
+
+def ask_another_model():
+    pipe = pipeline("image-segmentation", model=folder, image_processor=image_processor)
+    results = pipe(Image.linear_gradient("L").convert("RGB"))
+    return [type(pipe).__name__, [[result["label"], result["mask"].tobytes().hex()] for result in results]]
+
+
+folder = tempfile.mkdtemp()
+torch.manual_seed(0)
+sizes = dict(hidden_sizes=[8, 8], depths=[1, 1], num_attention_heads=[1, 1], decoder_hidden_size=8, num_labels=3)
+lists = dict(num_encoder_blocks=2, sr_ratios=[2, 1], patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2])
+SegformerForSemanticSegmentation(SegformerConfig(**sizes, **lists)).save_pretrained(folder)
+image_processor = SegformerImageProcessorPil(size={"height": 32, "width": 32})
+
+answer = ask_another_model()
+before = take_snapshot()
+import modeling_restr
+after = take_snapshot()
+print(json.dumps({
+    "changed": [p for p, value in before.items() if p not in after or not (after[p] is value or after[p] == value)],
+    "added": [p for p in after if p not in before and len(p) > 2 and is_one_thing(before.get(p[:-1]))],
+    "same_answer": ask_another_model() == answer,
+    "answer": answer,
+}))
+"""
+# What the registries of Auto classes and of pipelines get: (the dict's name, the key).
+REGISTERED = {
+    *(("_extra_content", name) for name in ("restr", "restr_text_model", "restr_vision_model")),
+    *(("_extra_content", name) for name in ("ReSTRConfig", "ReSTRTextConfig", "ReSTRVisionConfig")),
+    ("SUPPORTED_TASKS", TASK),
+    ("supported_tasks", TASK),  # the same, as an attribute of PIPELINE_REGISTRY
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +135,13 @@ def processor() -> ReSTRProcessor:
 
 
 @pytest.fixture(scope="module")
-def folder(model, processor, tmp_path_factory) -> str:
-    return str(save_bundle(model, processor, tmp_path_factory.mktemp("saved") / "restr"))
+def folders(model, processor, tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("saved")
+    save_bundle(model, processor, root / "bundle")
+    save_bundle(model, processor, root / "without code", include_code=False)
+    for part in (model, processor):
+        part.save_pretrained(root / "part by part")
+    return {path.name: str(path) for path in root.iterdir()}
 
 
 @pytest.fixture
@@ -69,7 +149,20 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
 
 
-def test_auto_classes_need_no_remote_code(folder, model, processor, image):
+def test_importing_the_package_changes_nothing_but_registries():
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FRESH_PROCESS]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["changed"] == []
+    assert {tuple(path[-2:]) for path in found["added"]} == REGISTERED
+    assert found["answer"][0] == "ImageSegmentationPipeline" and len(found["answer"][1]) > 0
+    assert found["same_answer"]
+
+
+def test_auto_classes_need_no_remote_code(folders, model, processor, image):
+    folder = folders["bundle"]
     assert type(AutoConfig.from_pretrained(folder)) is ReSTRConfig
     assert type(AutoProcessor.from_pretrained(folder)) is ReSTRProcessor
     assert type(AutoImageProcessor.from_pretrained(folder)) is ReSTRImageProcessor
@@ -96,72 +189,72 @@ def test_encoders_are_registered_too(tmp_path):
         assert type(AutoModel.from_pretrained(tmp_path / config.model_type)) is model_class
 
 
-@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["", "trust_remote_code"])
-@pytest.mark.parametrize("task", [{}, {"task": "image-segmentation"}], ids=["no task", "task"])
-def test_pipeline_needs_no_remote_code(folder, model, processor, image, task, trust):
-    pipe = pipeline(**task, model=folder, **trust)
-    assert type(pipe) is ReSTRPipeline
-    assert type(pipe.model) is ReSTRForImageSegmentation
-    assert type(pipe.processor) is ReSTRProcessor
+def check_pipeline(pipe, model, processor, image) -> None:
+    assert type(pipe).__name__ == "ReSTRPipeline"
+    assert type(pipe.model) is ReSTRForImageSegmentation and type(pipe.processor) is ReSTRProcessor
     (answer,) = pipe(image, text="dog left")
     (expected,) = ReSTRPipeline(model=model, processor=processor)(image, text="dog left")
     assert answer["score"] == expected["score"]
     assert np.array_equal(np.array(answer["mask"]), np.array(expected["mask"]))
 
 
-@pytest.mark.parametrize("names", [("image_processor", "tokenizer"), ("processor",)])
-def test_pipeline_of_a_model_in_memory(model, processor, image, names):
-    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "processor": processor}
-    pipe = pipeline("image-segmentation", model=model, **{name: parts[name] for name in names})
+@pytest.mark.parametrize("trust", [None, False, True])
+@pytest.mark.parametrize("saved", ["bundle", "without code", "part by part"])
+def test_its_own_task_needs_no_remote_code(folders, saved, trust, model, processor, image):
+    pipe = pipeline(TASK, model=folders[saved], trust_remote_code=trust)
     assert type(pipe) is ReSTRPipeline
-    assert pipe(image, text="dog")[0]["mask"].size == image.size
+    check_pipeline(pipe, model, processor, image)
 
 
-def test_pipeline_of_a_folder_saved_part_by_part(model, processor, image, tmp_path):
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    pipe = pipeline(model=str(tmp_path))
-    assert type(pipe) is ReSTRPipeline
-    assert pipe(image, text="dog")[0]["mask"].size == image.size
+def test_its_own_task_takes_a_model_in_memory_with_its_processor(model, processor, image):
+    check_pipeline(pipeline(TASK, model=model, processor=processor), model, processor, image)
+    with pytest.raises(Exception, match="Please provide a processor"):
+        pipeline(TASK, model=model)
+    with pytest.raises(ValueError, match="Expected the model's processor, got none: pass `processor=`"):
+        ReSTRPipeline(model=model, tokenizer=processor.tokenizer)
 
 
-def test_config_of_a_bundle_keeps_its_pipeline(folder, tmp_path):
-    config = AutoConfig.from_pretrained(folder)
-    config.save_pretrained(tmp_path)
-    saved = ReSTRConfig.from_json_file(tmp_path / "config.json").to_dict()["custom_pipelines"]
-    assert saved == {
-        "image-segmentation": {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
-    }
-    assert "custom_pipelines" not in ReSTRConfig().to_dict()
+@pytest.mark.parametrize("task", ["image-segmentation", None])
+@pytest.mark.parametrize("saved", ["bundle", "part by part"])
+def test_the_hub_s_task_works_with_the_code_that_came_along(folders, saved, task, model, processor, image):
+    pipe = pipeline(task, model=folders[saved], trust_remote_code=True)
+    check_pipeline(pipe, model, processor, image)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline(task, model=folders[saved])
 
 
-def test_pipelines_of_other_models_are_as_before(image, tmp_path):
-    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_attention_heads": [1, 1], "decoder_hidden_size": 8}
-    lists = {
-        "num_encoder_blocks": 2,
-        "sr_ratios": [2, 1],
-        "patch_sizes": [7, 3],
-        "strides": [4, 2],
-        "mlp_ratios": [2, 2],
-    }
-    torch.manual_seed(0)
-    other = SegformerForSemanticSegmentation(SegformerConfig(**sizes, **lists, num_labels=3)).eval()
-    other.save_pretrained(tmp_path)
-    image_processor = SegformerImageProcessorPil(size={"height": 32, "width": 32})
-    pipe = pipeline("image-segmentation", model=str(tmp_path), image_processor=image_processor)
-    assert type(pipe) is ImageSegmentationPipeline
-    answers = pipe(image)
-    expected = ImageSegmentationPipeline(model=other, image_processor=image_processor)(image)
-    assert [answer["label"] for answer in answers] == [answer["label"] for answer in expected]
-    for answer, reference in zip(answers, expected, strict=True):
-        assert np.array_equal(np.array(answer["mask"]), np.array(reference["mask"]))
+def test_the_hub_s_task_names_the_other_one_where_no_code_came_along(folders, model, processor, image):
+    pipe = pipeline("image-segmentation", model=folders["without code"])
+    with pytest.raises(ValueError, match=f'pipeline\\("{TASK}", model=...\\)'):
+        pipe(image, text="dog")
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+    with pytest.raises(ValueError, match=f'pipeline\\("{TASK}", model=...\\)'):
+        pipeline("image-segmentation", model=model, **parts)(image)
 
 
-def test_registration_may_be_repeated(folder):
-    importlib.reload(modeling_restr)
-    modeling_restr.register()
-    assert type(pipeline(model=folder)) is ReSTRPipeline
-    assert type(AutoProcessor.from_pretrained(folder)) is ReSTRProcessor
+def test_a_config_names_the_hub_s_task_alone(folders, tmp_path):
+    ReSTRConfig.from_pretrained(folders["without code"]).save_pretrained(tmp_path / "config")
+    pipeline(TASK, model=folders["without code"]).save_pretrained(tmp_path / "pipeline")
+    for folder in (tmp_path / "config", tmp_path / "pipeline", Path(folders["bundle"])):
+        saved = json.loads((folder / "config.json").read_text())["custom_pipelines"]
+        assert saved == {
+            "image-segmentation": {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
+        }
+    assert not hasattr(ReSTRConfig(), "custom_pipelines")
+
+
+@pytest.mark.parametrize("pushed", [ReSTRForImageSegmentation, ReSTRProcessor, ReSTRPipeline])
+def test_classes_are_pushed_as_transformers_pushes_its_own(pushed):
+    assert pushed._upload_modified_files is PushToHubMixin._upload_modified_files
+
+
+def test_registration_may_be_repeated(folders):
+    with CaptureLogger(logging.get_logger("transformers.pipelines.base")) as log:
+        importlib.reload(modeling_restr)
+        modeling_restr.register()
+    assert log.out == ""
+    assert type(pipeline(TASK, model=folders["bundle"])) is ReSTRPipeline
+    assert type(AutoProcessor.from_pretrained(folders["bundle"])) is ReSTRProcessor
 
 
 def test_import_is_light():

@@ -19,7 +19,7 @@ CHECKPOINT, PHOTOS = EXAMPLES / "restr-mini", EXAMPLES / "photos" / "held_out"
 @pytest.fixture(scope="module")
 def ious() -> dict[str, np.ndarray]:
     """IoU of each sentence's mask, and with the sentences of the next photograph instead."""
-    pipe = pipeline("image-segmentation", model=str(CHECKPOINT))
+    pipe = pipeline("referring-image-segmentation", model=str(CHECKPOINT))
     photographs = Photographs.load(PHOTOS / "instances.json", PHOTOS, held_out=True, progress=False)
     scenes = PhotoScenes(photographs, len(photographs), 352, augment=False)
     said = [express(scenes[index], np.random.default_rng(index), 10) for index in range(len(scenes))]

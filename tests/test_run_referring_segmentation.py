@@ -91,7 +91,7 @@ def test_from_a_vit_and_word_vectors_to_a_folder_that_pipeline_loads(inputs, tmp
     )
     assert code == 0, log(tmp_path / "run")
     folder = tmp_path / "run" / "model"
-    pipe = pipeline("image-segmentation", model=str(folder))
+    pipe = pipeline("referring-image-segmentation", model=str(folder))
     intersection = union = 0
     rows = make_dataset(5, seed=3)
     for row in rows:

@@ -333,7 +333,7 @@ def test_evaluation_is_logged_with_a_panel_and_ends_in_a_folder_with_a_card(inpu
 
 def measure_overall_iou(model):
     """With the pipeline, as anybody would."""
-    pipe = pipeline("image-segmentation", model=str(model))
+    pipe = pipeline("referring-image-segmentation", model=str(model))
     intersection = union = 0
     for row in make_dataset(5, seed=3):
         for reference in row["references"]:

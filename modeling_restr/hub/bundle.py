@@ -15,14 +15,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..configuration_restr import ReSTRConfig
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
+from ..requirements_restr import TRANSFORMERS
 
 
 WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # What a reloaded tokenizer would save of how it was loaded.
 _LOADING_KEYS = ("is_local", "local_files_only")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
-# What an Inference Endpoint installs before it loads handler.py: its own transformers may be too old.
-_REQUIREMENTS = "transformers>=5.17,<6\n"
 
 
 def save_bundle(
@@ -34,9 +33,12 @@ def save_bundle(
     include_code: bool = True,
 ) -> Path:
     """
-    Save weights, config, processor and the code that they need: the Auto classes and `pipeline` load the folder with
-    `trust_remote_code=True` where this package is not installed, and without it where it is. With handler.py and
-    requirements.txt, an Inference Endpoint serves it.
+    Save weights, config, processor and the code that they need. Where this package is not installed, the Auto classes
+    and `pipeline("image-segmentation", model=folder, trust_remote_code=True)` load the folder; where it is imported,
+    the Auto classes and `pipeline("referring-image-segmentation", model=folder)` do, and need no trust. With
+    handler.py and requirements.txt, an Inference Endpoint serves it.
+
+    One of the files is called modeling_restr.py: with the folder as Python's working directory it hides the package.
 
     Everything is written to a temporary folder first and then moved. An existing folder is updated file by file, its
     other files are kept; old weights go first and the new ones come last, so an update that is cut off leaves a folder
@@ -143,7 +145,8 @@ def add_code(folder: Path, output: Path) -> None:
 
 def _add_handler(folder: Path) -> None:
     shutil.copyfile(Path(__file__).with_name("handler.py"), folder / "handler.py")
-    (folder / "requirements.txt").write_text(_REQUIREMENTS, encoding="utf-8")
+    # What an Inference Endpoint installs before it loads the handler: its own transformers may be too old.
+    (folder / "requirements.txt").write_text(f"{TRANSFORMERS}\n", encoding="utf-8")
 
 
 def _with_own_config(model: ReSTRForImageSegmentation) -> ReSTRForImageSegmentation:

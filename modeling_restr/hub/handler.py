@@ -16,10 +16,12 @@ from typing import Any
 
 from PIL import Image
 from transformers import pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
 
 
 logger = logging.getLogger(__name__)
 
+_TASK = "referring-image-segmentation"
 # Pillow knows many more, some of which run other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
@@ -67,7 +69,9 @@ class EndpointHandler:
         # Pillow warns of images that have more pixels, and refuses those that have more than twice as many.
         Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        pipe: Any = pipeline("image-segmentation", model=path, trust_remote_code=True)
+        # Where the package is imported, it loads models with and without code by its own task.
+        task: Any = _TASK if _TASK in PIPELINE_REGISTRY.get_supported_tasks() else "image-segmentation"
+        pipe: Any = pipeline(task, model=path, trust_remote_code=True)
         self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer
         # Pipelines are not made for threads (a tokenizer's padding is set as it is used), and the pixels and masks of
         # one request are enough to have in memory.
