@@ -145,7 +145,8 @@ def add_ratios(results: dict[str, dict[str, Any]], folder: Path) -> None:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
-    pipe: Any = pipeline("referring-image-segmentation", model=args.model, device="cpu")
+    task: Any = "referring-image-segmentation"  # transformers types its own tasks only
+    pipe: Any = pipeline(task, model=args.model, device="cpu")
     image_size = args.image_size or pipe.processor.image_processor.size["height"]
     description, total, images = read_images(args, image_size)
     results = measure(load_runners(args, pipe), images, total)

@@ -4,9 +4,9 @@ Push a model's folder to the Hub, with everything that a machine without the pac
     python examples/push_to_hub.py runs/model you/restr --evaluation runs/evaluation.json --recipe runs/recipe.json \\
         --photo photo.jpg --sentence "the dog on the left" --sentence "ball" --credit "by me, CC BY 4.0" --tag v1
 
-With any option on the card, the folder's README.md is written anew first; otherwise it is pushed as it is, or, where
-there is none, a card that says how to use the model. Results are those of evaluation files of these very weights;
-a training script leaves one, and its recipe, in its OUTPUT_DIR.
+With any option on the card, the folder's README.md is regenerated first; otherwise it is pushed as it is, or, where
+there is none, a card that says how to use the model. Results come from evaluation files of these very weights; a
+training script leaves one, and its recipe, in its OUTPUT_DIR.
 Needs a token that may write: `hf auth login`, or the variable HF_TOKEN.
 """
 
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     card.add_argument("--data", help="what it was trained on, and under which terms (Markdown)")
     card.add_argument("--dataset", action="append", default=[], help="id of such a dataset on the Hub")
     card.add_argument("--base_model", help="id of the model on the Hub that the training started from")
-    card.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
+    card.add_argument("--license", help="licence of the weights, such as cc-by-4.0 (default: the card names none)")
     card.add_argument("--limits", help="limits beyond those of every ReSTR (Markdown)")
     card.add_argument("--photo", type=Path, help="a photograph to show the model with; needs the two below")
     card.add_argument("--sentence", action="append", default=[], help="what to find in it; may be given several times")

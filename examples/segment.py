@@ -45,7 +45,8 @@ def main() -> None:
     if not args.photo.is_file():
         raise SystemExit(f"There is no file {args.photo}: expected the path of an image.")
     try:
-        pipe: Any = pipeline("referring-image-segmentation", model=args.model, device=args.device)
+        task: Any = "referring-image-segmentation"  # transformers types its own tasks only
+        pipe: Any = pipeline(task, model=args.model, device=args.device)
         photo = read_photo(args.photo, pipe.processor.image_processor)
         results = pipe(photo, text=args.sentences, threshold=args.threshold)
     # No model or image, a sentence without words, a threshold out of range, ...

@@ -33,6 +33,8 @@ _AUTO_MAP = {
     "AutoModel": "modeling_restr.ReSTRModel",
     "AutoModelForImageSegmentation": "modeling_restr.ReSTRForImageSegmentation",
 }
+# What the card of whatever is pushed is tagged with.
+MODEL_TAGS = ("referring-image-segmentation", "restr")
 _PIPELINE = {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
 
 

@@ -33,7 +33,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
+from .configuration_restr import MODEL_TAGS, ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
 from .vision_encoder_restr import (
     as_pair,
     convert_vision_model,
@@ -352,6 +352,7 @@ class ReSTRPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
+    model_tags = list(MODEL_TAGS)
     # Both losses are means over pixels, so Trainer has to average them over accumulation steps.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
@@ -365,6 +366,7 @@ class ReSTRPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         config.validate_architecture()  # values may have been set since the config's own checks
+        self.model_tags = list(MODEL_TAGS)  # of its own: transformers adds what `push_to_hub(tags=...)` is given
 
     def post_init(self) -> None:
         super().post_init()

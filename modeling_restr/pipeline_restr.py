@@ -16,6 +16,8 @@ from transformers.pipelines import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
+from .configuration_restr import MODEL_TAGS
+
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +116,10 @@ class ReSTRPipeline(Pipeline):
         processor: Any = self.processor  # which transformers' own leaves out
         self.model.save_pretrained(save_directory, **kwargs)
         processor.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
+        """As in transformers, which gives its card the tags of a model but not those of a pipeline."""
+        return super().push_to_hub(repo_id, tags=[*MODEL_TAGS, *(tags or ())], **kwargs)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
         kwargs.pop("local_files_only", None)  # `transformers.pipeline` hands it on

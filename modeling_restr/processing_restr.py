@@ -14,6 +14,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
+from .configuration_restr import MODEL_TAGS
 from .image_processing_restr import ReSTRImageProcessorKwargs
 
 
@@ -101,6 +102,10 @@ class ReSTRProcessor(ProcessorMixin):
         processor.tokenizer.backend_tokenizer.no_padding()
         processor.tokenizer.backend_tokenizer.no_truncation()
         return super(ReSTRProcessor, processor).save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
+        """As in transformers, which gives its card the tags of a model but not those of a processor."""
+        return super().push_to_hub(repo_id, tags=[*MODEL_TAGS, *(tags or ())], **kwargs)
 
     def post_process_referring_segmentation(
         self, outputs: Any, target_sizes: Iterable[tuple[int, int]] | torch.Tensor, threshold: float = 0.5

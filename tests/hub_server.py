@@ -236,12 +236,17 @@ def whoami(self: Handler) -> dict[str, Any]:
 
 
 @route("POST", "/api/validate-yaml", is_open=True)
-def validate_yaml(self: Handler) -> dict[str, Any]:
+def validate_yaml(self: Handler) -> dict[str, Any] | None:
     try:
-        read_front_matter({"README.md": json.loads(self.content)["content"].encode()})
+        card = read_front_matter({"README.md": json.loads(self.content)["content"].encode()})
+        errors = [] if re.fullmatch(r"[a-z0-9.-]+", card.get("license", "mit")) else ['"license" must be one of [...]']
     except yaml.YAMLError as error:
-        return {"errors": [{"message": str(error)}], "warnings": []}
-    return {"errors": [], "warnings": []}
+        errors = [str(error)]
+    reply = {"errors": [{"message": message} for message in errors], "warnings": []}
+    if errors:
+        self.send(400, json.dumps(reply).encode())
+        return None
+    return reply
 
 
 @route("POST", "/api/repos/create")

@@ -119,6 +119,7 @@ def test_card_of_the_shipped_checkpoint_shows_its_evaluation_by_kind_and_beside_
     kinds, others = evaluation["results"], evaluation["results_with_sentences_of_another_scene"]
     results = {result.metric_type: result.metric_value for result in ModelCard.load(path).data.eval_results}
     assert results == {name: kinds["all"][name] for name in ("overall_iou", "mean_iou")}
+    assert "(percent, 96 pixels, threshold 0.5)" in path.read_text()
     head, *rows = read_tables(read_sections(path)["Evaluation"])
     shown = {row[head.index("split or kind")]: dict(zip(head, row)) for row in rows}
     assert shown.keys() == kinds.keys()
@@ -136,14 +137,17 @@ def test_card_of_an_evaluation_on_photographs_shows_the_constant_box_beside_it(f
     }
     controls = {kind: {"mean_iou": 20.5 + number} for number, kind in enumerate(kinds)}
     others = {kind: {"mean_iou": 10.5 + number} for number, kind in enumerate(kinds)}
-    content = {"model": evaluation["model"], "data": "9 photographs", "threshold": 0.5, "results": kinds}
+    content = {"model": evaluation["model"], "data": "9 photographs, 352 pixels", "threshold": 0.5, "results": kinds}
     content |= {"results_of_the_best_constant_box": controls, "results_with_sentences_of_another_scene": others}
     path = write_model_card(folder, evaluations=[write_json(tmp_path / "photographs.json", content)])
     results = {result.metric_type: result.metric_value for result in ModelCard.load(path).data.eval_results}
     assert results == {"overall_iou": 50.5, "mean_iou": 41.5, "precision@0.5": 33.5}
+    names = [result.metric_name for result in ModelCard.load(path).data.eval_results]
+    assert "mean IoU (percent, 352 pixels, threshold 0.5)" in names
     head, *rows = read_tables(read_sections(path)["Evaluation"])
     for number, row in enumerate(dict(zip(head, row)) for row in rows):
         assert row["mean IoU"] == f"{41.5 + number:.2f}" and row["Precision@0.5"] == "33.50"
+        assert row["measured at"] == "352 pixels"
         assert row["mean IoU, best constant box"] == f"{20.5 + number:.2f}"
         assert row["mean IoU, sentence of another scene"] == f"{10.5 + number:.2f}"
 
@@ -155,8 +159,6 @@ def test_figures_are_copied_and_shown_with_what_is_said_of_them(folder, tmp_path
     section = read_sections(path)["Evaluation"]
     assert "](clock.jpg)\n\nA [clock](https://example.org). Taken by somebody." in section
     assert "SHA-256" in section  # so that it is not pushed with other weights
-    with pytest.raises(ValueError, match="has a result"):
-        write_model_card(folder, figures={figure: "Overall IoU 71.2"})
 
 
 @pytest.mark.parametrize("change", ["weights", "processor", "more weights", "fewer weights"])
@@ -189,25 +191,28 @@ def test_numbers_without_an_evaluation_of_known_weights_are_refused(folder, tmp_
         write_model_card(folder, evaluations=[write_json(tmp_path / "val.json", content)])
 
 
-def test_two_evaluations_of_one_split_are_refused(folder, evaluation, tmp_path):
-    path = write_json(tmp_path / "val.json", evaluation)
-    with pytest.raises(ValueError, match="another evaluation on squares, val"):
-        write_model_card(folder, evaluations=[path, path])
+def test_evaluations_of_one_split_stand_side_by_side_unless_they_contradict_each_other(folder, evaluation, tmp_path):
+    first, again = (write_json(tmp_path / f"{name}.json", evaluation) for name in ("first", "again"))
+    stricter = write_json(tmp_path / "stricter.json", evaluation | {"threshold": 0.7})
+    path = write_model_card(folder, evaluations=[first, again, stricter])
+    head, *rows = read_tables(read_sections(path)["Evaluation"])
+    assert [row[head.index("threshold")] for row in rows] == ["0.5", "0.7"]
+    metrics = evaluation["metrics"] | {"mean_iou": 0.999}
+    other = write_json(tmp_path / "other.json", evaluation | {"metrics": metrics})
+    with pytest.raises(
+        ValueError, match=r"other\.json contradicts another evaluation of the same: squares, val\. Pass"
+    ):
+        write_model_card(folder, evaluations=[first, other])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"training": {"best_mean_iou": 0.71}},
-        {"training": {"note": "reaches 71.2 oIoU"}},
-        {"data": "On RefCOCO, where it has P@0.5 = 80."},
-        {"limits": "Small things: an accuracy of 12 %."},
-    ],
-)
-def test_results_get_in_by_no_other_way(folder, options):
-    with pytest.raises(ValueError, match=r"has a result: .* through the JSON files"):
-        write_model_card(folder, **options)
-    assert not (folder / "README.md").exists()
+def test_what_the_owner_says_is_not_doubted(folder):
+    data = "COCO 2017, 80 % of the training split. Mean IoU 71.2 in the paper."
+    limits = "Accuracy drops below 32 pixels."
+    path = write_model_card(folder, training={"best_mean_iou": 0.71}, data=data, limits=limits)
+    sections = read_sections(path)
+    assert "| `best_mean_iou` | 0.71 |" in sections["Training"]
+    assert data in sections["Data and licence"] and limits in sections["Limits"]
+    assert "model-index" not in ModelCard.load(path).data.to_dict()
 
 
 def test_evaluation_of_a_commit_on_the_hub_counts_for_the_same_weights(folder, evaluation, tmp_path, monkeypatch):
@@ -246,7 +251,7 @@ def test_recipe_data_and_limits_are_shown(folder):
     assert "It never saw a night." in sections["Limits"]
     assert "32x32 pixels" in sections["Limits"] and "first 6 words" in sections["Limits"]
     assert "RefCOCO, of its own terms." in sections["Data and licence"]
-    assert "`cc-by-4.0`" in sections["Data and licence"]
+    assert "The weights are under the licence `cc-by-4.0`" in sections["Data and licence"]
     assert "no live widget" in sections["Use"] and "https://huggingface.co/spaces/me/try-it" in sections["Use"]
     assert "@inproceedings{kim2022restr" in sections["Citation"]
     data = ModelCard.load(path).data.to_dict()
@@ -259,7 +264,8 @@ def test_without_evaluation_there_is_no_result(folder):
     data = ModelCard.load(path).data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "image-segmentation"
     assert data["language"] == "en" and "referring-image-segmentation" in data["tags"]
-    assert not {"model-index", "metrics", "widget"} & data.keys()
+    assert not {"model-index", "metrics", "widget", "license"} & data.keys()
+    assert "No licence was named for the weights" in read_sections(path)["Data and licence"]
     assert read_sections(path)["Evaluation"].strip() == "Not evaluated."
 
 

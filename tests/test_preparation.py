@@ -252,6 +252,18 @@ def test_push_is_one_commit_that_leaves_no_older_shards(tmp_path, images, monkey
     assert set(repository.files()) - {".gitattributes"} == shards | {"README.md", "preparation.json"}
 
 
+@pytest.mark.parametrize("missing", ["README.md", "preparation.json", "data/*.parquet"])
+def test_folder_that_is_not_prepared_makes_no_repository(tmp_path, images, monkeypatch, missing):
+    prepare(SOURCE, {"val": images}, tmp_path / "prepared")
+    for path in (tmp_path / "prepared").glob(missing):
+        path.unlink()
+    with serve() as hub:
+        hub.connect(tmp_path / "home", monkeypatch)
+        with pytest.raises(ValueError, match=re.escape(missing)):
+            push_to_hub(tmp_path / "prepared", "refcoco")
+        assert not hub.repositories
+
+
 def test_loading_snippet_of_the_card_runs(tmp_path, images, monkeypatch):
     output = tmp_path / "output"
     prepare(SOURCE, {"val": images}, output)

@@ -391,7 +391,36 @@ def test_card_of_other_weights_is_not_pushed(hub, tmp_path):
     save_bundle(*pair, folder)
     with pytest.raises(ValueError, match="card tells of other weights"):
         push_to_hub(folder, "restr")
-    assert len(hub.repositories["model", "tester/restr"].titles) == 1
+    with pytest.raises(ValueError, match="card tells of other weights"):
+        push_to_hub(folder, "other")
+    assert len(hub.repositories["model", "tester/restr"].titles) == 1 and len(hub.repositories) == 1
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "options", "card", "message"),
+    [
+        ("restr", {}, {"license": "All mine!"}, "license.* must be one of"),
+        ("tester/no name", {}, {}, "Repo id must use alphanumeric"),
+        ("a/b/c", {}, {}, "Repo id must be in the form"),
+        ("restr", {"tag": "first try"}, {}, "Expected a tag of letters, digits and .* got 'first try'"),
+    ],
+)
+def test_what_the_hub_would_refuse_makes_no_repository(hub, tmp_path, repo_id, options, card, message):
+    processor = make_processor()
+    folder = save_bundle(make_model(processor), processor, tmp_path / "model")
+    write_model_card(folder, **card)
+    with pytest.raises(ValueError, match=message):
+        push_to_hub(folder, repo_id, **options)
+    assert not hub.repositories
+
+
+def test_card_without_readable_metadata_makes_no_repository(hub, tmp_path):
+    processor = make_processor()
+    folder = save_bundle(make_model(processor), processor, tmp_path / "model")
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n\nMine.\n")
+    with pytest.raises(ValueError, match="Expected a model card whose first lines the Hub can read as metadata"):
+        push_to_hub(folder, "restr")
+    assert not hub.repositories
 
 
 def test_card_links_a_space_that_is_there(hub, tmp_path):
@@ -400,6 +429,7 @@ def test_card_links_a_space_that_is_there(hub, tmp_path):
     write_model_card(folder, space="tester/demo")
     with pytest.raises(ValueError, match="links the Space tester/demo, which is not there"):
         push_to_hub(folder, "restr")
+    assert not hub.repositories
     HfApi().create_repo("demo", repo_type="space", space_sdk="gradio")
     push_to_hub(folder, "restr")
     card = hub.repositories["model", "tester/restr"].files()["README.md"].decode()
@@ -422,10 +452,12 @@ def test_what_is_no_folder_is_not_pushed(hub, tmp_path):
     assert not hub.repositories
 
 
-def test_nothing_is_pushed_without_a_token(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("repo_id", "message"), [("restr", "Invalid user token"), ("tester/restr", "401")])
+def test_nothing_is_pushed_without_a_token(hub, monkeypatch, repo_id, message):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     processor = make_processor()
-    with pytest.raises(HfHubHTTPError, match="401"):
-        push_to_hub((make_model(processor), processor), "restr")
-    push_to_hub((make_model(processor), processor), "restr", token=TOKEN)
+    with pytest.raises(HfHubHTTPError, match=message):
+        push_to_hub((make_model(processor), processor), repo_id)
+    assert not hub.repositories
+    push_to_hub((make_model(processor), processor), repo_id, token=TOKEN)
     assert len(hub.repositories["model", "tester/restr"].titles) == 1

@@ -251,12 +251,18 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
 
     Returns:
         `str`: The commit's URL.
+
+    Raises:
+        `ValueError`: The folder is not one that [`prepare`] has finished; no repository is made then.
     """
     folder, api = Path(folder), HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     shards = list_shards(folder)
     files = {f"data/{path.name}": path for paths in shards.values() for path in paths}
     files |= {name: folder / name for name in ("README.md", SETTINGS_NAME)}
+    missing = [name for name, path in files.items() if not path.is_file()] + ["data/*.parquet"] * (not shards)
+    if missing:
+        raise ValueError(f"Expected a prepared folder, but {folder} lacks {', '.join(missing)}: prepare it first.")
+    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     there = api.list_repo_files(repo_id, repo_type="dataset")
     old = re.compile(rf"data/(?:{'|'.join(map(re.escape, shards))})-\d+-of-\d+\.parquet")
     stale = [name for name in there if name not in files and old.fullmatch(name)]

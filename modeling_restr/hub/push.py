@@ -7,17 +7,19 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.utils import validate_repo_id
 
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
-from .automatic_card import build_automatic_card, find_card, is_automatic, readdress
 from .bundle import WEIGHT_PATTERNS, add_code, save_bundle
-from .model_card import MODEL_ID_PLACEHOLDER, check_card
+from .model_card import MODEL_ID_PLACEHOLDER, build_model_card, check_card, find_card, is_boilerplate
 
 
 # What of a folder belongs to the model; not what a training left there for itself.
 _PATTERNS = ("*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.jpg", "*.jpeg", "LICENSE*", "requirements.txt")
+_TAG = re.compile(r"[\w.+-]+(/[\w.+-]+)*", re.ASCII)
 _SPACE_LINK = re.compile(r"\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 _REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json")
 
@@ -32,15 +34,18 @@ def push_to_hub(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Push a model to the Hub in one commit: weights, config, processor, code, model card and its pictures. Then the Auto
-    classes and `pipeline` load it with `trust_remote_code=True` where this package is not installed, and without it
-    where it is. Where nothing has changed since the last push, there is no commit.
+    Push a model to the Hub in one commit: weights, config, processor, code, model card and its pictures, to be loaded as
+    [`save_bundle`] says. Everything is checked before a repository is made. Where nothing has changed since the last
+    push, there is no commit.
+
+    `model.push_to_hub`, `processor.push_to_hub` and the stock Trainer write transformers' own model card instead; this
+    function replaces it as long as nobody has edited it.
 
     Args:
         bundle (`str`, `os.PathLike` or `tuple`):
             A model's folder, or a model and its processor. A folder without code, such as examples/checkpoint, is
-            pushed with this package's; its subfolders are not pushed. A folder without README.md gets a card that
-            says how to use it, unless the repository has one.
+            pushed with this package's; its subfolders are not pushed. A folder without README.md, or with the one that
+            transformers generates, gets a card that says how to use the model, unless the repository has one.
         repo_id (`str`): The repository, made as needed.
         private (`bool`, *optional*): Whether a new repository is private.
         tag (`str`, *optional*): A name for this state of the repository.
@@ -51,16 +56,19 @@ def push_to_hub(
         `CommitInfo`: The commit, or the repository's last one where nothing has changed.
 
     Raises:
-        `ValueError`: The folder lacks a part of the model, its card or that of the repository tells of other weights or
-            links a Space that is not there, or the tag names another commit (then the push itself is done).
+        `ValueError`: The folder lacks a part of the model; its card or that of the repository tells of other weights,
+            links a Space that is not there, or has metadata that the Hub refuses; `repo_id` or `tag` is no such name;
+            or the tag exists at another commit (then the push itself is done).
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_bundle(*bundle, Path(temporary) / "bundle") if isinstance(bundle, tuple) else Path(bundle)
         files = _collect_files(folder, Path(temporary))
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        there = api.list_repo_files(repo_id)
+        repo_id = _complete_repo_id(repo_id, api)
+        _check_tag(tag)
         files["README.md"] = _prepare_card(folder, repo_id, Path(temporary), api)
+        api.create_repo(repo_id, private=private, exist_ok=True)  # once all is known to be right
+        there = api.list_repo_files(repo_id)
         # Of old weights `from_pretrained` could take these instead of the new ones.
         stale = [name for name in there if name not in files and _matches(name, WEIGHT_PATTERNS)]
         commit = api.create_commit(
@@ -115,16 +123,31 @@ def _missing_code(files: dict[str, Path]) -> list[str]:
     return sorted({f"{reference.partition('.')[0]}.py" for reference in references} - files.keys())
 
 
+def _complete_repo_id(repo_id: str, api: HfApi) -> str:
+    """The id with the namespace that the Hub would give it."""
+    validate_repo_id(repo_id)
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+
+
+def _check_tag(tag: str | None) -> None:
+    if tag is not None and not _TAG.fullmatch(tag):
+        raise ValueError(f"Expected a tag of letters, digits and any of . _ + - /, such as v1, got {tag!r}.")
+
+
 def _prepare_card(folder: Path, repo_id: str, temporary: Path, api: HfApi) -> Path:
     """The folder's card, in which the model gets its id; or else the repository's; or else one for any model."""
     path, written = temporary / "README.md", folder / "README.md"
-    if written.exists():
-        text = written.read_text(encoding="utf-8").replace(MODEL_ID_PLACEHOLDER, repo_id)
-        if is_automatic(text):
-            text = readdress(text, repo_id)
-    else:
-        text = find_card(repo_id, token=api.token) or build_automatic_card(repo_id)
+    text = written.read_bytes().decode() if written.exists() else None
+    if text is None or is_boilerplate(text):
+        text = find_card(repo_id, token=api.token) or str(build_model_card(None, model_id=repo_id))
+    text = text.replace(MODEL_ID_PLACEHOLDER, repo_id)
     check_card(text, folder)
+    try:
+        ModelCard(text, ignore_metadata_errors=True).validate()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"Expected a model card whose first lines the Hub can read as metadata, got: {error}"
+        ) from error
     for space in _SPACE_LINK.findall(text):
         if not api.repo_exists(space, repo_type="space"):
             raise ValueError(f"The model card links the Space {space}, which is not there: create it first.")

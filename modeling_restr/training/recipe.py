@@ -6,6 +6,7 @@ schedule: 400,000 steps of 8 (image, expression) pairs, AdamW with two learning 
 import json
 import logging
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,26 @@ class Recipe:
     def num_warmup_steps(self) -> int:
         return math.ceil(self.warmup_steps * (self.max_steps if self.warmup_steps < 1 else 1))
 
+    @property
+    def base_model(self) -> str | None:
+        """Id on the Hub of what the run started from; None where that was a folder."""
+        is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.start) and not Path(self.start).exists()
+        return self.start if is_id else None
+
     def deviations(self) -> dict[str, tuple[Any, Any]]:
         """Field -> (the paper's, this run's) where they differ; what the paper does not fix is left out."""
         ours, papers = asdict(self), asdict(Recipe())
         unfixed = {*_NAMES_OF_DATA, "num_expressions", "data_fingerprint", "seed"}
         return {
             name: (papers[name], ours[name]) for name in papers if name not in unfixed and papers[name] != ours[name]
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and their values for a model card, next to the paper's where they differ."""
+        deviations = self.deviations()
+        return {
+            name: f"{value} (the paper: {deviations[name][0]})" if name in deviations else value
+            for name, value in asdict(self).items()
         }
 
     def save(self, folder: str | Path) -> None:

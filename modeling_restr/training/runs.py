@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -482,18 +482,12 @@ def _gather(records: list[Any]) -> list[Any]:
 
 def write_card(folder: Path, recipe: Recipe, args: DataArguments, evaluations: Sequence[Path] = ()) -> None:
     """The card of a run: its recipe with what is not the paper's, its data, and its evaluations."""
-    deviations = recipe.deviations()
-    training = {
-        name: f"{value} (the paper: {deviations[name][0]})" if name in deviations else value
-        for name, value in asdict(recipe).items()
-    }
     size = "a stream" if recipe.num_expressions is None else f"{recipe.num_expressions:,} expressions"
     write_model_card(
         folder,
-        training=training,
+        training=recipe.describe(),
         evaluations=evaluations,
         data=f"The split `{recipe.split}` of `{recipe.dataset}`, {size}. Its terms are those of its own card.",
         datasets=[] if Path(args.dataset_name).exists() else [args.dataset_name],
-        license=None,  # whoever trains decides on it
-        base_model=recipe.start if "/" in recipe.start else None,  # else the name of a folder
+        base_model=recipe.base_model,
     )

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..hub.model_card import write_training_card
 from ..metrics import ReferringIoU
 from ..visualization import save_image
 from .batches import ReferringDataset, ReferringStream, loss_weight, split_ids
@@ -172,6 +173,43 @@ class ReferringTrainer(Trainer):
     def _check_numbers(self) -> None:
         self.check_losses()
         check_weights(self.model, self.state.global_step, self.optimizer, self.accelerator.gather)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write ReSTR's card to the output folder: the recipe, and no results, which come from an evaluation of saved
+        weights alone ([`~modeling_restr.hub.write_model_card`]). A card that somebody wrote or edited stays: that of
+        the folder, or else that of the repository.
+
+        Args:
+            license, tags, finetuned_from, dataset_tags: see `transformers.Trainer.create_model_card`.
+            (all others): are not used; the card says them itself, or they are about results.
+
+        Raises:
+            ValueError: the card that stays tells of other weights.
+        """
+        if self.is_world_process_zero():
+            write_training_card(
+                self.output_dir,
+                {"steps": self.state.global_step, **self.recipe.describe()},
+                repo_id=self.hub_model_id,
+                revision=self.args.hub_revision,
+                token=self.args.hub_token,
+                tags=tags,
+                license=license,
+                base_model=finetuned_from or self.recipe.base_model,
+                datasets=dataset_tags,
+            )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with the processor. A run of the scripts pushes its evaluated model instead."""
