@@ -82,7 +82,7 @@ def test_batches_and_single_expressions_add_up(tmp_path, keep_in_memory):
 
 def add_share(cache_dir: str, process_id: int, shares: list, results) -> None:
     metric = ReferringIoU(
-        cache_dir=cache_dir, num_process=len(shares), process_id=process_id, experiment_id="test", timeout=60
+        cache_dir=cache_dir, num_process=len(shares), process_id=process_id, experiment_id="test", timeout=600
     )
     metric.add_batch(predictions=shares[process_id])
     results.put((process_id, metric.compute()))
@@ -98,7 +98,7 @@ def test_processes_are_joined(tmp_path, metric):
     ]
     for worker in workers:
         worker.start()
-    results = dict(queue.get(timeout=60) for _ in workers)
+    results = dict(queue.get(timeout=600) for _ in workers)
     for worker in workers:
         worker.join()
     assert results == {0: metric.compute(predictions=counts), 1: None}
@@ -130,6 +130,17 @@ def test_large_counts_stay_exact(metric):
     counts = [{"intersection": 2**24 + 1, "union": 2**24 + 2}, {"intersection": 3 * 2**30, "union": 3 * 2**30 + 1}]
     expected = (2**24 + 1 + 3 * 2**30) / (2**24 + 2 + 3 * 2**30 + 1)
     assert metric.compute(predictions=counts)["overall_iou"] == expected
+
+
+def test_sums_do_not_overflow(metric):
+    half = {"intersection": 5 * 10**15, "union": 10**16}
+    results = metric.compute(predictions=[half] * 1000, image_ids=range(1000), num_words=[1] * 1000, num_bootstrap=9)
+    assert results["overall_iou"] == results["by_num_words"]["1-2"]["overall_iou"] == 0.5
+    assert results["confidence_intervals"]["overall_iou"] == pytest.approx([0.5, 0.5])
+    largest = {"intersection": 0, "union": 2**63 - 1}
+    assert metric.compute(predictions=[largest, half])["overall_iou"] == 5 * 10**15 / (2**63 - 1 + 10**16)
+    with pytest.raises(ValueError, match=f"at most {2**63 - 1} pixels"):
+        metric.add(prediction={"intersection": 0, "union": 2**63})
 
 
 def test_empty_answers(metric):

@@ -65,6 +65,7 @@ _CITATION = """
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 # The groups in which papers on RefCOCO report.
 _WORD_RANGES = {"1-2": (1, 2), "3": (3, 3), "4-5": (4, 5), "6-20": (6, None)}
+_MAX_PIXELS = 2**63 - 1  # as int64, in which Arrow keeps them
 _COUNTS = ("intersection", "union")
 _AREAS = ("predicted", "target")
 
@@ -198,6 +199,8 @@ def _check_counts(counts: Mapping[str, int]) -> dict[str, int | None]:
             "Expected 0 <= intersection <= union, and with areas intersection <= predicted, intersection <= target and"
             f" union == predicted + target - intersection, got {counts}."
         )
+    if union > _MAX_PIXELS:
+        raise ValueError(f"Expected at most {_MAX_PIXELS} pixels, got {counts}.")
     return {"intersection": intersection, "union": union, "predicted": predicted, "target": target}
 
 
@@ -208,20 +211,20 @@ def _check_length(name: str, values: Sequence[Any], num_expressions: int) -> np.
 
 
 def _to_arrays(predictions: list[dict[str, int]]) -> dict[str, np.ndarray]:
-    """Each of the counts as int64 of shape (N,); the areas only if they were given."""
+    """Each of the counts as Python integers, whose sums do not overflow, of shape (N,); the areas only if given."""
     if not predictions:
         raise ValueError("Expected the counts of at least one expression, got none.")
     num_with_areas = sum(counts["target"] is not None for counts in predictions)
     if num_with_areas not in (0, len(predictions)):
         raise ValueError(f"Expected areas for all expressions or none, got {num_with_areas} of {len(predictions)}.")
     names = (*_COUNTS, *_AREAS) if num_with_areas else _COUNTS
-    return {name: np.array([counts[name] for counts in predictions], dtype=np.int64) for name in names}
+    return {name: np.array([counts[name] for counts in predictions], dtype=object) for name in names}
 
 
 def _get_ratios(counts: dict[str, np.ndarray]) -> dict[str, _Ratio]:
     intersection, union = counts["intersection"], counts["union"]
-    one = np.ones_like(union)
-    iou = np.divide(intersection, union, out=np.ones(len(union)), where=union > 0)
+    one = np.ones(len(union), dtype=np.int64)
+    iou = np.array([pair[0] / pair[1] if pair[1] else 1.0 for pair in zip(intersection, union)])
     ratios = {"overall_iou": _Ratio(intersection, union, otherwise=1.0), "mean_iou": _Ratio(iou, one)}
     # Both sides are correctly rounded quotients of small integers: IoU >= X is exact.
     ratios |= {f"precision@{threshold}": _Ratio(iou >= threshold, one) for threshold in _THRESHOLDS}
@@ -263,7 +266,7 @@ def _bootstrap(
         raise ValueError(f"Expected num_bootstrap >= 0, got {num_bootstrap}.")
     ids, images = np.unique(image_ids, return_inverse=True)
     parts = [part for ratio in ratios.values() for part in (ratio.numerators, ratio.denominators)]
-    sums = np.stack([np.bincount(images, weights=part) for part in parts], axis=1)  # (images, 2 * results)
+    sums = np.stack([np.bincount(images, weights=part.astype(np.float64)) for part in parts], axis=1)  # (images, 2 * results)
     generator = np.random.default_rng(seed)
     totals = np.empty((num_bootstrap, len(parts)))
     for total in totals:
