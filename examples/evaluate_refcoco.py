@@ -19,6 +19,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.loading import load_prepared, name_rows
 from modeling_restr.data.published_counts import Counts, compare_counts, published_counts
+from modeling_restr.files import hold_folder, replace_file
 from modeling_restr.hub.bundle import hash_file
 from modeling_restr.hub.model_card import PAPER_OVERALL_IOU
 from modeling_restr.metrics import ReferringIoU
@@ -118,10 +120,9 @@ def find_version(package: str) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name first: a file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a file as a whole or not at all."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class Parts:
@@ -427,7 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.num_threads)  # the last bits of sums depend on it, and then a pixel might
     state = start_processes()
     try:
-        evaluate(args, state)
+        with hold_folder(args.output_dir, "evaluation") if state.is_main_process else nullcontext():
+            evaluate(args, state)
     except (ValueError, OSError) as error:  # unusable data, other settings, no such model, ...
         raise SystemExit(str(error)) from error
     state.destroy_process_group()

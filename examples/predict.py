@@ -20,10 +20,10 @@ import json
 import os
 import re
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -49,6 +49,7 @@ from modeling_restr.data.canonical import MASK_FEATURE, BadImage, encode_mask
 from modeling_restr.data.loading import are_parquet, find_data_files, load_prepared
 from modeling_restr.data.sentence_files import SUFFIXES, load_sentences
 from modeling_restr.data.shards import shard_paths
+from modeling_restr.files import replace_file
 from modeling_restr.metrics.evaluation import predict_batch
 from modeling_restr.tokenization_restr import split_expression
 
@@ -465,28 +466,26 @@ def write_shard(predictor: Predictor, shard: Shard, settings_hash: str, progress
     schema = predictor.columns.mask_features.arrow_schema
     content: dict[str, Any] = {"rows": [shard.start, shard.stop], "settings": settings_hash, "num_masks": 0}
     content |= {"num_images": 0, "bad_images": [], "bad_texts": []}
-    temporary = shard.path.with_name(f".{shard.path.name}.{uuid.uuid4().hex}.tmp")
     masks: list[dict[str, Any]] = []
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for batch, new_masks in predictor.predict(shard.start, shard.stop):
-                masks += new_masks
-                content["num_masks"] += len(new_masks)
-                content["num_images"] += sum(not row.bad_images for row in batch)
-                for key in ("bad_images", "bad_texts"):
-                    content[key] += [problem for row in batch for problem in getattr(row, key)]
-                progress.update(len(batch), len(new_masks), sum(len(row.bad_images) for row in batch))
-                if len(masks) >= MASKS_PER_GROUP:
-                    writer.write_table(pa.Table.from_pylist(masks, schema=schema))
-                    masks = []
-            if masks:
+    with (
+        replace_file(shard.path, name_part(predictor.args.part)) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for batch, new_masks in predictor.predict(shard.start, shard.stop):
+            masks += new_masks
+            content["num_masks"] += len(new_masks)
+            content["num_images"] += sum(not row.bad_images for row in batch)
+            for key in ("bad_images", "bad_texts"):
+                content[key] += [problem for row in batch for problem in getattr(row, key)]
+            progress.update(len(batch), len(new_masks), sum(len(row.bad_images) for row in batch))
+            if len(masks) >= MASKS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(masks, schema=schema))
-            if content["num_images"] + len(content["bad_images"]) != shard.stop - shard.start:
-                raise ValueError(f"The dataset ended before row {shard.stop}: it was changed since it was opened.")
-            writer.add_key_value_metadata({CONTENT_KEY: json.dumps(content)})
-        os.replace(temporary, shard.path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                masks = []
+        if masks:
+            writer.write_table(pa.Table.from_pylist(masks, schema=schema))
+        if content["num_images"] + len(content["bad_images"]) != shard.stop - shard.start:
+            raise ValueError(f"The dataset ended before row {shard.stop}: it was changed since it was opened.")
+        writer.add_key_value_metadata({CONTENT_KEY: json.dumps(content)})
 
 
 class Progress:
@@ -560,24 +559,20 @@ def hash_settings(settings: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def summarize(
     output_dir: Path, shards: list[Shard], settings: dict[str, Any], last_run: dict[str, Any]
 ) -> dict[str, Any] | None:
     """
-    Check that all shards are there, remove what killed runs left, and write what the folder holds; `None` while shards
-    of other parts are missing.
+    Check that all shards are there, and write what the folder holds; `None` while shards of other parts are missing.
     """
     contents = read_contents(shards, hash_settings(settings))
     found = [content for content in contents if content is not None]
     if len(found) < len(shards):
         return None
-    for leftover in (output_dir / "data").glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
     summary = {
         "images": sum(content["num_images"] for content in found),
         "pairs": sum(content["num_masks"] for content in found),
@@ -661,7 +656,27 @@ def finish(
     if missing:
         names = ", ".join(shard.path.name for shard in missing[:20])
         raise ValueError(f"{len(missing)} shards are missing or damaged; run the same command again: {names} ...")
-    return summarize(args.output_dir, shards, settings, last_run)
+    summary = summarize(args.output_dir, shards, settings, last_run)
+    if summary is not None:
+        remove_leftovers(args.output_dir, args.part)
+    return summary
+
+
+def name_part(part: tuple[int, int]) -> str:
+    return f"{part[0]}-of-{part[1]}"
+
+
+def lock_part(output_dir: Path, name: str) -> FileLock:
+    return FileLock(output_dir / f".prediction-{name}.lock", timeout=0)
+
+
+def remove_leftovers(output_dir: Path, part: tuple[int, int]) -> None:
+    """Remove what killed runs left: the temporary files of this part, and of all parts that no run is making."""
+    for path in output_dir.glob(".prediction-*.lock"):
+        name = path.stem.removeprefix(".prediction-")
+        with suppress(Timeout), nullcontext() if name == name_part(part) else lock_part(output_dir, name):
+            for leftover in (output_dir / "data").glob(f".*.{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -677,7 +692,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     part, num_parts = args.part
     mine = shards[part - 1 :: num_parts]
 
-    lock = FileLock(args.output_dir / f".prediction-{part}-of-{num_parts}.lock", timeout=0)
+    lock = lock_part(args.output_dir, name_part(args.part))
     try:
         on_main(state, lambda: begin(lock, args.output_dir, settings))
         last_run = make_shards(predictor, mine, len(shards), hash_settings(settings), state)

@@ -1,11 +1,12 @@
 """Pictures of masks: overlays on the image, one colour an expression, with a legend."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from .files import replace_file
 
 
 # Bright, and far apart for readers with a colour vision deficiency too (Okabe and Ito, 2008); black is left out.
@@ -96,9 +97,8 @@ def arrange_in_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG to a temporary name first, then move it: a picture is whole or not there. Returns its path."""
+    """Write a PNG as a whole or not at all. Returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replace_file(path) as temporary:
+        image.save(temporary, format="PNG")
     return path

@@ -266,6 +266,37 @@ def test_parts_make_the_whole(model_dir, data_dir, tmp_path, undisturbed):
     assert read_summary(tmp_path)["pairs"] == read_summary(undisturbed)["pairs"]
 
 
+def write_leftover(output_dir, part):
+    """What a run of a part has written of its shard."""
+    (output_dir / "data").mkdir(parents=True, exist_ok=True)
+    (output_dir / f".prediction-{part}.lock").touch()
+    path = output_dir / "data" / f".val-00000-of-00006.parquet.{part}.0123456789abcdef.tmp"
+    path.write_bytes(b"half a shard")
+    return path
+
+
+def test_a_run_removes_what_killed_runs_left_and_nothing_that_another_is_writing(model_dir, data_dir, tmp_path):
+    ours, killed, written = (write_leftover(tmp_path, part) for part in ("1-of-1", "2-of-3", "1-of-2"))
+    with FileLock(tmp_path / ".prediction-1-of-2.lock"):
+        run(model_dir, data_dir, tmp_path)
+        assert written.exists() and not ours.exists() and not killed.exists()
+    assert read_summary(tmp_path)["shards"] == 6
+    run(model_dir, data_dir, tmp_path)
+    assert not written.exists()
+
+
+def test_the_temporary_file_of_a_shard_names_the_part(model_dir, data_dir, tmp_path, monkeypatch):
+    written, writer = [], predict.pq.ParquetWriter
+    monkeypatch.setattr(
+        predict.pq,
+        "ParquetWriter",
+        lambda path, *args, **kwargs: written.append(path) or writer(path, *args, **kwargs),
+    )
+    run(model_dir, data_dir, tmp_path, "--part", "2/6")
+    (path,) = written
+    assert path.match(".val-00001-of-00006.parquet.2-of-6.*.tmp") and not path.exists()
+
+
 def test_rows_with_lists_of_sentences(model_dir, rows, tmp_path, expected):
     features = {"photo": datasets.Image(), "texts": datasets.List(datasets.Value("string"))}
     plain = [{"photo": row["image"], "texts": texts_of(row)} for row in rows]

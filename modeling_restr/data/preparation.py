@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from ..files import hold_folder, replace_file
 from .canonical import AnnotatedImage, BadImage, check_distinct_files
 from .dataset_card import PreparedSplit, Source, build_card
 from .published_counts import Counts
@@ -73,21 +72,16 @@ def prepare(
     _check_arguments(splits, images_per_shard, num_proc)
     check_distinct_files(chain.from_iterable(splits.values()))
     (output_dir / "data").mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output_dir / ".preparation.lock", timeout=0):
-            _write_settings(output_dir, source, splits, images_per_shard, notes)
-            plans = [
-                plan_shards(output_dir / "data", name, images, images_per_shard) for name, images in splits.items()
-            ]
-            bad = make_shards(list(chain.from_iterable(plans)), num_proc, skip_bad)
-            if bad and not skip_bad:
-                listing = "\n".join(f"  {problem}" for problem in bad)
-                raise BadImage(f"Images that cannot be used (skip_bad leaves them out): {len(bad):,}\n{listing}")
-            prepared = read_prepared_splits(output_dir)
-            _check_not_empty(prepared)
-            _write_text(output_dir / "README.md", str(build_card(source, prepared, notes)))
-    except Timeout:
-        raise ValueError(f"Another process is preparing data in {output_dir}: wait for it, or stop it.") from None
+    with hold_folder(output_dir, "preparation"):
+        _write_settings(output_dir, source, splits, images_per_shard, notes)
+        plans = [plan_shards(output_dir / "data", name, images, images_per_shard) for name, images in splits.items()]
+        bad = make_shards(list(chain.from_iterable(plans)), num_proc, skip_bad)
+        if bad and not skip_bad:
+            listing = "\n".join(f"  {problem}" for problem in bad)
+            raise BadImage(f"Images that cannot be used (skip_bad leaves them out): {len(bad):,}\n{listing}")
+        prepared = read_prepared_splits(output_dir)
+        _check_not_empty(prepared)
+        _write_text(output_dir / "README.md", str(build_card(source, prepared, notes)))
     return prepared
 
 
@@ -215,9 +209,8 @@ def _to_json(value: Any) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def list_shards(folder: str | Path) -> dict[str, list[Path]]:

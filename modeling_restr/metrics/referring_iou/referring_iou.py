@@ -266,7 +266,9 @@ def _bootstrap(
         raise ValueError(f"Expected num_bootstrap >= 0, got {num_bootstrap}.")
     ids, images = np.unique(image_ids, return_inverse=True)
     parts = [part for ratio in ratios.values() for part in (ratio.numerators, ratio.denominators)]
-    sums = np.stack([np.bincount(images, weights=part.astype(np.float64)) for part in parts], axis=1)  # (images, 2 * results)
+    sums = np.stack(
+        [np.bincount(images, weights=part.astype(np.float64)) for part in parts], axis=1
+    )  # (images, 2 * results)
     generator = np.random.default_rng(seed)
     totals = np.empty((num_bootstrap, len(parts)))
     for total in totals:
