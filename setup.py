@@ -9,12 +9,14 @@ EXTRAS = {
     "tracking": ["matplotlib>=3.8", "tensorboard>=2.17", "trackio>=0.21.1"],
     "space": ["gradio>=6.31,<7"],
     "onnx": ["onnx>=1.19", "onnxruntime>=1.22", "onnxscript>=0.7"],
+    "browser": ["selenium>=4.20"],  # and Chromium with its driver, which pip does not bring
     "quality": ["mypy>=1.15", "ruff>=0.12"],
 }
 EXTRAS["test"] = [
     *EXTRAS["train"],
     *EXTRAS["onnx"],
     *EXTRAS["space"],
+    *EXTRAS["browser"],
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "parameterized",

@@ -40,4 +40,4 @@ def hold_folder(folder: Path, name: str) -> Iterator[None]:
         with FileLock(folder / f".{name}.lock", timeout=0):
             yield
     except Timeout:
-        raise ValueError(f"Another run writes to {folder}: wait for it, or stop it.") from None
+        raise ValueError(f"Another process writes to {folder}: wait for it, or stop it.") from None

@@ -39,6 +39,7 @@ import serve as serve_script
 from serve import DeadlineReader, Server
 
 
+WAIT = 600  # seconds, of a busy machine
 BOUNDS = {
     "RESTR_MAX_IMAGE_BYTES": 30_000,
     "RESTR_MAX_IMAGE_PIXELS": 10_000,
@@ -151,7 +152,7 @@ def post(url: str, body: bytes | dict, query: dict | None = None, **headers) -> 
     """Status and answer, which is JSON whatever was asked."""
     if isinstance(body, dict):
         body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=WAIT)
     connection.request("POST", f"/?{urlencode(query)}" if query else "/", body, headers)
     response = connection.getresponse()
     assert response.headers["Content-Type"] == "application/json"
@@ -410,7 +411,7 @@ def test_local_server_refuses_what_it_need_not_read(url):
 def send(url: str, request: bytes) -> bytes:
     """All that the server sends until it closes the connection."""
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=120) as connection:
+    with socket.create_connection((host, int(port)), timeout=WAIT) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(1000), b""))
 
@@ -484,7 +485,7 @@ def test_a_client_that_leaves_is_no_fault(handler, capfd):
         server.daemon_threads = False  # the end waits for them
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for request in (b"", head + b"nu", head + b"null"):
-            connection = socket.create_connection(server.server_address, timeout=120)
+            connection = socket.create_connection(server.server_address, timeout=WAIT)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves by a reset
             connection.sendall(request)
             if request.endswith(b"null"):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +14,10 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import load_file
 from tiny_training import IMAGE_SIZE, make_dataset, make_model, make_processor
 from training_runs import (
+    MOMENTS,
     assert_close,
     assert_equal,
-    kill_in_the_middle_of_a_file,
+    kill_in_the_middle_of,
     load_script,
     make_inputs,
     read_log as log,
@@ -23,7 +25,7 @@ from training_runs import (
     replace_file,
     run as run_script,
     shard_on_cpus,
-    signal_at,
+    signal_when,
     spoil_a_batch,
 )
 from transformers import ViTConfig, ViTModel, pipeline
@@ -120,26 +122,26 @@ def test_from_a_vit_and_word_vectors_to_a_folder_that_pipeline_loads(inputs, tmp
     assert "eval_overall_iou" in log(tmp_path / "run")
 
 
-@pytest.mark.parametrize("moment", [3, 9, 20, 31, "middle of the optimizer", "middle of the random state"])
+@pytest.mark.parametrize("moment", [*MOMENTS, "optimizer.pt", "rng_state.pth"])
 def test_a_run_that_was_killed_ends_in_the_same_weights(inputs, undisturbed, tmp_path, moment):
     def before():
-        if isinstance(moment, int):
-            signal_at(moment, tmp_path, signal.SIGKILL)
-        else:  # of the second checkpoint; each has the arguments, the optimizer, the schedule and the random state
-            kill_in_the_middle_of_a_file(5 if "optimizer" in moment else 7)
+        if moment in MOMENTS:
+            signal_when(moment, signal.SIGKILL)
+        else:
+            kill_in_the_middle_of(moment)
 
     assert run(tmp_path, inputs, before) == -signal.SIGKILL
     assert not (tmp_path / "model").exists()
     left = [get_step(path) for path in list_checkpoints(tmp_path)]
     assert run(tmp_path, inputs) == 0, log(tmp_path)
     assert_equal(tmp_path, undisturbed)
-    if isinstance(moment, str):
+    if moment not in MOMENTS:
         assert left == [2] and (tmp_path / "checkpoint-6").exists()
 
 
 def test_sigterm_saves_and_exits_with_143(inputs, undisturbed, tmp_path):
-    workers = {"dataloader_num_workers": 1}
-    assert run(tmp_path, inputs, lambda: signal_at(5, tmp_path, signal.SIGTERM), **workers) == 143
+    stop = partial(signal_when, "the first checkpoint is begun", signal.SIGTERM)
+    assert run(tmp_path, inputs, stop, dataloader_num_workers=1) == 143
     left = [get_step(path) for path in list_checkpoints(tmp_path)]
     assert left == [2, 3] and not (tmp_path / "model").exists()  # it came while 2 was written
     assert run(tmp_path, inputs) == 0, log(tmp_path)
@@ -189,7 +191,7 @@ def test_two_processes_go_on_where_one_of_them_was_killed(inputs, tmp_path):
 
     def before():
         if os.environ["RANK"] == "0":
-            signal_at(20, torn, signal.SIGKILL)
+            signal_when("the second checkpoint is moved", signal.SIGKILL)
 
     codes = run(torn, inputs, before, **options)
     assert codes[0] == -signal.SIGKILL and codes[1] != 0
@@ -201,7 +203,7 @@ def test_a_stream_that_was_killed_ends_in_the_same_weights(inputs, tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     options = {"streaming": True, "dataloader_num_workers": 2, "shuffle_buffer_size": 4, "validation_split": "val"}
     assert run(whole, inputs, **options) == 0, log(whole)
-    assert run(torn, inputs, lambda: kill_in_the_middle_of_a_file(5), **options) == -signal.SIGKILL
+    assert run(torn, inputs, lambda: kill_in_the_middle_of("optimizer.pt"), **options) == -signal.SIGKILL
     assert [path.name for path in list_checkpoints(torn)] == ["checkpoint-2"]
     assert run(torn, inputs, **options) == 0, log(torn)
     assert_equal(whole, torn)

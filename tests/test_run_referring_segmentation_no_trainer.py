@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,11 +23,12 @@ from safetensors.torch import load_file
 from tiny_training import make_dataset, make_model, make_processor
 from training_runs import (
     EXAMPLES,
+    MOMENTS,
     CountReads,
     LinearModel,
     assert_close,
     assert_equal,
-    kill_in_the_middle_of_a_file,
+    kill_in_the_middle_of,
     load_script,
     make_inputs,
     read_events,
@@ -35,7 +37,7 @@ from training_runs import (
     replace_file,
     run as run_script,
     shard_on_cpus,
-    signal_at,
+    signal_when,
     spoil_a_batch,
 )
 from transformers import pipeline
@@ -86,26 +88,26 @@ def test_trainer_ends_in_the_same_weights(inputs, tmp_path):
     assert recipes[0] == recipes[1]
 
 
-@pytest.mark.parametrize("moment", [3, 9, 20, 31, "middle of the optimizer", "middle of the random state"])
+@pytest.mark.parametrize("moment", [*MOMENTS, "optimizer.bin", "random_states_0.pkl"])
 def test_a_run_that_was_killed_ends_in_the_same_weights(inputs, undisturbed, tmp_path, moment):
     def before():
-        if isinstance(moment, int):
-            signal_at(moment, tmp_path, signal.SIGKILL)
-        else:  # of the second checkpoint; each has the optimizer, the random state and the schedule
-            kill_in_the_middle_of_a_file(3 if "optimizer" in moment else 4)
+        if moment in MOMENTS:
+            signal_when(moment, signal.SIGKILL)
+        else:
+            kill_in_the_middle_of(moment)
 
     assert run(tmp_path, inputs, before) == -signal.SIGKILL
     assert not (tmp_path / "model").exists()
     left = [get_step(path) for path in list_checkpoints(tmp_path)]
     assert run(tmp_path, inputs) == 0, read_log(tmp_path)
     assert_equal(tmp_path, undisturbed)
-    if isinstance(moment, str):
+    if moment not in MOMENTS:
         assert left == [2] and (tmp_path / "checkpoint-6").exists()
 
 
 def test_sigterm_saves_and_exits_with_143(inputs, undisturbed, tmp_path):
-    workers = {"dataloader_num_workers": 1}
-    assert run(tmp_path, inputs, lambda: signal_at(5, tmp_path, signal.SIGTERM), **workers) == 143
+    stop = partial(signal_when, "the first checkpoint is begun", signal.SIGTERM)
+    assert run(tmp_path, inputs, stop, dataloader_num_workers=1) == 143
     left = [get_step(path) for path in list_checkpoints(tmp_path)]
     assert left == [2, 3] and not (tmp_path / "model").exists()  # it came while 2 was written
     assert run(tmp_path, inputs) == 0, read_log(tmp_path)
@@ -116,7 +118,7 @@ def test_a_stream_that_was_killed_ends_in_the_same_weights(inputs, tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     options = {"streaming": True, "dataloader_num_workers": 1, "shuffle_buffer_size": 4}
     assert run(whole, inputs, **options) == 0, read_log(whole)
-    assert run(torn, inputs, lambda: kill_in_the_middle_of_a_file(3), **options) == -signal.SIGKILL
+    assert run(torn, inputs, lambda: kill_in_the_middle_of("optimizer.bin"), **options) == -signal.SIGKILL
     assert [get_step(path) for path in list_checkpoints(torn)] == [2]
     assert run(torn, inputs, **options) == 0, read_log(torn)
     assert_equal(whole, torn)
@@ -168,7 +170,7 @@ def test_two_processes_go_on_where_one_of_them_was_killed(inputs, tmp_path, stre
 
     def before():
         if os.environ["RANK"] == "0":
-            signal_at(20, torn, signal.SIGKILL)
+            signal_when("the second checkpoint is moved", signal.SIGKILL)
 
     codes = run(torn, inputs, before, **options)
     assert codes[0] == -signal.SIGKILL and codes[1] != 0
@@ -381,7 +383,7 @@ def test_sharded_over_two_processes_and_resumed_it_is_one_large_batch(inputs, la
     def before_it_is_stopped():
         before()
         if os.environ["RANK"] == "0":
-            signal_at(5, tmp_path, signal.SIGTERM)  # while the first checkpoint is written
+            signal_when("the first checkpoint is begun", signal.SIGTERM)
 
     options = {"model": "plain", "max_grad_norm": 0.1, "num_processes": 2, "per_device_train_batch_size": 2}
     assert run(tmp_path, inputs, before_it_is_stopped, **options) == [143, 143], read_log(tmp_path)

@@ -424,17 +424,17 @@ def downloads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(downloads):
-    webdriver = pytest.importorskip("selenium.webdriver", reason='needs Selenium: pip install -e ".[space]"')
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in paths:
+    webdriver = pytest.importorskip("selenium.webdriver", reason='needs Selenium: pip install -e ".[browser]"')
+    chromium, chromedriver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if chromium is None or chromedriver is None:
         pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = paths[0]
+    options.binary_location = chromium
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
     yield driver
     driver.quit()
 
@@ -539,7 +539,8 @@ def test_an_empty_sentence_is_explained(url, browser, width):
     before = page.find(".cards")[0].text
     page.ask("   ")
     page.wait(lambda: "There is no sentence yet" in page.text, "the message")
-    time.sleep(1)  # it fades in
+    ended = "return document.getAnimations().every((animation) => animation.playState === 'finished')"
+    page.wait(lambda: browser.execute_script(ended), "the end of its fading in")
     page.screenshot(f"{width}_error")
     assert "Traceback" not in page.text
     assert page.find(".cards")[0].text == before

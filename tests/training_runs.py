@@ -154,14 +154,24 @@ def assert_close(output_dir, other_dir, start_dir, share=1e-5):
     assert difference.norm() <= share * moved.norm() and moved.norm() > 0
 
 
-def signal_at(moment, output_dir, number):
-    """Send this process and its workers a signal at a change of the file system in the run's folder."""
-    changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "shutil.rmtree")
-    events = iter(range(1_000_000))
+# What the package itself does with the files of a run: a change of the file system, and what it is done to.
+MOMENTS = {
+    "the first checkpoint is begun": ("os.mkdir", ".unfinished/checkpoint-2"),
+    "the first checkpoint is written": ("open", ".unfinished/checkpoint-2/complete.json"),
+    "the first checkpoint is moved": ("os.rename", ".unfinished/checkpoint-2"),
+    "the second checkpoint is begun": ("os.mkdir", ".unfinished/checkpoint-4"),
+    "the second checkpoint is moved": ("os.rename", ".unfinished/checkpoint-4"),
+    "the model is moved": ("os.rename", "/model"),
+}
+
+
+def signal_when(moment, number):
+    """Send this process and its workers a signal at a moment, the first time that it comes."""
+    expected, path = MOMENTS[moment]
+    moments = iter([moment])
 
     def hook(event, arguments):
-        is_change = event in changes and arguments and f"{output_dir}/" in f"{arguments[0]}/"
-        if is_change and "log-" not in str(arguments[0]) and next(events) == moment:
+        if event == expected and str(arguments[0]).endswith(path) and next(moments, None):
             for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
                 os.kill(process.pid, number)
 
@@ -204,13 +214,13 @@ def replace_file(path, content):
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {path.name: path.stat().st_size}))
 
 
-def kill_in_the_middle_of_a_file(count):
-    """The given call of torch.save writes half of its file; then the process is killed."""
-    save, calls = torch.save, iter(range(1_000_000))
+def kill_in_the_middle_of(name):
+    """A file of this name in the second checkpoint is half written; then the process is killed."""
+    save = torch.save
 
     def save_half(value, path, *args, **kwargs):
         save(value, path, *args, **kwargs)
-        if next(calls) == count:
+        if Path(path).parts[-2:] == ("checkpoint-4", name):
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
