@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from modeling_restr.data.canonical import (
     FEATURES,
@@ -224,6 +224,13 @@ def test_objects_without_a_pixel_are_bad_but_sentences_about_nothing_are_not(tmp
 def test_annotations_of_any_type_are_the_images_fault(tmp_path, segmentation):
     with pytest.raises(BadImage, match=r"^a\.png: ref_id 11: "):
         build_row(annotate(write_image(tmp_path / "a.png"), segmentation or {}))
+
+
+def test_programs_are_not_run(tmp_path, monkeypatch):
+    Image.fromarray(random_pixels()).save(tmp_path / "a.jpg", format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("it was run"))
+    with pytest.raises(BadImage, match=r"^a\.jpg: cannot be decoded \(EPS files are programs, which are not run\)$"):
+        build_row(annotate(tmp_path / "a.jpg"))
 
 
 def test_images_lie_in_their_folder(tmp_path):

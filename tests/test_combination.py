@@ -5,6 +5,8 @@ import io
 import shutil
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from annotated_images import coco_name, make_image, make_images, read_rows
 from PIL import Image
@@ -139,6 +141,17 @@ def test_sets_without_training_or_evaluation_combine(tmp_path):
     combination = combine({"a": first, "b": second}, tmp_path / "cache")
     assert list(combination.splits) == ["b_val"]  # nothing is left to train on
     assert "1 image, 2 references and 3 expressions were dropped" in combination.notes[0]
+
+
+def test_files_that_rows_name_lie_in_the_folder(tmp_path):
+    folders = {name: prepare_folder(tmp_path / name, name, train=make_images(tmp_path, [1])) for name in "ab"}
+    shard = next((folders["b"] / "data").iterdir())
+    table = pq.read_table(shard)
+    rows = table.to_pylist()
+    rows[0]["image"] = {"bytes": None, "path": str(tmp_path / coco_name(1))}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), shard)
+    with pytest.raises(ValueError, match=r"it leads out of the folder of the images, .*/b, to "):
+        combine(folders, tmp_path / "cache")
 
 
 def test_bad_input_is_explained(tmp_path):

@@ -142,6 +142,16 @@ def test_photographs_are_upright_and_empty_masks_are_not_forgotten(tmp_path):
     np.testing.assert_array_equal(photographs[1].image, upright)
 
 
+def test_photographs_outside_of_their_folder_are_not_opened(tmp_path):
+    path = write_photographs(tmp_path)
+    content = json.loads(path.read_text())
+    (tmp_path / "images" / content["images"][0]["file_name"]).rename(tmp_path / "up.png")
+    content["images"][0]["file_name"] = "../up.png"
+    path.write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match=r"images/up\.png"):
+        Photographs.load(path, tmp_path / "images", held_out=False, progress=False)
+
+
 def test_no_photographs_is_an_error(tmp_path):
     path = write_photographs(tmp_path / "data", number=3)
     with pytest.raises(ValueError, match="no image that is held out"):

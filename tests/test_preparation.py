@@ -209,6 +209,17 @@ def test_source_is_read_back_as_it_was(tmp_path, images):
     assert str(tmp_path) not in json.dumps(read_settings(tmp_path / "output"))
     with pytest.raises(ValueError, match="is no prepared dataset"):
         read_settings(tmp_path)
+    for text in (
+        "null",
+        "[]",
+        "1",
+        "{}",
+        '{"version": 1',
+        (tmp_path / "output" / "preparation.json").read_text()[:-9],
+    ):
+        (tmp_path / "preparation.json").write_text(text)
+        with pytest.raises(ValueError, match=r"preparation\.json(: expected the fields| is not JSON)"):
+            read_settings(tmp_path)
 
 
 def test_fingerprint_is_of_the_annotations_only(tmp_path, images):

@@ -49,11 +49,17 @@ def test_records_by_their_ids():
     assert index_records(content, "images", PATH) == {5: {"id": 5}, 3: {"id": 3, "file_name": "a.jpg"}}
     for images, message in (
         ([{"id": 5}, {"id": 3}, {"id": 5}], "instances.json: the ids of images must be unique, 5 is there twice"),
-        ([{"id": 5}, {"id": 2**64}], f"must be whole numbers of 64 bits, got {2**64} in record 1"),
-        ([{"id": "a"}], "must be whole numbers of 64 bits, got 'a' in record 0"),
-        ([{"id": [1]}], r"must be whole numbers of 64 bits, got \[1\] in record 0"),
-        ([{}], "must be whole numbers of 64 bits, got None in record 0"),
-        ([5], "must be whole numbers of 64 bits, got 5 in record 0"),
+        (
+            [{"id": 5}, {"id": 2**64}],
+            rf"record 1 of the images: expected id to be a whole number of 64 bits, got {2**64}",
+        ),
+        (
+            [{"id": "a"}],
+            "instances.json, record 0 of the images: expected id to be a whole number of 64 bits, got 'a'",
+        ),
+        ([{"id": [1]}], r"record 0 of the images: expected id to be a whole number of 64 bits, got \[1\]"),
+        ([{}], r"record 0 of the images: expected the fields \['id'\], got {}"),
+        ([5], r"record 0 of the images: expected the fields \['id'\], got 5"),
         ({}, "instances.json is not in COCO's format: expected a list of images"),
     ):
         with pytest.raises(ValueError, match=message):

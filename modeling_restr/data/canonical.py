@@ -182,7 +182,8 @@ def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems 
             an object whose mask is damaged or empty.
     """
     problems = Problems() if problems is None else problems
-    name, stated = f"{annotated.file_name:.200}", annotated.size
+    name = f"{annotated.file_name:.200}"
+    stated: Any = None if annotated.size is None else tuple(annotated.size)
     try:
         encoded = read_image(annotated.image, annotated.image_dir)
     except FileNotFoundError as error:
@@ -190,12 +191,12 @@ def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems 
     except (OSError, ValueError) as error:
         raise BadImage(f"{name}: cannot be read ({error})", "images that cannot be read") from error
     try:
-        encoded, size, changed = _decode_upright(encoded, None if stated is None else (stated[0], stated[1]))
+        encoded, size, changed = _decode_upright(encoded, stated)
     except UnidentifiedImageError:
         raise BadImage(f"{name}: cannot be decoded (not an image)", _UNDECODABLE) from None
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise BadImage(f"{name}: cannot be decoded ({error})", _UNDECODABLE) from error
-    if stated is not None and tuple(stated) != size:
+    if stated not in (None, size):
         raise BadImage(
             f"{name}: decodes to {size} (height, width), its annotations are for {stated}",
             "images of another size than their annotations",
@@ -222,6 +223,8 @@ def _decode_upright(encoded: bytes, annotated_size: tuple[int, int] | None) -> t
     would then lie beside it: such a file is written anew without the orientation.
     """
     with Image.open(io.BytesIO(encoded)) as image:
+        if image.format == "EPS":
+            raise ValueError("EPS files are programs, which are not run")
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return encoded, (image.height, image.width), False

@@ -89,7 +89,9 @@ def read_prepared_images(folder: str | Path, cache_dir: str | Path | None = None
     missing = read_settings(folder)["splits"].keys() - shards.keys()
     if missing:
         raise ValueError(f"{folder} is not finished: {', '.join(sorted(missing))}. Prepare it to its end first.")
-    return {split: _read_rows(paths, split, cache_dir) for split, paths in shards.items()}
+    images = {split: _read_rows(paths, split, cache_dir) for split, paths in shards.items()}
+    # Rows hold their images; one that names a file instead must mean one of the folder.
+    return {split: [replace(image, image_dir=Path(folder)) for image in found] for split, found in images.items()}
 
 
 def _read_rows(paths: Sequence[Path], split: str, cache_dir: str | Path | None) -> list[AnnotatedImage]:
@@ -111,13 +113,14 @@ def _read_row(row: dict[str, Any], image: ImageInDataset) -> AnnotatedImage:
             ref_id=reference["ref_id"],
             ann_id=reference["ann_id"],
             category=reference["category"],
-            segmentation=reference["mask"],
+            segmentation=reference["mask"] or [[]],
             expressions=tuple((expression["sent_id"], expression["text"]) for expression in reference["expressions"]),
             bbox=reference["bbox"],
         )
         for reference in row["references"]
     )
-    size = tuple(row["references"][0]["mask"]["size"]) if row["references"] else None
+    masks = [reference["mask"] for reference in row["references"] if reference["mask"]]
+    size: Any = tuple(masks[0]["size"] or ()) if masks else None
     return AnnotatedImage(row["image_id"], row["file_name"], image, references, size)
 
 
@@ -139,7 +142,9 @@ def coco_id_of(file_name: str) -> int | None:
 def _read_photos(folder: str | Path, cache_dir: str | Path | None) -> dict[str, list[_Photo]]:
     return {
         split: [
-            _Photo(image, hashlib.sha256(read_image(image.image)).digest(), coco_id_of(image.file_name))
+            _Photo(
+                image, hashlib.sha256(read_image(image.image, image.image_dir)).digest(), coco_id_of(image.file_name)
+            )
             for image in tqdm(images, desc=f"Images of {split}", unit="image")
         ]
         for split, images in read_prepared_images(folder, cache_dir).items()
@@ -195,7 +200,9 @@ def _show_the_same(first: _Photo, second: _Photo) -> bool:
     """Whether two files hold the same picture in the same size: ids may be equal by chance, or an image resized."""
     if first.digest == second.digest:
         return True
-    sizes, thumbnails = zip(*(_shrink(read_image(photo.image.image)) for photo in (first, second)))
+    sizes, thumbnails = zip(
+        *(_shrink(read_image(photo.image.image, photo.image.image_dir)) for photo in (first, second))
+    )
     return sizes[0] == sizes[1] and float(np.abs(thumbnails[0] - thumbnails[1]).mean()) <= _LARGEST_DIFFERENCE
 
 

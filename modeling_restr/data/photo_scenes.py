@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
-from .canonical import decode_mask, segmentation_to_rle
+from .image_files import image_finder, resolve_image
 from .refer import read_json
+from .segmentation import decode_mask, segmentation_to_rle
 
 
 # What an image's `source` says of which categories are annotated in it; of others it may hold some without a mask.
@@ -171,7 +172,7 @@ class _Reader:
     """The content of an instances file, by image."""
 
     def __init__(self, content: dict[str, Any], image_dir: Path):
-        self.image_dir = image_dir
+        self.image_dir, self.find_image = image_dir, image_finder(image_dir)
         self.names = {category["id"]: category["name"] for category in content["categories"]}
         self.annotations = defaultdict(list)
         for annotation in content["annotations"]:
@@ -184,7 +185,7 @@ class _Reader:
         }
 
     def read(self, image: dict[str, Any]) -> Photograph:
-        opened = Image.open(self.image_dir / image["file_name"])
+        opened = Image.open(resolve_image(self.find_image(image["file_name"]), self.image_dir))
         pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))  # upright, as its annotation is
         packed, categories, crowds = [], [], set()
         for annotation in self.annotations[image["id"]]:

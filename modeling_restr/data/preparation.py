@@ -24,12 +24,14 @@ from ..files import hold_folder, replace_file
 from .canonical import AnnotatedImage, BadImage, check_distinct_files
 from .dataset_card import PreparedSplit, Source, build_card
 from .published_counts import Counts
-from .records import Problems
+from .records import ID, OBJECT, TEXT, Problems, check_fields
+from .refer import read_json
 from .segmentation import SeveralObjects
 from .shards import count_bytes, count_rows, make_shards, plan_shards, read_left_out, read_problems, shard_paths
 
 
 SETTINGS_NAME = "preparation.json"
+SETTINGS_FIELDS = {"version": ID, "images_per_shard": ID, "source": OBJECT, "splits": OBJECT}
 IMAGES_PER_SHARD = 1500  # about 250 MB of COCO's images
 VERSION = 1  # of the rows that this file makes; shards of different versions are never mixed
 
@@ -169,7 +171,10 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SETTINGS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} is no prepared dataset: it has no {SETTINGS_NAME}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
+    check_fields(settings, SETTINGS_FIELDS, str(path))
+    check_fields(settings["source"], {"name": TEXT, "title": TEXT, "options": OBJECT, "published": OBJECT}, str(path))
+    return settings
 
 
 def read_source(folder: str | Path) -> Source:

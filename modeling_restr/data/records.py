@@ -67,12 +67,7 @@ def index_records(content: Any, table: str, path: Path) -> dict[int, dict[str, A
         raise ValueError(f"{path} is not in COCO's format: expected a list of {table}, each with its id.")
     indexed: dict[int, dict[str, Any]] = {}
     for number, record in enumerate(records):
-        if not isinstance(record, dict) or not ID.matches(record.get("id")):
-            got = reprlib.repr(record.get("id") if isinstance(record, dict) else record)
-            raise ValueError(
-                f"{path} is not in COCO's format: the ids of {table} must be whole numbers of 64 bits, got {got} in "
-                f"record {number}."
-            )
+        check_fields(record, {"id": ID}, f"{path}, record {number} of the {table}")
         if record["id"] in indexed:
             raise ValueError(f"{path}: the ids of {table} must be unique, {record['id']} is there twice.")
         indexed[record["id"]] = record
