@@ -442,6 +442,8 @@ def test_rows_that_name_files_mean_those_of_the_copy(tmp_path, copy):
         else:
             with pytest.raises(BadImage, match=f"{NAMES[581857]}: cannot be read .it {message}"):
                 build_row(image)
+            (image,) = read_hub_copy(copy, "validation", image_dir=folder)
+            assert build_row(image)["image"]["bytes"] == photo(581857)
 
 
 def test_rows_that_stand_twice_are_named(tmp_path, copy, caplog):

@@ -78,7 +78,7 @@ def read_hub_copy(
         split (`str`): The copy's own name of a split; val and validation stand for each other, and testA for a test
             beside which there is a testB.
         image_dir (`str` or `Path`, *optional*): For copies without images: the folder that has COCO's train2014
-            images, in itself or in train2014 or coco/train2014.
+            images, in itself or in train2014 or coco/train2014. Rows that name files mean files in it, or in the copy.
         revision (`str`, *optional*): A branch, tag or commit on the Hub.
 
     Returns:
@@ -136,7 +136,8 @@ def _find_images(
     """What finds the image of a row, and the folder in which its file must lie if it is one."""
     if "image" in dataset.column_names:
         images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
-        return lambda index, row: ImageInDataset(images, index), _folder_of_copy(path_or_id)
+        folder = _folder_of_copy(path_or_id) if image_dir is None else Path(image_dir)
+        return lambda index, row: ImageInDataset(images, index), folder
     if image_dir is None or not Path(image_dir).is_dir():
         given = "none was given" if image_dir is None else f"{image_dir} is not a folder"
         raise ValueError(
