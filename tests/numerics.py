@@ -6,6 +6,7 @@ against a float64 run of the same model, within what its rounding can do to thes
 """
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -39,6 +40,14 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: float = EX
     """The largest difference is at most `bound` times the largest magnitude."""
     assert bound > EXACT or actual.dtype == torch.float64
     assert difference(actual, expected) <= bound * largest(expected)
+
+
+def assert_same_text(actual: str, expected: str) -> None:
+    """Equal but for the last digit of decimals, which may be rounded otherwise where rounding noise is another."""
+    decimals = r"\d+\.(\d+)"
+    assert re.sub(decimals, "0.0", actual) == re.sub(decimals, "0.0", expected)
+    for one, other in zip(re.finditer(decimals, actual), re.finditer(decimals, expected), strict=True):
+        assert len(one[1]) == len(other[1]) and abs(float(one[0]) - float(other[0])) < 1.5 * 10 ** -len(one[1])
 
 
 def gradients(model: torch.nn.Module) -> Results:

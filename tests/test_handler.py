@@ -25,6 +25,7 @@ import pytest
 import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError
+from numerics import assert_same_text
 from PIL import Image
 from tiny_training import make_model, make_processor
 
@@ -518,7 +519,9 @@ def test_page_on_serving_shows_what_happens(monkeypatch, capsys):
         for number in shown:
             code = blocks[number][1].replace("http://127.0.0.1:8080", url)
             exec(compile(code, "docs/serving.md", "exec"), {})  # noqa: S102
-            assert blocks[number + 1] == ("text", capsys.readouterr().out)
+            language, shown_output = blocks[number + 1]
+            assert language == "text"
+            assert_same_text(capsys.readouterr().out, shown_output)
     bounds = dict(re.findall(r"^\| `(RESTR_\w+)` \| ([\d,]+) \|", page, flags=re.MULTILINE))
     assert bounds == dict(re.findall(r"- `(RESTR_\w+)` \(([\d,]+)\)", EndpointHandler.__doc__))
     read = re.findall(r'_read_bound\("(\w+)", ([\d_]+)\)', (REPOSITORY / "modeling_restr/hub/handler.py").read_text())

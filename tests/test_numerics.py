@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import assert_rounding_explains
+from numerics import assert_rounding_explains, assert_same_text
 
 
 def compute(model, values):
@@ -22,3 +22,11 @@ def test_half_precision_of_one_layer_is_no_rounding_of_float32(dtype):
     model[2].register_forward_hook(round_float32)
     with pytest.raises(AssertionError, match="difference"):
         assert_rounding_explains(compute, model, torch.randn(8, 32))
+
+
+@pytest.mark.parametrize("other", ["score 0.82, 3 dogs", "score 0.80, 3 dogs"])
+def test_texts_differ_by_the_last_digit_of_decimals_at_most(other):
+    assert_same_text(other, "score 0.81, 3 dogs")
+    for wrong in ("score 0.83, 3 dogs", "score 0.81, 4 dogs", "score 0.8, 3 dogs", "score 0.81, 3 dogs."):
+        with pytest.raises(AssertionError):
+            assert_same_text(wrong, "score 0.81, 3 dogs")

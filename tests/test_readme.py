@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from numerics import assert_same_text
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,11 +21,12 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.numerics
 def test_first_snippet_prints_what_stands_below_it():
     index = next(number for number, (language, _) in enumerate(BLOCKS) if language == "python")
     language, printed = BLOCKS[index + 1]
     assert language == "text"
-    assert run_python(BLOCKS[index][1]) == printed
+    assert_same_text(run_python(BLOCKS[index][1]), printed)
 
 
 def test_features_are_kept_for_later_sentences_as_shown():

@@ -167,12 +167,14 @@ def large_batch(inputs, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.numerics
 def test_accumulated_batches_are_one_large_batch(inputs, large_batch, tmp_path):
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "model": "plain", "optim": "sgd"}
     assert run(tmp_path, inputs, **options) == 0, log(tmp_path)
     assert_close(tmp_path, large_batch, inputs / "plain")
 
 
+@pytest.mark.numerics
 def test_two_processes_are_one_with_a_large_batch(inputs, large_batch, tmp_path):
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "model": "plain", "optim": "sgd"}
     options |= {"validation_split": "val", "eval_strategy": "steps", "eval_steps": 6}
@@ -276,6 +278,7 @@ def test_a_run_is_not_resumed_with_another_recipe_or_by_another_script(inputs, u
     assert "Traceback" not in log(tmp_path / "run") + log(tmp_path / "other")
 
 
+@pytest.mark.numerics
 def test_sharded_over_two_processes_it_is_one_with_a_large_batch(inputs, large_batch, tmp_path):
     options = {"num_processes": 2, "per_device_train_batch_size": 2, "model": "plain", "optim": "sgd"}
     assert run(tmp_path, inputs, shard_on_cpus, flags=["--fsdp"], **options) == [0, 0], log(tmp_path)
@@ -286,6 +289,7 @@ def test_sharded_over_two_processes_it_is_one_with_a_large_batch(inputs, large_b
     assert_close(tmp_path, large_batch, inputs / "plain")
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("options", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
 def test_other_ways_to_compute_stay_near(inputs, large_batch, tmp_path, options):
     assert run(tmp_path, inputs, model="plain", max_steps=1, warmup_steps=0, **options) == 0, log(tmp_path)

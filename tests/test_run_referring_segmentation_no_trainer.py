@@ -152,6 +152,7 @@ def large_batch(inputs, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_accumulated_batches_of_all_processes_are_one_large_batch(inputs, large_batch, tmp_path, num_processes):
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // num_processes}
@@ -371,6 +372,7 @@ def test_accelerate_launches_what_its_configurations_say(path, tmp_path):
             assert environment[name.upper()].lower() == str(value).lower()
 
 
+@pytest.mark.numerics
 def test_sharded_over_two_processes_and_resumed_it_is_one_large_batch(inputs, large_batch, tmp_path):
     config = yaml.safe_load((EXAMPLES / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
 
@@ -392,6 +394,7 @@ def test_sharded_over_two_processes_and_resumed_it_is_one_large_batch(inputs, la
     assert_close(tmp_path, large_batch, inputs / "plain")
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(("share", "options"), [(0.05, {"mixed_precision": "bf16"}), (1e-5, {"torch_compile": True})])
 def test_other_ways_to_compute_stay_near(inputs, tmp_path, share, options):
     def before():
