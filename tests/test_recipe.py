@@ -1,8 +1,8 @@
 """The recipe against the paper's formulas, and as a record of a run."""
 
-from dataclasses import copy
+import copy
+from dataclasses import dataclass
 
-import dataclass
 import numpy as np
 import pytest
 import torch
