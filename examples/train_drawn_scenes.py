@@ -306,6 +306,7 @@ def main() -> None:
         preprocess_logits_for_metrics=mean_iou.count_pixels,
         optimizer_cls_and_kwargs=training_args.optimizer_and_options,
     )
+    trainer.model_accepts_loss_kwargs = False  # every scene has as many sentences, and MeanIoU makes one row of them
     trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
     trainer.save_state()
     metrics = trainer.evaluate()
