@@ -2,11 +2,10 @@
 Measure what an exported model costs and gains beside the model that it was made of: overall IoU, mean IoU, size and
 CPU time of PyTorch, of ONNX Runtime in float32 and, where the folder has it, in int8:
 
-    python examples/evaluate_onnx.py examples/checkpoint restr-onnx --output results.json
-    python examples/evaluate_onnx.py runs/refcoco/model restr-onnx --data data/refcoco --split val --output results.json
+    python examples/evaluate_onnx.py examples/restr_mini restr-onnx --data data/photos --split val --output results.json
 
-On drawn scenes that training did not see, or on a split of prepared data. All run in turn on each image, with one
-thread, so that a noisy machine slows all of them alike; times are CPU time, medians over the images.
+All run in turn on each image, with one thread, so that a noisy machine slows all of them alike; times are CPU time,
+medians over the images.
 """
 
 import argparse
@@ -24,12 +23,10 @@ import transformers
 from evaluate_refcoco import find_revision, positive_int, write_text
 from PIL import Image
 from tqdm import tqdm
-from train_drawn_scenes import EVALUATION_SEED, SceneArguments, split_backgrounds
 from transformers import pipeline
 
 import modeling_restr  # noqa: F401  (makes `pipeline` know ReSTR)
 from modeling_restr.data.canonical import decode_mask
-from modeling_restr.data.drawn_scenes import DrawnScenes
 from modeling_restr.data.loading import load_prepared
 from modeling_restr.export.restr_onnx import ReSTROnnxPipeline
 from modeling_restr.metrics import ReferringIoU
@@ -47,35 +44,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare an exported model with the model that it was made of.")
     parser.add_argument("model", help="folder or Hub id of the model")
     parser.add_argument("folder", type=Path, help="what examples/export_onnx.py wrote")
-    parser.add_argument("--data", help="folder or Hub id of prepared data (default: drawn scenes)")
+    parser.add_argument("--data", required=True, help="folder or Hub id of prepared data")
     parser.add_argument("--split", default="val", help="of the prepared data (default: val)")
-    parser.add_argument("--backgrounds", help="folder of photographs for the drawn scenes to stand on")
-    parser.add_argument("--image_size", type=positive_int, help="side of the drawn scenes (default: the model's)")
     parser.add_argument("--max_images", type=positive_int, default=200, metavar="N", help="(default: 200)")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     return parser.parse_args()
 
 
-def read_images(args: argparse.Namespace, image_size: int) -> tuple[str, int, Iterator[Annotated]]:
-    """What the data is, in words, the number of images, and the images."""
-    if args.data is None:
-        _, photographs = split_backgrounds(SceneArguments(backgrounds=args.backgrounds, image_size=image_size))
-        scenes = DrawnScenes(args.max_images, EVALUATION_SEED, image_size=image_size, backgrounds=photographs)
-        ground = "photographs" if photographs else "drawn backgrounds"
-        description = f"{len(scenes)} drawn scenes on {ground}, seed {EVALUATION_SEED}, {image_size} pixels"
-        return description, len(scenes), _read_scenes(scenes)
-    dataset = load_prepared(args.data, args.split, max_images=args.max_images)
-    return f"{len(dataset)} images of {Path(args.data).name}, {args.split}", len(dataset), _read_rows(dataset)
-
-
-def _read_scenes(scenes: DrawnScenes) -> Iterator[Annotated]:
-    for index in range(len(scenes)):
-        scene = scenes[index]
-        masks = [scene.masks[expression.target] for expression in scene.expressions]
-        yield Annotated(Image.fromarray(scene.image), [expression.text for expression in scene.expressions], masks)
-
-
-def _read_rows(dataset: Any) -> Iterator[Annotated]:
+def read_rows(dataset: Any) -> Iterator[Annotated]:
     for row in dataset:
         pairs = [
             (expression["text"], decode_mask(reference["mask"]))
@@ -147,15 +123,14 @@ def main() -> None:
     torch.set_num_threads(1)
     task: Any = "referring-image-segmentation"  # transformers types its own tasks only
     pipe: Any = pipeline(task, model=args.model, device="cpu")
-    image_size = args.image_size or pipe.processor.image_processor.size["height"]
-    description, total, images = read_images(args, image_size)
-    results = measure(load_runners(args, pipe), images, total)
+    dataset = load_prepared(args.data, args.split, max_images=args.max_images)
+    results = measure(load_runners(args, pipe), read_rows(dataset), len(dataset))
     add_ratios(results, args.folder)
     print(json.dumps(results, indent=2))
     if args.output:
         record = {
             "model": {"name": Path(args.model).name, "revision": find_revision(args.model, None)},
-            "data": description,
+            "data": f"{len(dataset)} images of {Path(args.data).name}, {args.split}",
             "results": results,
             "versions": {
                 "onnxruntime": onnxruntime.__version__,

@@ -19,7 +19,7 @@ import modeling_restr  # noqa: F401  (makes `pipeline` know ReSTR)
 from modeling_restr.visualization import add_legend, draw_masks, save_image
 
 
-CHECKPOINT = Path(__file__).parent / "restr-mini"
+CHECKPOINT = Path(__file__).parent / "restr_mini"
 
 
 def parse_args() -> argparse.Namespace:

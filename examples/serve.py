@@ -24,7 +24,7 @@ import modeling_restr  # noqa: F401  (so that a folder without code can be serve
 from modeling_restr.hub.handler import EndpointHandler, RequestError
 
 
-CHECKPOINT = Path(__file__).parent / "restr-mini"
+CHECKPOINT = Path(__file__).parent / "restr_mini"
 
 
 class Server(ThreadingHTTPServer):

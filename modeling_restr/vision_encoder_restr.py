@@ -141,7 +141,7 @@ def convert_vision_model(
     """
     config, state_dict = vision_model.config, vision_model.state_dict()
     if config.model_type != "vit" or len({*as_pair(config.image_size)}) > 1 or len({*as_pair(config.patch_size)}) > 1:
-        return config, state_dict
+        return _without_stages(config), state_dict
     names = (  # the newer and the older names of transformers' ViT -> ours
         (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
         (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
@@ -164,6 +164,19 @@ def convert_vision_model(
     values = {name: getattr(config, name) for name in (*copied, "layer_norm_eps", "num_channels")}
     values.update(image_size=as_pair(config.image_size)[0], patch_size=as_pair(config.patch_size)[0])
     return ReSTRVisionConfig(**values), converted
+
+
+def _without_stages(config: Any) -> Any:
+    """
+    A config that is also a backbone's names its blocks as stages. With another `num_hidden_layers` than it was saved
+    with, these names are wrong and the config could be saved but not loaded: they are derived again.
+    """
+    values = config.to_dict()
+    if "stage_names" not in values:
+        return config
+    return type(config).from_dict(
+        {name: value for name, value in values.items() if name not in ("stage_names", "out_features", "out_indices")}
+    )
 
 
 def resize_state_dict_positions(

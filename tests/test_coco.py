@@ -11,7 +11,7 @@ from coco_annotations import CATEGORIES, HEIGHT, WIDTH, annotate, draw
 from pycocotools import mask as coco_mask
 
 from modeling_restr.data import read_coco
-from modeling_restr.data.coco import (
+from modeling_restr.data.expressions import (
     PHRASES,
     Instance,
     Statement,
@@ -25,9 +25,53 @@ RANKS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5}
 RANKS |= {"1st": 1, "2nd": 2, "3rd": 3, "4th": 4, "5th": 5}
 SIDES = {
     "left": r"left|leftmost", "right": r"right|rightmost",
-    "top": r"top|upper|topmost|highest", "bottom": r"bottom|lower|bottommost|lowest",
+    "top": r"top|upper|topmost|highest|uppermost", "bottom": r"bottom|lower|bottommost|lowest|lowermost",
+}  # fmt: skip
+# Forms that the reader takes for others: plain words for what is said in more.
+FORMS = [
+    (r"first (.+) from (left|right)", r"\2most \1"),
+    (r"(?:far|very) (left|right|top|bottom) (.+)", r"\1most \2"),
+    (r"(.+?)(?: on the)? far (left|right)", r"\2most \1"),
+    (r"(left|right|top|bottom) most (.+)", r"\1most \2"),
+    (r"(.+) (highest|lowest) (?:up|down)", r"\2 \1"),
+    (r"(.+) (?:nearest the|closest to the|at the very) (top|bottom)", r"\2most \1"),
+    (r"(.+) furthest up", r"topmost \1"),
+    (r"(.+) furthest down", r"bottommost \1"),
+    (r"(.+) (?:up top|higher up)", r"top \1"),
+    (r"higher (.+)", r"top \1"),
+    (r"(.+) (?:lower down|down below)", r"bottom \1"),
+    (r"(left|right) (?:side|hand) (.+)", r"\1 \2"),
+    (r"(.+) (?:on|to|at) the (left|right|top|bottom)(?: hand)?(?: side)?(?: of the picture)?", r"\1 on the \2"),
+    (r"central (.+)", r"middle \1"),
+    (r"(.+) in the (middle|center) of the picture", r"middle \1"),
+    (r"(.+?) (?:in )?(middle|center)", r"middle \1"),
+    (r"(?:littlest|tiniest) (.+)", r"smallest \1"),
+    (r"little (.+)", r"small \1"),
+    (r"large (.+)", r"big \1"),
+    (r"(left|right) (top|bottom) (.+)", r"\2 \1 \3"),
+    (r"(.+?)(?: at)? (top|bottom) (left|right)", r"\2 \3 \1"),
+    (r"(\w+) from (left|right|top|bottom) (.+)", r"\1 \3 from the \2"),
+    (r"(\w+) (.+) from (left|right|top|bottom)", r"\1 \2 from the \3"),
+    (r"(.+) (\w+) from the (left|right|top|bottom)", r"\2 \1 from the \3"),
+    (r"(.+?) (?:on |at )?(left|right|top|bottom)", r"\1 on the \2"),
+]
+RELATIONS = {
+    "to the left of": "left", "left of": "left", "on the left of": "left", "above": "top", "over": "top",
+    "to the right of": "right", "right of": "right", "on the right of": "right", "below": "bottom", "under": "bottom",
+    "higher than": "top", "lower than": "bottom",
 }  # fmt: skip
 END = {word: end for end, words in SIDES.items() for word in words.split("|")}
+
+
+KNOWN = [
+    r"(?:biggest|largest|bigger|larger|big|smallest|smaller|small) .+",
+    rf"(?:.+ that is \w+|(?:{'|'.join(RANKS)}) .+) from the (?:left|right|top|bottom)",
+    r"(?:middle|center) .+|.+ in the (?:middle|center)",
+    r"(?:top|upper|bottom|lower) (?:left|right) .+|.+ in the (?:top|upper|bottom|lower) (?:left|right)",
+    *(rf"(?:{words}) (?!side |hand |most |top |bottom ).+" for words in SIDES.values()),
+    r".+ (?:furthest|closest) to the (?:left|right|top|bottom)",
+    r".+ (?:on|to|at) the (?:left|right|top|bottom)(?: side)?",
+]
 
 
 class Reader:
@@ -62,6 +106,12 @@ class Reader:
 
     def read(self, text):
         text = text.removeprefix("the ")
+        for reading in (self.half, self.pair, self.one_of_several):
+            found = reading(text)
+            if found is not None:
+                return reading.__name__, set(found)
+        if not re.fullmatch("|".join(known for known in KNOWN), text):
+            text = next((re.sub(form, plain, text) for form, plain in FORMS if re.fullmatch(form, text)), text)
         for reading in (self.size, self.order, self.middle, self.corner, self.side):
             found = reading(text)
             if found is not None:
@@ -73,6 +123,40 @@ class Reader:
         found = [index for index, name in self.nouns.items() if name == noun or name.endswith(f" {noun}")]
         assert found, f"there is no {noun!r}"
         return found
+
+    def half(self, text):
+        found = re.fullmatch(r"(.+) in the (left|right|top|upper|bottom|lower) (?:half|part)", text)
+        if not found:
+            return None
+        return {i for i in self.matches(found[1]) if self.places(i, END[found[2]])["centroid"] < 0.53}
+
+    def pair(self, text):
+        """One of two, by the end that it is nearer to; both where that is open."""
+        relations = "|".join(sorted(RELATIONS, key=len, reverse=True))
+        found = re.fullmatch(rf"(?P<noun>.+?) (?P<relation>{relations}) the other (?P<other>.+)", text)
+        if found:
+            noun, end = found["noun"], RELATIONS[found["relation"]]
+            assert found["other"] in (noun, "one")
+        elif found := re.fullmatch(r"(left|right|upper|top|lower|bottom) (.+) of the two", text):
+            noun, end = found[2], END[found[1]]
+        elif found := re.fullmatch(r"(left|right|upper|lower) one of the two (.+)", text):
+            noun, end = self.singular(found[2]), END[found[1]]
+        else:
+            return None
+        matches = self.matches(noun)
+        assert len(matches) == 2
+        gaps = [
+            self.places(matches[0], end)[n] - self.places(matches[1], end)[n]
+            for n in ("centroid", "middle", "start", "end")
+        ]
+        return {i for i, sign in zip(matches, (-1, 1)) if any(gap * sign >= -0.001 for gap in gaps)}
+
+    def one_of_several(self, text):
+        found = re.fullmatch(r"(left|right|top|bottom) one of the (.+)", text)
+        return self.side(f"{found[1]} {self.singular(found[2])}") if found else None
+
+    def singular(self, plural):
+        return next(noun for noun in self.nouns.values() if plural in (f"{noun}s", f"{noun}es", f"{noun[:-1]}ies"))
 
     def size(self, text):
         found = re.fullmatch(r"(?:(biggest|largest|bigger|larger|big)|smallest|smaller|small) (.+)", text)
@@ -237,7 +321,7 @@ def test_each_expression_is_true_of_its_instance_only(random_file):
             for _, text in reference.expressions:
                 kind, meant = reader.read(text)
                 assert meant == {reference.ann_id}, (image.image_id, text)
-                assert re.search(rf"\b{nouns[reference.ann_id]}\b", text)
+                assert re.search(rf"\b{nouns[reference.ann_id]}(s|es)?\b", text)
                 kinds[kind] += 1
     assert min(kinds[kind] for kind in ("category", "size", "order", "middle", "corner", "side")) > 20, kinds
 
@@ -280,8 +364,8 @@ def test_three_in_a_row():
 def test_a_big_and_a_small_one():
     pair = [box(0.1, 0.2, 0.5, 0.8), box(0.6, 0.45, 0.75, 0.65)]
     left, right = names_of(pair)
-    assert left == {"leftmost", "left of all", "bigger"}
-    assert right == {"rightmost", "right of all", "smaller"}
+    assert left == {"leftmost", "left of all", "left half", "left of two", "bigger"}
+    assert right == {"rightmost", "right of all", "right half", "right of two", "smaller"}
 
 
 @pytest.mark.parametrize(
@@ -341,7 +425,7 @@ def test_it_is_said_where_it_is_clear():
 
 def test_tiny_instances_are_told_apart_from_but_not_referred_to():
     big, tiny = box(0.1, 0.2, 0.5, 0.8), box(0.8, 0.4, 0.82, 0.42, can_be_target=False)
-    assert names_of([big, tiny]) == [{"leftmost", "left of all", "bigger"}, set()]
+    assert names_of([big, tiny]) == [{"leftmost", "left of all", "left half", "left of two", "bigger"}, set()]
 
 
 def test_nouns_that_one_could_mix_up():

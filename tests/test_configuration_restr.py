@@ -143,7 +143,7 @@ def test_unknown_keys_are_kept_in_silence(tmp_path, caplog, config_class):
 
 
 def test_folders_of_earlier_versions_load_in_silence(caplog):
-    folder = Path(__file__).parents[1] / "examples" / "restr-mini"
+    folder = Path(__file__).parents[1] / "examples" / "restr_mini"
     saved = json.loads((folder / "config.json").read_text())
     loaded = json.loads(ReSTRConfig.from_pretrained(folder).to_json_string())
     assert {**loaded, "transformers_version": ""} == {**saved, "transformers_version": ""}

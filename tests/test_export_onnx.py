@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from annotated_images import make_images
 from numerics import assert_as_precise
 from PIL import Image
 from transformers import ViTConfig
@@ -27,7 +28,10 @@ from modeling_restr import (
     ReSTRVisionConfig,
     build_tokenizer,
 )
-from modeling_restr.data.drawn_scenes import DrawnScenes
+from modeling_restr.data.canonical import decode_mask
+from modeling_restr.data.dataset_card import Source
+from modeling_restr.data.loading import load_prepared
+from modeling_restr.data.preparation import prepare
 from modeling_restr.pipeline_restr import ReSTRPipeline
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
@@ -43,9 +47,9 @@ from modeling_restr.export.restr_onnx import EncodedImage, ReSTROnnxPipeline
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MINI = REPOSITORY / "examples" / "restr-mini"
-PHOTO = REPOSITORY / "examples" / "photos" / "shapes.jpg"
-SENTENCES = ["the biggest blue thing", "the triangle on the left", "a red ball", "the ring, left of it."]
+MINI = REPOSITORY / "examples" / "restr_mini"
+PHOTO = REPOSITORY / "examples" / "photos" / "held_out" / "000000173350.jpg"
+SENTENCES = ["the upper dog", "the dog on the left", "a red ball", "the ring, left of it."]
 VOCABULARY = vocabulary_from_expressions(SENTENCES)
 IMAGE_SIZE, PATCH_SIZE = 48, 8
 SHAPES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -111,9 +115,9 @@ def runner(folder):
 
 @pytest.fixture(scope="module")
 def images():
-    """A photograph and drawn scenes of other sizes."""
-    scenes = DrawnScenes(2, seed=3, image_size=64)
-    return [Image.open(PHOTO), *(Image.fromarray(scenes[index].image) for index in range(2))]
+    """A photograph, and parts of it of other sizes."""
+    photo = Image.open(PHOTO)
+    return [photo, photo.crop((0, 0, 64, 50)), photo.crop((20, 10, 70, 74))]
 
 
 def make_inputs(num_images, num_sentences, height=IMAGE_SIZE, width=IMAGE_SIZE):
@@ -438,23 +442,28 @@ def test_runner_explains_bad_input(runner, folder, tmp_path):
 
 
 def test_costs_are_measured(folder, tmp_path):
-    scenes, size = 2, {"image_size": 64}
-    options = ["--max_images", scenes, "--image_size", 64, "--output", tmp_path / "results.json"]
+    """Overall IoU, counted again on the same rows; both references of a row but the empty one have two expressions."""
+    images = make_images(tmp_path / "photos", [1, 2])
+    prepare(
+        Source(name="noise", title="Noise", description="Noise.", origins=(), options={}, published={}),
+        {"val": images},
+        tmp_path / "data",
+    )
+    options = ["--data", tmp_path / "data", "--split", "val", "--output", tmp_path / "results.json"]
     run_example("evaluate_onnx.py", folder.parent / "model", folder, *options)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert list(results) == ["torch", "float32", "int8"]
-
-    # The seed of unseen scenes in examples/train_drawn_scenes.py.
-    drawn = [DrawnScenes(scenes, 1_000_003, **size)[index] for index in range(scenes)]
-    intersection = union = 0
-    for scene in drawn:
-        texts = [expression.text for expression in scene.expressions]
-        answers = ReSTROnnxPipeline(folder)(Image.fromarray(scene.image), text=texts)
-        for expression, answer in zip(scene.expressions, answers):
-            mask, target = np.asarray(answer["mask"]) > 0, scene.masks[expression.target]
-            intersection, union = intersection + (mask & target).sum(), union + (mask | target).sum()
+    intersection = union = sentences = 0
+    for row in load_prepared(tmp_path / "data", "val"):
+        for reference in row["references"]:
+            texts = [expression["text"] for expression in reference["expressions"]]
+            target = decode_mask(reference["mask"]).astype(bool)
+            for answer in ReSTROnnxPipeline(folder)(row["image"], text=texts):
+                mask = np.asarray(answer["mask"]) > 0
+                intersection, union = intersection + (mask & target).sum(), union + (mask | target).sum()
+                sentences += 1
     assert results["float32"]["overall_iou"] == round(100 * intersection / union, 2)
-    assert results["torch"]["sentences"] == sum(len(scene.expressions) for scene in drawn)
+    assert results["torch"]["sentences"] == sentences
     assert abs(results["torch"]["overall_iou"] - results["float32"]["overall_iou"]) < 0.1
     megabytes = (
         sum((folder / f"{name}_int8.onnx").stat().st_size for name in ("image_encoder", "sentence_query")) / 1e6

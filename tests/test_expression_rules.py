@@ -1,12 +1,12 @@
-"""Mirrored sentences, against a table and against the geometry of drawn scenes; words that a crop or a colour upsets."""
+"""Mirrored sentences, against a table and against the geometry of random masks; words that a crop or a colour upsets."""
 
-from dataclasses import replace
+import random
 
 import numpy as np
 import pytest
-from test_drawn_scenes import Reader, photographs
+from test_coco import Reader, random_masks
 
-from modeling_restr.data.drawn_scenes import DrawnScenes, kind_needs_context
+from modeling_restr.data.expressions import generate_expressions, measure_mask
 from modeling_restr.training.expression_rules import mirror_expression, names_color, needs_whole_image
 
 
@@ -202,21 +202,28 @@ def test_mirroring_twice_gives_the_sentence_back():
     assert mirrored > 800
 
 
-def test_mirrored_sentences_are_true_of_mirrored_scenes():
-    scenes = DrawnScenes(100, seed=21, backgrounds=photographs())
+def random_rows():
+    """Random instances, as masks with their nouns, and what is said of each."""
+    rng = random.Random(0)
+    for seed in range(150):
+        masks = dict(enumerate(mask for mask in random_masks(rng) if mask.any()))
+        if masks:
+            instances = [measure_mask("hot dog", mask) for mask in masks.values()]
+            yield masks, generate_expressions(instances, np.random.default_rng(seed), expressions_per_instance=8)
+
+
+def test_mirrored_sentences_are_true_of_mirrored_images():
     expressions = mirrored = 0
-    for scene in scenes:
-        width = scene.image.shape[1]
-        shapes = tuple(replace(shape, center=(width - shape.center[0], shape.center[1])) for shape in scene.shapes)
-        reader = Reader(replace(scene, image=scene.image[:, ::-1], masks=scene.masks[:, :, ::-1], shapes=shapes))
-        for expression in scene.expressions:
+    for masks, said in random_rows():
+        reader = Reader({index: mask[:, ::-1] for index, mask in masks.items()}, dict.fromkeys(masks, "hot dog"))
+        for target, expression in ((target, expression) for target, row in said.items() for expression in row):
             text = mirror_expression(expression.text)
             expressions += 1
             if text is not None:
-                assert reader.read(text)[0] == [expression.target], (expression.text, text)
+                assert reader.read(text)[1] == {target}, (expression.text, text)
                 assert (text != expression.text) == ("left" in expression.text or "right" in expression.text)
                 mirrored += 1
-    assert mirrored > 0.95 * expressions
+    assert mirrored > 0.95 * expressions > 100
 
 
 @pytest.mark.parametrize(
@@ -267,10 +274,11 @@ def test_sentences_that_need_the_whole_image(text):
     assert needs_whole_image(text)
 
 
-def test_sentences_about_drawn_scenes_that_need_the_whole_image():
-    for scene in DrawnScenes(60, seed=22):
-        for expression in scene.expressions:
-            assert needs_whole_image(expression.text) >= kind_needs_context(expression.kind), expression.text
+def test_what_depends_on_place_order_or_size_needs_the_whole_image():
+    for _, said in random_rows():
+        for expression in (expression for row in said.values() for expression in row):
+            needs_it = expression.statement.kind != "category"
+            assert needs_whole_image(expression.text) >= needs_it, expression.text
 
 
 def test_names_color():

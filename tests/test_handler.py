@@ -513,7 +513,7 @@ def test_page_on_serving_shows_what_happens(monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     for name in BOUNDS:
         monkeypatch.delenv(name, raising=False)
-    with own_process_settings(), serve(EndpointHandler("examples/checkpoint")) as url:
+    with own_process_settings(), serve(EndpointHandler("examples/restr_mini")) as url:
         shown = [number for number, (language, _) in enumerate(blocks) if language == "python"]
         assert len(shown) == 2
         for number in shown:

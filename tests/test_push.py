@@ -30,7 +30,7 @@ from modeling_restr.hub import Example, push_to_hub, save_bundle, write_model_ca
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = Path(modeling_restr.__file__).parent
 PYTHONPATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-PHOTO = REPOSITORY / "examples" / "photos" / "shapes.jpg"
+PHOTO = REPOSITORY / "examples" / "photos" / "held_out" / "000000173350.jpg"
 CODE_FILES = {
     "configuration_restr.py",
     "image_processing_restr.py",

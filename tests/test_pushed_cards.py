@@ -16,7 +16,7 @@ from modeling_restr.training.recipe import Recipe
 from modeling_restr.training.trainer import ReferringTrainer
 
 
-PHOTO = Path(__file__).resolve().parents[1] / "examples" / "photos" / "shapes.jpg"
+PHOTO = Path(__file__).resolve().parents[1] / "examples" / "photos" / "held_out" / "000000173350.jpg"
 HUB_TEMPLATE = str(ModelCard.from_template(ModelCardData(), model_description="A model that has been pushed."))
 TAGS = {"referring-image-segmentation", "restr"}
 

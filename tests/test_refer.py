@@ -541,7 +541,7 @@ def test_readers_are_imported_when_asked_for():
     code = """
 import sys
 import modeling_restr.data
-from modeling_restr.data import drawn_scenes, word_vectors
+from modeling_restr.data import word_vectors
 assert "load_refer" in dir(modeling_restr.data)
 present = {"datasets", "pycocotools", "pyarrow"} & sys.modules.keys()
 assert not present, present

@@ -37,8 +37,8 @@ gr = pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[space
 SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
 PHOTOS = SPACE.parent / "photos"
 WAIT = 120  # seconds; a busy machine takes its time
-DRAWN_SHAPES = str(SPACE.parent / "checkpoint")  # the model that the sentences below are for
-SENTENCES = ["the biggest blue thing", "the triangle on the left"]
+RESTR_MINI = str(SPACE.parent / "restr_mini")
+SENTENCES = ["the upper dog", "the lower dog"]
 
 
 def load_app(folder):
@@ -65,7 +65,7 @@ class Calls:
 
 @pytest.fixture(scope="module")
 def segmenter():
-    return app.Segmenter.from_pretrained(DRAWN_SHAPES)
+    return app.Segmenter.from_pretrained(RESTR_MINI)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def image_processor(segmenter):
 @pytest.fixture(scope="module")
 def pipe(segmenter):
     return modeling_restr.ReSTRPipeline(
-        model=ReSTRForImageSegmentation.from_pretrained(DRAWN_SHAPES), processor=segmenter.processor
+        model=ReSTRForImageSegmentation.from_pretrained(RESTR_MINI), processor=segmenter.processor
     )
 
 
@@ -153,7 +153,7 @@ def test_files_that_are_no_photo_or_too_large_are_refused(tmp_path, image_proces
         with pytest.raises(gr.Error, match="50 megapixels"):
             app.read_photo(tmp_path / "bomb.png", image_processor)
     (tmp_path / "text.png").write_text("no image")
-    whole = (PHOTOS / "shapes.jpg").read_bytes()
+    whole = (PHOTOS / "held_out" / "000000173350.jpg").read_bytes()
     (tmp_path / "torn.jpg").write_bytes(whole[: len(whole) // 2])
     for name in ("text.png", "torn.jpg"):
         with pytest.raises(gr.Error, match="cannot be read"):
@@ -162,9 +162,11 @@ def test_files_that_are_no_photo_or_too_large_are_refused(tmp_path, image_proces
 
 @pytest.mark.parametrize("threshold", [0.5, 0.83])
 def test_masks_and_scores_are_the_pipelines(segmenter, pipe, image_processor, threshold):
-    photo = app.read_photo(PHOTOS / "shapes.jpg", image_processor)
+    photo = app.read_photo(PHOTOS / "held_out" / "000000173350.jpg", image_processor)
     results = segmenter.segment(segmenter.ask(photo, SENTENCES), threshold)
-    for (mask, score), expected in zip(results, pipe(PHOTOS / "shapes.jpg", text=SENTENCES, threshold=threshold)):
+    for (mask, score), expected in zip(
+        results, pipe(PHOTOS / "held_out" / "000000173350.jpg", text=SENTENCES, threshold=threshold)
+    ):
         assert mask.any() and (mask == (np.asarray(expected["mask"]) > 0)).mean() > 0.9999
         assert score == pytest.approx(expected["score"], abs=1e-4)
 
@@ -237,7 +239,7 @@ def test_cards_show_text_as_text():
 
 
 def test_the_page_shows_masks_patch_maps_and_words_of_each_sentence(segmenter, image_processor):
-    answer = segmenter.ask(app.read_photo(PHOTOS / "shapes.jpg", image_processor), SENTENCES)
+    answer = segmenter.ask(app.read_photo(PHOTOS / "held_out" / "000000173350.jpg", image_processor), SENTENCES)
     segmentations = segmenter.segment(answer, 0.5)
     view = app.make_view(segmenter, answer, 0.5)
     photo, layers = view.overlay
@@ -255,7 +257,7 @@ def test_the_page_shows_masks_patch_maps_and_words_of_each_sentence(segmenter, i
     assert change[mask].mean() < 10 and change[~mask].mean() > 60
     assert f"score {segmentations[0].score:.2f} · {mask.mean():.1%} of the photo" in view.cards
     with zipfile.ZipFile(view.archive) as archive:
-        assert archive.namelist() == ["1_the-biggest-blue-thing.png", "2_the-triangle-on-the-left.png"]
+        assert archive.namelist() == ["1_the-upper-dog.png", "2_the-lower-dog.png"]
         for name, segmentation in zip(archive.namelist(), segmentations):
             assert (np.asarray(Image.open(archive.open(name))) == 255 * segmentation.mask).all()
 
@@ -287,7 +289,7 @@ def test_front_matter_names_what_there_is():
 
 @pytest.fixture(scope="module")
 def demo(segmenter):
-    return app.build_demo(segmenter, DRAWN_SHAPES)
+    return app.build_demo(segmenter, RESTR_MINI)
 
 
 @pytest.fixture(scope="module")

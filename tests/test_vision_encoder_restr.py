@@ -453,3 +453,13 @@ def test_attention_of_the_whole_model_is_set_when_starting_from_a_vit(tmp_path):
     model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path, attn_implementation="eager")
     configs = [model.config, model.config.vision_config, model.config.text_config, model.model.vision_model.config]
     assert {config._attn_implementation for config in configs} == {"eager"}
+
+
+def test_the_first_blocks_of_an_encoder_make_a_model_that_loads_again(tmp_path):
+    """The stages that a backbone's config names are those of the blocks that are left."""
+    save_encoder(Dinov2Model, Dinov2Config(**SIZES, image_size=32, patch_size=8), tmp_path / "encoder")
+    fewer = SIZES["num_hidden_layers"] - 1
+    model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "encoder", num_hidden_layers=fewer)
+    model.save_pretrained(tmp_path / "model")
+    reloaded = ReSTRForImageSegmentation.from_pretrained(tmp_path / "model")
+    assert len(reloaded.model.vision_model.encoder.layer) == reloaded.config.vision_config.num_hidden_layers == fewer

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -55,41 +54,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training_runs", "transformers.trainer", "modeling_restr.training.trainer"])
 
 
-def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
-    """Exit codes of a script's processes; `before` is called in each first."""
-    arguments = [*flags, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
-    arguments = [*arguments, f"--output_dir={output_dir}"]
-    return _run_processes(
-        output_dir, num_processes, _run_script, script.__name__, arguments, dill.dumps(before, recurse=True)
-    )
+def start(script, arguments, log, before=None, environment=None):
+    """Run a script in a process of its own; `before` is called there first."""
+    options = (script.__name__, arguments, log, dill.dumps(before, recurse=True), environment or {})
+    process = _CONTEXT.Process(target=_run_script, args=options)
+    process.start()
+    return process
 
 
-def run_code(code, output_dir, num_processes=1):
-    """Exit codes of the processes that each run a piece of code."""
-    (output_dir / "code.py").write_text(code)
-    return _run_processes(output_dir, num_processes, _run_code, output_dir / "code.py")
-
-
-def _run_processes(output_dir, num_processes, target, *arguments):
-    """They find one another as torchrun has them do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
-    output_dir.mkdir(exist_ok=True, parents=True)
-    processes = []
-    for rank in range(num_processes):
-        environment = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
-        options = (output_dir / f"log-{rank}", environment, target, *arguments)
-        processes.append(_CONTEXT.Process(target=_run_process, args=options))
-        processes[-1].start()
-    for process in processes:
-        process.join()
-    codes = [process.exitcode for process in processes]
-    return codes[0] if num_processes == 1 else codes
-
-
-def _run_process(log, environment, target, *arguments):
+def _run_script(name, arguments, log, before, environment):
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (the process's own, to its end)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
@@ -98,10 +71,6 @@ def _run_process(log, environment, target, *arguments):
     multiprocessing.set_start_method("fork", force=True)  # of the workers that read data
     # `datasets` waits after each epoch for threads that read from the network.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-    target(*arguments)
-
-
-def _run_script(name, arguments, before):
     script = load_script(name)
     before = dill.loads(before)
     if before is not None:
@@ -109,9 +78,28 @@ def _run_script(name, arguments, before):
     script.main(arguments)
 
 
-def _run_code(path):
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # else processes on CPUs do not find one another
-    runpy.run_path(str(path), run_name="__main__")
+def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
+    """Exit codes of a run's processes; they find one another as torchrun has them do."""
+    arguments = [*flags, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    output_dir.mkdir(exist_ok=True, parents=True)
+    processes = [
+        start(
+            script,
+            [*arguments, f"--output_dir={output_dir}"],
+            output_dir / f"log-{rank}",
+            before,
+            {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else None,
+        )
+        for rank in range(num_processes)
+    ]
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    return codes[0] if num_processes == 1 else codes
 
 
 class CountReads(TorchDispatchMode):

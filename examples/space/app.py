@@ -34,10 +34,10 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 
 HERE = Path(__file__).resolve().parent
-SHIPPED_CHECKPOINT = HERE.parent / "restr-mini"  # in a clone; elsewhere the first of `models` in README.md
+SHIPPED_CHECKPOINT = HERE.parent / "restr_mini"  # in a clone; elsewhere the first of `models` in README.md
 PHOTOS = HERE / "photos" if (HERE / "photos").is_dir() else HERE.parent / "photos"
 EXAMPLES = {
-    "held_out/000000173350.jpg": "the dog at the bottom\nthe dog on top",
+    "held_out/000000173350.jpg": "the upper dog\nthe lower dog",
     "held_out/000000551780.jpg": "the white clock",
     "held_out/000000000370.jpg": "the kid\nthe broccoli on the right",
 }

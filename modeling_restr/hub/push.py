@@ -43,7 +43,7 @@ def push_to_hub(
 
     Args:
         bundle (`str`, `os.PathLike` or `tuple`):
-            A model's folder, or a model and its processor. A folder without code, such as examples/checkpoint, is
+            A model's folder, or a model and its processor. A folder without code, such as examples/restr_mini, is
             pushed with this package's; its subfolders are not pushed. A folder without README.md, or with the one that
             transformers generates, gets a card that says how to use the model, unless the repository has one.
         repo_id (`str`): The repository, made as needed.

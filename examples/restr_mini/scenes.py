@@ -1,0 +1,402 @@
+"""
+Any number of training scenes from photographs with instance masks in COCO's layout: cropped, mirrored, recoloured, and
+with instances of other photographs pasted in. A scene knows what it shows, so that `sentences.py` can describe it.
+
+    photographs = Photographs.load([Path("photos")], "train")
+    scenes = PhotoScenes(photographs, num_scenes=1000, image_size=192, seed=0)
+    scene = scenes[0]  # always the same one
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+from tqdm.auto import tqdm
+
+from modeling_restr.data.image_files import image_finder, resolve_image
+from modeling_restr.data.refer import read_json
+from modeling_restr.data.segmentation import decode_mask, segmentation_to_rle
+
+
+PARTS_SOURCES = {"clothing-co-parsing", "car-parts"}  # know parts and clothing of one person or car
+REGIONS_SOURCE = "labelme-facade"  # sky, road and walls as regions: two pieces of a building need not be two buildings
+PER_IMAGE_SOURCE = "coco2017-lvis"  # which categories were looked for differs between images
+# How often an image of a source is drawn, relative to its number.
+SOURCE_WEIGHTS = {
+    "coco2017": 4.0,
+    "coco2017-9-classes": 2.5,
+    "coco2017-traffic-only": 2.5,
+    "coco2017-lvis": 2.0,
+    "balloon": 1.5,
+    "coco2017-persons-only": 1.0,
+    "clothing-co-parsing": 0.6,
+    "labelme-facade": 0.3,
+    "car-parts": 0.15,
+}
+# What does not belong to anything else in a photograph: it may be pasted anywhere. Where its category is not annotated,
+# nothing is said of it.
+UNMISTAKABLE = frozenset(
+    """
+    airplane balloon bear bed bird boat bus cat couch cow dog elephant fire-hydrant giraffe horse kite oven parking-meter pizza
+    refrigerator sheep skateboard snowboard stop-sign suitcase surfboard teddy-bear tennis-racket toilet train truck
+    umbrella zebra
+    """.replace("-", " ").split()
+) | {"fire hydrant", "parking meter", "stop sign", "teddy bear", "tennis racket"}
+SEEN_SHARE = 0.65  # of an instance's pixels that a crop must keep for a sentence about it
+CUT_SHARE = 0.04  # below this nobody takes what is left for one
+
+
+HELD_OUT = 10  # every tenth image, by its id
+# Held-out photographs that are shown with the project, and therefore always part of the test.
+SHOWN = frozenset([30, 370, 450, 540, 125870, 173350, 196610, 231460, 294920, 349860, 551780, 568290])
+
+
+def is_held_out(image_id: int) -> bool:
+    """Whether a photograph is kept for validation or test: no stage of a training may learn from it."""
+    return image_id % HELD_OUT == 0
+
+
+def part_of(image_id: int) -> str:
+    """The part of the photographs that one belongs to: "train", "validation" or "test"."""
+    if not is_held_out(image_id):
+        return "train"
+    is_validation = image_id // HELD_OUT % 2 == 0 and image_id not in SHOWN
+    return "validation" if is_validation else "test"
+
+
+@dataclass(frozen=True)
+class PhotoScene:
+    """
+    image: (height, width, 3) uint8.
+    masks: (instances, height, width) bool, what is visible of each.
+    categories: their names.
+    is_clear: whether enough of each is visible to speak of it.
+    unclear_categories: those of which the scene may show more than its instances.
+    known: the categories that are annotated at all.
+    is_clothing: whether all but persons are parts and clothing of theirs.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    categories: list[str]
+    is_clear: list[bool]
+    unclear_categories: set[str]
+    known: frozenset[str]
+    is_clothing: bool
+
+    def is_worn(self, category: str) -> bool:
+        """Whether instances of a category are parts of another instance."""
+        return self.is_clothing and category != "person"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph (height, width, 3) uint8 in memory, with packed masks; the rest as in [`PhotoScene`]."""
+
+    image_id: int
+    image: np.ndarray
+    packed_masks: np.ndarray
+    categories: list[str]
+    crowds: set[str]
+    known: frozenset[str]
+    is_clothing: bool
+    weight: float
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(instances, height, width) bool."""
+        return np.unpackbits(self.packed_masks, axis=2, count=self.image.shape[1]).astype(bool)
+
+    def find_pasteable(self) -> Iterator[int]:
+        """The instances that are whole, large enough and no part of another."""
+        for index, (category, mask) in enumerate(zip(self.categories, self.masks)):
+            if self.is_clothing and category != "person":
+                continue
+            left, top, right, bottom = find_box(mask)
+            is_inside = top > 1 and left > 1 and right < mask.shape[1] - 1
+            if is_inside and mask.mean() > 0.008 and bottom - top > 24 and right - left > 16:
+                yield index
+
+
+class Photographs(Sequence[Photograph]):
+    """Photographs, and what can be cut out of them: `pasteable` (photograph, instance)."""
+
+    def __init__(self, photographs: Sequence[Photograph]):
+        self._photographs = list(photographs)
+        weights = np.array([photograph.weight for photograph in photographs])
+        self.probabilities = weights / weights.sum()
+        self.pasteable = [
+            (index, instance) for index, photo in enumerate(photographs) for instance in photo.find_pasteable()
+        ]
+
+    @classmethod
+    def load(cls, folders: Sequence[Path], part: str, progress: bool = True) -> Photographs:
+        """
+        The photographs of a part ("train", "validation" or "test") of folders with `instances.json` in COCO's layout;
+        the images are next to it or in `images/`.
+
+        Raises:
+            ValueError: when there is none.
+        """
+        photographs: list[Photograph] = []
+        for folder in folders:
+            content = read_json(folder / "instances.json")
+            reader = _Reader(content, folder / "images" if (folder / "images").is_dir() else folder)
+            images = [image for image in content["images"] if part_of(image["id"]) == part]
+            with ThreadPoolExecutor() as pool:
+                loaded = pool.map(reader.read, images)
+                photographs += tqdm(loaded, total=len(images), desc=folder.name, disable=not progress)
+        if not photographs:
+            raise ValueError(f"Expected photographs of the part {part!r}, got none in {list(map(str, folders))}.")
+        return cls(photographs)
+
+    @property
+    def image_ids(self) -> list[int]:
+        return [photograph.image_id for photograph in self]
+
+    def __len__(self) -> int:
+        return len(self._photographs)
+
+    def __getitem__(self, index):
+        return self._photographs[index]
+
+
+class _Reader:
+    """The content of an instances file, by image."""
+
+    def __init__(self, content: dict[str, Any], image_dir: Path):
+        self.image_dir, self.find_image = image_dir, image_finder(image_dir)
+        self.names = {category["id"]: category["name"] for category in content["categories"]}
+        self.annotations = defaultdict(list)
+        for annotation in content["annotations"]:
+            self.annotations[annotation["image_id"]].append(annotation)
+        # Categories that no image of a source has an instance of were not looked for there.
+        self.annotated: dict[str, set[str]] = defaultdict(set)
+        for image in content["images"]:
+            names = {self.names[annotation["category_id"]] for annotation in self.annotations[image["id"]]}
+            self.annotated[image.get("source", "")] |= names
+
+    def read(self, image: dict[str, Any]) -> Photograph:
+        opened = Image.open(resolve_image(self.find_image(image["file_name"]), self.image_dir))
+        pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))  # upright, as its annotation is
+        packed, categories, crowds = [], [], set()
+        for annotation in self.annotations[image["id"]]:
+            name = self.names[annotation["category_id"]]
+            if annotation.get("not_exhaustive"):
+                crowds.add(name)
+            if annotation.get("iscrowd"):
+                crowds.add(name)
+                continue
+            mask = decode_mask(segmentation_to_rle(annotation["segmentation"], pixels.shape[:2])).astype(bool)
+            if mask.any():
+                packed.append(np.packbits(mask, axis=1))
+                categories.append(name)
+            else:
+                crowds.add(name)  # one that is there, nobody knows where
+        empty = np.zeros((0, len(pixels), -(-pixels.shape[1] // 8)), np.uint8)
+        source = image.get("source", "")
+        if source == REGIONS_SOURCE:
+            crowds |= {name for name in categories if categories.count(name) > 1}
+        return Photograph(
+            image_id=image["id"],
+            image=pixels,
+            packed_masks=np.stack(packed) if packed else empty,
+            categories=categories,
+            crowds=crowds,
+            known=frozenset(categories) | crowds if source == PER_IMAGE_SOURCE else frozenset(self.annotated[source]),
+            is_clothing=source in PARTS_SOURCES,
+            weight=SOURCE_WEIGHTS.get(source, 1.0),
+        )
+
+
+class PhotoScenes:
+    """
+    Scene `index` depends on (seed, index) alone.
+
+    Args:
+        photographs: what they are made of.
+        num_scenes: how many there are.
+        image_size: the longer side of each, in pixels.
+        seed: another seed gives other scenes.
+        augment: `False` gives the photographs as they are, one after the other.
+        paste: the probability that instances of other photographs are pasted in.
+    """
+
+    def __init__(
+        self,
+        photographs: Photographs,
+        num_scenes: int,
+        image_size: int,
+        seed: int = 0,
+        augment: bool = True,
+        paste: float = 0.5,
+    ):
+        self.photographs, self.num_scenes, self.image_size = photographs, num_scenes, image_size
+        self.seed, self.augment, self.paste = seed, augment, paste
+        # Rare categories are pasted more often than their share.
+        self._pasteable_of: dict[str, list[int]] = defaultdict(list)  # category -> numbers in `pasteable`
+        for number, (photo, instance) in enumerate(photographs.pasteable):
+            self._pasteable_of[photographs[photo].categories[instance]].append(number)
+        weights = np.zeros(len(photographs.pasteable))
+        for numbers in self._pasteable_of.values():
+            weights[numbers] = len(numbers) ** -0.6
+        self._paste_probabilities = weights / max(weights.sum(), 1e-9)
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def __getitem__(self, index: int) -> PhotoScene:
+        return self.draw(index)
+
+    def draw(self, index: int, attempt: int = 0) -> PhotoScene:
+        """Scene `index`, or another one in its place."""
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(f"Scene {index} of {self.num_scenes}.")
+        if not self.augment:
+            return self._cut((index + attempt) % len(self.photographs), None, False)
+        rng = np.random.default_rng((self.seed, index, attempt))
+        photo = int(rng.choice(len(self.photographs), p=self.photographs.probabilities))
+        scene = self._cut(photo, self._draw_crop(rng, photo), bool(rng.random() < 0.5))
+        image = _change_colors(rng, scene.image)
+        if self.photographs.pasteable and rng.random() < self.paste:
+            return self._paste(rng, scene, image)
+        return replace(scene, image=image)
+
+    def _draw_crop(self, rng: np.random.Generator, photo: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width); the whole photograph every fourth time."""
+        height, width = self.photographs[photo].image.shape[:2]
+        if rng.random() < 0.25:
+            return 0, 0, height, width
+        scale, stretch = math.exp(rng.uniform(math.log(0.4), 0.0)), math.exp(rng.uniform(-0.25, 0.25))
+        crop_height = min(height, max(48, round(height * scale * stretch)))
+        crop_width = min(width, max(48, round(width * scale / stretch)))
+        top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+        return int(top), int(left), crop_height, crop_width
+
+    def _cut(self, photo: int, crop: tuple[int, int, int, int] | None, mirror: bool) -> PhotoScene:
+        photograph = self.photographs[photo]
+        source, masks = photograph.image, photograph.masks
+        top, left, height, width = crop or (0, 0, *source.shape[:2])
+        scale = self.image_size / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        areas = masks.sum((1, 2))
+        seen = masks[:, rows, columns]
+        shares = seen.sum((1, 2)) / areas
+        image = np.asarray(
+            Image.fromarray(source[rows, columns]).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        )
+        kept = [index for index in range(len(masks)) if shares[index] > CUT_SHARE]
+        resized = [_resize_mask(seen[index], size) for index in kept]
+        if mirror:
+            image, resized = image[:, ::-1], [mask[:, ::-1] for mask in resized]
+        alive = [(index, mask) for index, mask in zip(kept, resized) if mask.any()]
+        return PhotoScene(
+            image=image,
+            masks=np.stack([mask for _, mask in alive]) if alive else np.zeros((0, *image.shape[:2]), bool),
+            categories=[photograph.categories[index] for index, _ in alive],
+            is_clear=[bool(shares[index] >= SEEN_SHARE) for index, _ in alive],
+            unclear_categories=set(photograph.crowds),
+            known=photograph.known,
+            is_clothing=photograph.is_clothing,
+        )
+
+    def _paste(self, rng: np.random.Generator, scene: PhotoScene, image: np.ndarray) -> PhotoScene:
+        image, masks = image.copy(), list(scene.masks)
+        categories, is_clear = list(scene.categories), list(scene.is_clear)
+        unclear = set(scene.unclear_categories)
+        before = [mask.sum() for mask in masks]
+        for _ in range(rng.integers(1, 4)):
+            photo, instance = self.photographs.pasteable[self._draw_pasteable(rng, categories)]
+            label = self.photographs[photo].categories[instance]
+            if label not in scene.known and label not in UNMISTAKABLE:
+                continue
+            pasted = self._place(rng, photo, instance, image.shape[:2])
+            if pasted is None:
+                continue
+            pixels, where = pasted
+            image[where] = pixels[where]
+            masks = [mask & ~where for mask in masks] + [where]
+            before.append(where.sum())
+            categories.append(label)
+            is_clear.append(True)
+            if label not in scene.known:
+                unclear.add(label)  # there may be another one, which nobody annotated
+        shares = [mask.sum() / full for mask, full in zip(masks, before)]
+        alive = [index for index, share in enumerate(shares) if share > CUT_SHARE]
+        return replace(
+            scene,
+            image=image,
+            masks=np.stack([masks[index] for index in alive]) if alive else scene.masks[:0],
+            categories=[categories[index] for index in alive],
+            is_clear=[bool(is_clear[index] and shares[index] >= SEEN_SHARE) for index in alive],
+            unclear_categories=unclear,
+        )
+
+    def _draw_pasteable(self, rng: np.random.Generator, categories: list[str]) -> int:
+        """Every third time another one of what is there: place and order then matter."""
+        if categories and rng.random() < 0.35:
+            same = self._pasteable_of.get(categories[rng.integers(len(categories))])
+            if same:
+                return same[rng.integers(len(same))]
+        return int(rng.choice(len(self._paste_probabilities), p=self._paste_probabilities))
+
+    def _place(
+        self, rng: np.random.Generator, photo: int, instance: int, size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """An instance of another photograph on an empty canvas: its pixels, and where they are."""
+        source, mask = self.photographs[photo].image, self.photographs[photo].masks[instance]
+        left, top, right, bottom = find_box(mask)
+        side = math.exp(rng.uniform(math.log(0.18), math.log(0.75))) * max(size)
+        scale = min(side / max(bottom - top, right - left), 1.6 * self.image_size / max(source.shape))
+        width, height = round((right - left) * scale), round((bottom - top) * scale)
+        if min(width, height) < 4 or width > size[1] or height > size[0]:
+            return None
+        x, y = int(rng.integers(size[1] - width + 1)), int(rng.integers(size[0] - height + 1))
+        cut = Image.fromarray(source[top:bottom, left:right]).resize((width, height), Image.Resampling.BILINEAR)
+        pixels, small = (
+            _change_colors(rng, np.asarray(cut)),
+            _resize_mask(mask[top:bottom, left:right], (width, height)),
+        )
+        if rng.random() < 0.5:
+            pixels, small = pixels[:, ::-1], small[:, ::-1]
+        canvas, where = np.zeros((*size, 3), np.uint8), np.zeros(size, bool)
+        canvas[y : y + height, x : x + width], where[y : y + height, x : x + width] = pixels, small
+        return (canvas, where) if where.any() else None
+
+
+def find_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a mask that is not empty; right and bottom lie just outside."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(grey) > 127
+
+
+def _change_colors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Brightness, contrast and saturation, so little that a colour keeps its name."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        picture = enhance(picture).enhance(rng.uniform(0.7, 1.3))
+    return np.asarray(picture)
+
+
+def letterbox(array: np.ndarray, image_size: int) -> np.ndarray:
+    """Centre (..., height, width) or (height, width, 3) on a square of zeros, as the image processor does."""
+    axes = (0, 1) if array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8 else (-2, -1)
+    padding = [(0, 0)] * array.ndim
+    for axis in axes:
+        missing = image_size - array.shape[axis]
+        padding[axis] = (missing // 2, missing - missing // 2)
+    return np.pad(array, padding)

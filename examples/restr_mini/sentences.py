@@ -1,0 +1,585 @@
+"""
+Short sentences about a photograph's instances, in the words that people type: category with its synonyms,
+place, order, size, colour, and relation to another instance, also two of these at once ("left guy in red").
+
+    for expression in express(scene, np.random.default_rng(0), count=4):
+        print(expression.text, scene.masks[expression.target].sum())
+
+Each is true of one instance only, by construction, as far as the annotation goes. What a person is called ("guy",
+"woman", "kid") says nothing about which person: no annotation tells.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scenes import PhotoScene
+
+from modeling_restr.data.expressions import (
+    ORDINALS,
+    PHRASES,
+    Instance,
+    Statement,
+    find_statements,
+    is_before,
+    measure_mask,
+    pluralize,
+    say,
+)
+
+
+MIN_AREA_SHARE = 0.006  # of the picture, for a sentence about an instance
+KIND_WEIGHTS = {"category": 0.2, "place": 0.36, "order": 0.14, "size": 0.08, "color": 0.12, "relation": 0.1}
+
+# In addition to the category's own name. One that two categories share is used only where the other is not in the picture.
+SYNONYMS = {
+    "person": (
+        *("man", "guy", "woman", "girl", "kid", "lady", "boy", "person", "guy", "man", "woman", "human"),
+        *("dude", "child", "player", "male", "female", "gal", "gentleman", "lad", "toddler", "baby", "teen"),
+    ),
+    "bicycle": ("bike",),
+    "motorcycle": ("bike", "motorbike"),
+    "airplane": ("plane", "jet"),
+    "boat": ("ship",),
+    "couch": ("sofa",),
+    "tv": ("television", "screen", "monitor"),
+    "laptop": ("computer",),
+    "cell phone": ("phone", "mobile"),
+    "dining table": ("table",),
+    "potted plant": ("plant", "flower pot"),
+    "donut": ("doughnut",),
+    "wine glass": ("glass",),
+    "cup": ("mug", "glass"),
+    "handbag": ("bag", "purse"),
+    "purse": ("bag", "handbag"),
+    "backpack": ("bag", "rucksack"),
+    "suitcase": ("bag", "luggage"),
+    "refrigerator": ("fridge",),
+    "sports ball": ("ball",),
+    "tennis racket": ("racket",),
+    "baseball bat": ("bat",),
+    "skateboard": ("board",),
+    "surfboard": ("board",),
+    "snowboard": ("board",),
+    "cat": ("kitty", "kitten", "feline"),
+    "balloon": ("hot air balloon",),
+    "truck": ("lorry",),
+    "car": ("vehicle", "auto", "automobile"),
+    "bus": ("coach",),
+    "train": ("locomotive",),
+    "umbrella": ("parasol",),
+    "clock": ("watch",),
+    "bed": ("mattress",),
+    "oven": ("stove",),
+    "vegetation": ("trees", "plants", "greenery"),
+    "pavement": ("sidewalk", "walkway"),
+    "road": ("street",),
+    "building": ("house",),
+    "hood": ("bonnet",),
+    "wheel": ("tire", "tyre"),
+    "front light": ("headlight",),
+    "back light": ("taillight", "rear light"),
+    "front glass": ("windshield",),
+    "front bumper": ("bumper",),
+    "dog": ("puppy", "pup"),
+    "horse": ("pony",),
+    "cow": ("bull",),
+    "sheep": ("lamb",),
+    "chair": ("seat",),
+    "bowl": ("dish",),
+    "vase": ("pot",),
+    "sandwich": ("burger",),
+    "teddy bear": ("stuffed animal", "teddy"),
+    "pants": ("trousers",),
+    "jeans": ("pants",),
+    "leggings": ("pants", "tights"),
+    "t-shirt": ("tee", "shirt"),
+    "blouse": ("shirt", "top"),
+    "sweater": ("pullover", "top"),
+    "sweatshirt": ("sweater",),
+    "blazer": ("jacket",),
+    "coat": ("jacket",),
+    "sneakers": ("shoes",),
+    "boots": ("shoes",),
+    "heels": ("shoes",),
+    "sandals": ("shoes",),
+    "hat": ("cap",),
+}
+# More general names; they tell instances of several categories apart.
+GENERAL_NAMES = {
+    "animal": ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"),
+    "vehicle": ("car", "motorcycle", "bus", "truck"),
+    "fruit": ("banana", "apple", "orange"),
+}
+NO_NAMES = ("one", "one", "")  # where all instances are of one category: "left one", "far right"
+NEVER_SAID = {"skin", "accessories"}  # categories that nobody asks for by this name
+
+# {0} is the noun.
+DEPTH_PHRASES = {
+    "nearest": (
+        "front {0}",
+        "{0} in front",
+        "closest {0}",
+        "nearest {0}",
+        "{0} in the foreground",
+        "{0} closest to us",
+    ),
+    "farthest": ("back {0}", "{0} in back", "{0} in the back", "farthest {0}", "{0} in the background"),
+}
+
+# {0} is the noun, {1} the colour.
+COLOR_PHRASES = ("{1} {0}",) * 5 + ("{0} that is {1}",)
+DRESS_PHRASES = ("{0} in {1}",) * 5 + ("{0} wearing {1}", "{0} dressed in {1}", "{0} with {1} clothes")
+# {2} is a garment; the person is meant, where clothes are no instances of their own.
+GARMENT_PHRASES = (
+    "{0} in {1} {2}",
+    "{0} in {1} {2}",
+    "{0} in the {1} {2}",
+    "{0} with {1} {2}",
+    "{1} {2} {0}",
+    "{1} {2}",
+)
+GARMENTS = ("shirt", "shirt", "shirt", "jacket", "top", "coat")
+# {0} is the noun, {1} what it stands in relation to.
+RELATION_PHRASES = {
+    "left of": ("{0} left of {1}", "{0} to the left of {1}"),
+    "right of": ("{0} right of {1}", "{0} to the right of {1}"),
+    "above": ("{0} above {1}", "{0} over {1}"),
+    "below": ("{0} below {1}", "{0} under {1}"),
+    "next to": ("{0} next to {1}", "{0} by {1}", "{0} beside {1}", "{0} near {1}"),
+    "with": ("{0} with {1}", "{0} holding {1}"),
+    "on": ("{0} on {1}", "{0} riding {1}"),
+    "sitting on": ("{0} on {1}", "{0} sitting on {1}"),
+}
+HELD = frozenset(
+    [
+        "handbag",
+        "backpack",
+        "suitcase",
+        "umbrella",
+        "tie",
+        "frisbee",
+        "kite",
+        "skateboard",
+        "surfboard",
+        "phone",
+        "remote",
+        "laptop",
+    ]
+) | {"tennis racket", "baseball bat", "baseball glove", "sports ball", "cell phone", "wine glass", "teddy bear"}
+RIDDEN = frozenset(["bicycle", "motorcycle", "horse", "elephant", "skateboard", "surfboard", "snowboard", "skis"])
+SAT_ON = frozenset(["bench", "chair", "couch", "bed"])
+
+SPELLINGS = {"gray": ("gray", "grey"), "black": ("black", "black", "dark"), "white": ("white", "white", "light")}
+COLORS = ("black", "white", "gray", "red", "orange", "brown", "yellow", "green", "blue", "purple", "pink")
+CLEAR_COLOR = 0.5  # the share of its pixels from which an instance has a colour
+OTHER_COLOR = 0.15  # and up to which another one clearly has not
+CLEAR_DEPTH = 1.6  # between the areas of instances of which one is nearer
+
+
+_VERTICAL = re.compile("top|bottom|above|below")  # in photographs rarer than people ask for it
+
+# {0} is the sentence: people also write whole requests.
+REQUESTS = (
+    *("find {0}", "show me {0}", "where is {0}", "{0} please", "segment {0}", "i mean {0}", "can you see {0}"),
+    *("select {0}", "this is {0}", "look at {0}", "{0} in this photo", "{0} in the picture", "mark {0}", "only {0}"),
+)
+
+
+class Expression(NamedTuple):
+    """A sentence, its kind (a key of `KIND_WEIGHTS`) and the index of the instance that it refers to."""
+
+    text: str
+    kind: str
+    target: int
+
+
+class Fact(NamedTuple):
+    """
+    What is true of one instance of a noun, or of the noun in a colour. `name` is a key of `PHRASES` or, with an
+    `anchor`, the noun that it stands in relation to, of `RELATION_PHRASES`.
+    """
+
+    kind: str
+    name: str
+    target: int
+    noun: str
+    rank: int = 0
+    color: str = ""
+    anchor: str = ""
+
+
+def express(scene: PhotoScene, rng: np.random.Generator, count: int) -> list[Expression]:
+    """
+    Up to `count` different sentences, spread over the instances, with kinds drawn by `KIND_WEIGHTS`. The list is
+    empty where nothing unambiguous can be said.
+    """
+    facts_of: dict[int, dict[str, list[Fact]]] = defaultdict(lambda: defaultdict(list))
+    for fact in find_facts(scene):
+        facts_of[fact.target][fact.kind].append(fact)
+    expressions: dict[str, Expression] = {}
+    targets: list[int] = []
+    names = _Names(scene)
+    for _ in range(3 * count if facts_of else 0):
+        if not targets:
+            targets = [int(target) for target in rng.permutation(sorted(facts_of))]
+        target = targets.pop()
+        kinds = sorted(facts_of[target])
+        weights = np.array([KIND_WEIGHTS[kind] for kind in kinds])
+        facts = facts_of[target][kinds[rng.choice(len(kinds), p=weights / weights.sum())]]
+        vertical = np.array([2.0 if _VERTICAL.search(fact.name) else 1.0 for fact in facts])
+        fact = facts[rng.choice(len(facts), p=vertical / vertical.sum())]
+        text = _say(rng, fact, names)
+        expressions.setdefault(text, Expression(text, fact.kind, target))
+        if len(expressions) == count:
+            break
+    return list(expressions.values())
+
+
+def find_facts(scene: PhotoScene) -> Iterator[Fact]:
+    """Everything that can be said of exactly one instance. No chance is involved."""
+    instances = [
+        _measure(category, mask, is_clear)
+        for category, mask, is_clear in zip(scene.categories, scene.masks, scene.is_clear)
+    ]
+    unclear = set(scene.unclear_categories)
+    for statement in find_statements(instances, unclear):
+        is_said = instances[statement.target].noun not in NEVER_SAID
+        if is_said and not (scene.is_clothing and statement.kind == "place"):  # clothes are where they are worn
+            yield _to_fact(statement, instances[statement.target].noun)
+    yield from _general_facts(instances, scene.known, unclear)
+    groups = _groups(instances, unclear)
+    yield from _depth_facts(instances, groups, scene)
+    yield from _color_facts(instances, groups, scene)
+    yield from _relation_facts(instances, groups, scene)
+
+
+def _measure(category: str, mask: np.ndarray, is_clear: bool) -> Instance:
+    instance = measure_mask(category, mask, MIN_AREA_SHARE)
+    return instance if is_clear else Instance(category, instance.box, instance.center, instance.area, False)
+
+
+def _to_fact(statement: Statement, noun: str) -> Fact:
+    return Fact(statement.kind, statement.name, statement.target, noun, statement.rank)
+
+
+def _groups(instances: Sequence[Instance], unclear: Iterable[str]) -> dict[str, list[int]]:
+    groups = defaultdict(list)
+    for index, instance in enumerate(instances):
+        if instance.noun not in unclear and instance.noun not in NEVER_SAID:
+            groups[instance.noun].append(index)
+    return dict(groups)
+
+
+def _general_facts(instances: Sequence[Instance], known: Iterable[str], unclear: set[str]) -> Iterator[Fact]:
+    known = frozenset(known)
+    for general, categories in GENERAL_NAMES.items():
+        if not known.issuperset(categories) or unclear & set(categories):
+            continue
+        renamed = [
+            Instance(general if i.noun in categories else i.noun, i.box, i.center, i.area, i.can_be_target)
+            for i in instances
+        ]
+        for statement in find_statements(renamed, unclear):
+            if renamed[statement.target].noun == general:
+                yield _to_fact(statement, general)
+
+
+# --- Colours ----------------------------------------------------------------------------------------------------------
+
+
+def name_colors(pixels: np.ndarray) -> np.ndarray:
+    """The index in `COLORS` of each pixel of (pixels, 3) uint8, -1 where its name is open to dispute."""
+    rgb = pixels.astype(np.float32) / 255
+    value, low = rgb.max(1), rgb.min(1)
+    spread = value - low
+    saturation = spread / np.maximum(value, 1e-6)
+    safe = np.maximum(spread, 1e-6)
+    red, green, blue = rgb.T
+    hue = np.select(
+        [value == red, value == green],
+        [((green - blue) / safe) % 6, (blue - red) / safe + 2],
+        (red - green) / safe + 4,
+    )
+    hue = hue * 60
+    is_reddish, is_warm = (hue < 14) | (hue > 342), (hue >= 14) & (hue < 42)
+    rules = [
+        (value < 0.2, "black"),
+        ((saturation < 0.14) & (value > 0.78), "white"),
+        ((saturation < 0.12) & (value > 0.3) & (value < 0.7), "gray"),
+        (saturation < 0.25, ""),
+        (is_reddish & (saturation > 0.55) & (value > 0.35), "red"),
+        (is_reddish & (saturation < 0.5) & (value > 0.7), "pink"),
+        (is_warm & (saturation > 0.7) & (value > 0.8) & (hue > 18), "orange"),
+        (is_warm & (saturation > 0.35) & (value < 0.6), "brown"),
+        ((hue >= 44) & (hue < 68) & (saturation > 0.45) & (value > 0.6), "yellow"),
+        ((hue >= 75) & (hue < 165) & (saturation > 0.25), "green"),
+        ((hue >= 190) & (hue < 252), "blue"),
+        ((hue >= 262) & (hue < 300), "purple"),
+        ((hue >= 305) & (hue <= 342) & (value > 0.5), "pink"),
+    ]
+    numbers = [COLORS.index(color) if color else -1 for _, color in rules]
+    return np.select([condition for condition, _ in rules], numbers, -1)
+
+
+def _color_shares(scene: PhotoScene, index: int) -> np.ndarray:
+    """
+    The share of each of `COLORS` in an instance; of a person, in what is most likely its clothing. Of a person without
+    a head, which the picture's edge or something else hides, it is open where its clothing is.
+    """
+    mask = scene.masks[index]
+    if scene.categories[index] == "person":
+        rows = mask.any(1).nonzero()[0]
+        if rows[0] < 0.01 * len(mask) or not scene.is_clear[index]:
+            return np.full(len(COLORS), (CLEAR_COLOR + OTHER_COLOR) / 2)
+        height = rows[-1] + 1 - rows[0]
+        mask = mask.copy()
+        mask[: rows[0] + round(0.22 * height)] = False
+        mask[rows[0] + max(round(0.55 * height), 1) :] = False
+    pixels = scene.image[mask]
+    numbers = name_colors(pixels)
+    return np.bincount(numbers[numbers >= 0], minlength=len(COLORS)) / max(len(numbers), 1)
+
+
+def _color_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
+    """What tells instances apart among those of their noun that share a colour: often that there is but one."""
+    for noun, members in groups.items():
+        if len(members) > 12:
+            continue
+        shares = np.array([_color_shares(scene, index) for index in members])  # (members, colours)
+        for color, name in enumerate(COLORS):
+            is_colored = shares[:, color] >= CLEAR_COLOR
+            if (shares[~is_colored, color] >= OTHER_COLOR).any():
+                continue
+            colored = list(itertools.compress(members, is_colored))
+            for statement in find_statements([instances[index] for index in colored]):
+                if scene.is_clothing and statement.kind == "place":
+                    continue
+                # Of the only one, its place says nothing that the colour does not.
+                kind = "color" if len(colored) == 1 else statement.kind
+                yield Fact(kind, statement.name, colored[statement.target], noun, statement.rank, color=name)
+
+
+# --- Depth ------------------------------------------------------------------------------------------------------------
+
+
+def _depth_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
+    """
+    The nearest and the farthest of a noun: what is nearer to the camera is bigger, and stands lower in the picture.
+    """
+    for noun, members in groups.items():
+        if len(members) < 2 or scene.is_clothing:
+            continue
+        ranked = sorted(members, key=lambda index: instances[index].area, reverse=True)
+        nearest, *others = (instances[index] for index in ranked)
+        if nearest.can_be_target and all(_is_nearer(nearest, other) for other in others):
+            yield Fact("place", "nearest", ranked[0], noun)
+        *others, farthest = (instances[index] for index in ranked)
+        if farthest.can_be_target and all(_is_nearer(other, farthest) for other in others):
+            yield Fact("place", "farthest", ranked[-1], noun)
+
+
+def _is_nearer(first: Instance, second: Instance) -> bool:
+    heights = first.extent[1] / second.extent[1]
+    return first.area > CLEAR_DEPTH * second.area and heights > 1.1 and first.box[3] > second.box[3] + 0.05
+
+
+# --- Relations --------------------------------------------------------------------------------------------------------
+
+
+def _relation_facts(
+    instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene
+) -> Iterator[Fact]:
+    anchors = [members[0] for members in groups.values() if len(members) == 1 and instances[members[0]].area > 0.01]
+    for (noun, members), anchor in itertools.product(groups.items(), anchors):
+        if scene.is_clothing or anchor in members or len(members) > 8 or scene.categories[anchor] == noun:
+            continue
+        for name, target in _relations(instances, members, anchor, scene):
+            if instances[target].can_be_target:
+                yield Fact("relation", name, target, noun, anchor=scene.categories[anchor])
+
+
+def _relations(
+    instances: Sequence[Instance], members: Sequence[int], anchor: int, scene: PhotoScene
+) -> Iterator[tuple[str, int]]:
+    other = instances[anchor]
+    for axis, names in ((0, ("left of", "right of")), (1, ("above", "below"))):
+        before = [index for index in members if is_before(instances[index], other, axis)]
+        after = [index for index in members if is_before(other, instances[index], axis)]
+        if len(before) == 1 and len(before) + len(after) == len(members):
+            yield names[0], before[0]
+        if len(after) == 1 and len(before) + len(after) == len(members):
+            yield names[1], after[0]
+    gaps = sorted((_gap(instances[index], other), index) for index in members)
+    if gaps[0][0] < 0.04 and (len(gaps) == 1 or gaps[1][0] > gaps[0][0] + 0.12):
+        yield "next to", gaps[0][1]
+    if instances[members[0]].noun != "person":
+        return
+    shares = sorted(((_inside(other, instances[index]), index) for index in members), reverse=True)
+    if shares[0][0] > 0.5 and (len(shares) == 1 or shares[1][0] < 0.1):
+        target = instances[shares[0][1]]
+        if other.noun in HELD and other.area < target.area:
+            yield "with", shares[0][1]
+        if target.middle[1] < other.middle[1] and other.noun in RIDDEN | SAT_ON:
+            yield ("on" if other.noun in RIDDEN else "sitting on"), shares[0][1]
+
+
+def _gap(first: Instance, second: Instance) -> float:
+    """The distance between two boxes, 0 where they overlap."""
+    gaps = [max(first.box[i] - second.box[i + 2], second.box[i] - first.box[i + 2], 0.0) for i in (0, 1)]
+    return float(np.hypot(gaps[0], gaps[1]))
+
+
+def _inside(inner: Instance, outer: Instance) -> float:
+    """The share of one box that lies in another, widened by a tenth."""
+    sides = []
+    for i in (0, 1):
+        margin = 0.1 * outer.extent[i]
+        sides.append(
+            max(0.0, min(inner.box[i + 2], outer.box[i + 2] + margin) - max(inner.box[i], outer.box[i] - margin))
+        )
+    return sides[0] * sides[1] / max(inner.extent[0] * inner.extent[1], 1e-9)
+
+
+# --- Words ------------------------------------------------------------------------------------------------------------
+
+
+class _Names:
+    """The names that are unmistakable in a scene, by category."""
+
+    def __init__(self, scene: PhotoScene):
+        present = set(scene.categories) | set(scene.unclear_categories)
+        counts: dict[str, int] = defaultdict(int)
+        for category in present:
+            for name in {category, *SYNONYMS.get(category, ())}:
+                counts[name] += 1
+        self.of = {
+            category: [category] * 3
+            + [name for name in SYNONYMS.get(category, ()) if counts[name] == 1 or category == "person"]
+            for category in present
+        }
+        self.is_clothing = scene.is_clothing
+        is_all_known = all(scene.known.issuperset(categories) for categories in GENERAL_NAMES.values())
+        self.needs_none = is_all_known and len(present) == 1 and len(scene.categories) > 1
+
+    def draw(self, rng: np.random.Generator, category: str) -> str:
+        names = self.of.get(category, [category])
+        return names[rng.integers(len(names))]
+
+    def draw_for(self, rng: np.random.Generator, fact: Fact) -> str:
+        """For what the sentence is about; where there is nothing else, it need not be named."""
+        if self.needs_none and fact.kind in ("place", "order", "size", "color") and rng.random() < 0.3:
+            return NO_NAMES[rng.integers(len(NO_NAMES))]
+        return self.draw(rng, fact.noun)
+
+
+def _say(rng: np.random.Generator, fact: Fact, names: _Names) -> str:
+    noun = names.draw_for(rng, fact)
+    if fact.color:
+        noun = _say_colored(rng, fact, noun, has_garments=fact.noun == "person" and not names.is_clothing)
+    if fact.anchor:
+        article = "the " if rng.random() < 0.6 else ""
+        text = _choose(rng, RELATION_PHRASES[fact.name]).format(noun, article + names.draw(rng, fact.anchor))
+    elif fact.name in DEPTH_PHRASES:
+        text = _choose(rng, DEPTH_PHRASES[fact.name]).format(noun)
+    else:
+        text = say(rng, fact.name, noun, fact.rank)
+    text = " ".join(text.split())  # a noun may be empty
+    if not text.startswith("the ") and (chance := rng.random()) < 0.4:
+        text = f"{'the' if chance < 0.34 else 'that' if chance < 0.37 else 'a'} {text}"
+    return _choose(rng, REQUESTS).format(text) if rng.random() < 0.06 else text
+
+
+def _choose(rng: np.random.Generator, phrases: Sequence[str]) -> str:
+    return phrases[int(rng.integers(len(phrases)))]
+
+
+def _say_colored(rng: np.random.Generator, fact: Fact, noun: str, has_garments: bool) -> str:
+    phrases: tuple[str, ...] = DRESS_PHRASES if fact.noun == "person" else COLOR_PHRASES
+    if has_garments and rng.random() < 0.5:
+        phrases = GARMENT_PHRASES
+    color = _choose(rng, SPELLINGS.get(fact.color, (fact.color,)))
+    return _choose(rng, phrases).format(noun, color, _choose(rng, GARMENTS))
+
+
+def mistype(text: str, rng: np.random.Generator) -> str:
+    """The sentence with two letters of a longer word swapped, or one of them left out or doubled."""
+    words = text.split()
+    long = [index for index, word in enumerate(words) if len(word) > 3]
+    if not long:
+        return text
+    index = long[rng.integers(len(long))]
+    word, at = words[index], int(rng.integers(1, len(words[index]) - 1))
+    swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    words[index] = (swapped, word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:])[rng.integers(3)]
+    return " ".join(words)
+
+
+def absent_categories(scene: PhotoScene, names: Iterable[str]) -> list[str]:
+    """Those of `names` that the scene certainly does not show, by any of their names."""
+    shown = set(scene.categories) | set(scene.unclear_categories)
+    shown_names = shown.union(*(SYNONYMS.get(category, ()) for category in shown))
+    shown_words = {word for name in shown_names for word in name.split()}
+    return [
+        name
+        for name in names
+        if name in scene.known
+        and name not in shown
+        and not shown_words & {word for known_as in (name, *SYNONYMS.get(name, ())) for word in known_as.split()}
+    ]
+
+
+ABSENT_STATEMENTS = ("only", "only", "left of all", "right of all", "on the left", "on the right", "at the top")
+
+
+def say_absent(scene: PhotoScene, names: Sequence[str], rng: np.random.Generator) -> str | None:
+    """A sentence about something that the scene does not show; None where nothing is known to be absent."""
+    absent = [] if scene.is_clothing else absent_categories(scene, names)
+    if not absent:
+        return None
+    category = _choose(rng, absent)
+    noun = _choose(rng, (category, category, *SYNONYMS.get(category, ())))
+    text = say(rng, _choose(rng, ABSENT_STATEMENTS), noun)
+    return f"the {text}" if rng.random() < 0.4 else text
+
+
+def spoken_words(categories: Iterable[str]) -> set[str]:
+    """Every word that a sentence about these categories may have."""
+    nouns = [*categories, *itertools.chain(*SYNONYMS.values()), *GENERAL_NAMES, *NO_NAMES]
+    phrases = [
+        *itertools.chain(*PHRASES.values(), *DEPTH_PHRASES.values()),
+        *itertools.chain(*RELATION_PHRASES.values()),
+        *REQUESTS,
+    ]
+    phrases += [*COLOR_PHRASES, *DRESS_PHRASES, *GARMENT_PHRASES, *GARMENTS, *COLORS, *itertools.chain(*ORDINALS)]
+    phrases += [*itertools.chain(*SPELLINGS.values()), *nouns, *map(pluralize, nouns), "the that a"]
+    return {word for phrase in phrases for word in phrase.split() if "{" not in word}
+
+
+class NoiseWords:
+    """
+    Words that say nothing of the photograph, for robustness: people write more than the generator does ("guy standing
+    there on left").
+
+    Args:
+        words: the most frequent first, as in GloVe's files; these are drawn as much more often as they are in texts.
+            Those that the generator uses itself are left out.
+        categories: what it may name.
+    """
+
+    def __init__(self, words: Iterable[str], categories: Iterable[str]):
+        used = spoken_words(categories) - {"the", "that", "this", "a", "is", "to", "of", "in", "on"}
+        self.words = [word for word in words if word not in used and word.isalpha()]
+
+    def insert(self, text: str, rng: np.random.Generator) -> str:
+        """The sentence with one or two of them somewhere."""
+        words = text.split()
+        for _ in range(rng.integers(1, 3)):
+            rank = int((len(self.words) + 1) ** rng.random()) - 1  # Zipf's law
+            words.insert(int(rng.integers(len(words) + 1)), self.words[rank])
+        return " ".join(words)

@@ -1,0 +1,149 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from photographs import write_photographs
+from PIL import ExifTags, Image
+from pycocotools import mask as coco_mask
+from scenes import SHOWN, Photographs, PhotoScenes, letterbox, part_of
+
+from modeling_restr import ReSTRImageProcessor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos") / "data"
+    write_photographs(folder, number=22)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(folder):
+    return Photographs.load([folder], "train", progress=False)
+
+
+def test_held_out_photographs_are_never_loaded_for_training(folder, photographs):
+    test, validation = (Photographs.load([folder], part, progress=False) for part in ("test", "validation"))
+    assert (test.image_ids, validation.image_ids) == ([10], [20])
+    assert photographs.image_ids == [image_id for image_id in range(1, 23) if image_id % 10]
+
+
+def test_each_photograph_has_one_part_and_what_is_shown_is_test():
+    parts = [part_of(image_id) for image_id in range(10_000)]
+    assert [parts.count(part) for part in ("train", "validation", "test")] == [9000, 499, 501]  # 540 is shown
+    assert {part_of(image_id) for image_id in SHOWN} == {"test"}
+
+
+def test_scenes_depend_on_their_number_alone(photographs):
+    first = PhotoScenes(photographs, 20, 96, seed=3, paste=1.0)
+    second = PhotoScenes(photographs, 9, 96, seed=3, paste=1.0)
+    for index in (8, 2):
+        for name in ("image", "masks"):
+            assert np.array_equal(getattr(first[index], name), getattr(second[index], name))
+    assert not np.array_equal(first[8].image, PhotoScenes(photographs, 9, 96, seed=4, paste=1.0)[8].image)
+    with pytest.raises(IndexError):
+        second[9]
+
+
+def test_masks_are_what_is_still_visible(photographs):
+    """The boxes of these photographs do not overlap: where two would, the later one was pasted over."""
+    scenes = PhotoScenes(photographs, 60, 96, seed=1, paste=1.0)
+    for scene in (scenes[index] for index in range(len(scenes))):
+        assert len(scene.masks) == len(scene.categories) == len(scene.is_clear)
+        assert all(mask.any() for mask in scene.masks) and scene.masks.sum(0).max(initial=0) <= 1
+        assert scene.masks.shape[1:] == scene.image.shape[:2]
+
+
+def test_what_is_cut_off_or_hidden_is_not_clear(photographs):
+    """The share of each box that a crop keeps, from the boxes of these photographs, whose pixels say where they are."""
+    scenes = PhotoScenes(photographs, 80, 96, seed=2, paste=0.0)
+    unclear = 0
+    for scene in (scenes[index] for index in range(len(scenes))):
+        for mask, is_clear in zip(scene.masks, scene.is_clear):
+            rows, columns = mask.nonzero()
+            is_inside = (
+                rows.min() > 1
+                and columns.min() > 1
+                and rows.max() < len(mask) - 2
+                and columns.max() < mask.shape[1] - 2
+            )
+            assert is_clear or not is_inside  # without pasting, only the frame cuts off
+            unclear += not is_clear
+    assert unclear > 10
+
+
+def test_not_augmented_scenes_are_the_photographs_in_their_order(photographs, folder):
+    scenes = PhotoScenes(photographs, len(photographs), 128, augment=False)
+    for index in (0, 5):
+        name = f"photo{photographs.image_ids[index] - 1}.png"
+        assert np.array_equal(scenes[index].image, np.asarray(Image.open(folder / "images" / name)))
+        assert np.array_equal(scenes[index].masks, photographs[index].masks)
+
+
+def test_letterbox_is_the_image_processors(photographs):
+    processor = ReSTRImageProcessor(size={"height": 96, "width": 96})
+    scenes = PhotoScenes(photographs, 12, 96, seed=5)
+    for scene in (scenes[index] for index in range(len(scenes))):
+        pixels = processor(Image.fromarray(scene.image), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        assert np.abs(letterbox(scene.image, 96) / 127.5 - 1 - pixels).max() < 1e-6
+        inside = letterbox(np.ones((2, *scene.image.shape[:2]), bool), 96)
+        assert np.array_equal(inside[0], inside[1]) and (pixels[~inside[0]] == -1).all()
+
+
+def test_partly_annotated_photographs_know_what_they_do_not_know(tmp_path):
+    path = write_photographs(tmp_path / "data")
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["source"] = "coco2017-persons-only"
+    person = next(kind["id"] for kind in content["categories"] if kind["name"] == "person")
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == person or a["image_id"] > 6]
+    for image in content["images"][6:]:
+        image["source"] = "coco2017"
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    photographs = Photographs.load([path.parent], "train", progress=False)
+    assert [photograph.known for photograph in photographs][:6] == [frozenset({"person"})] * 6
+    assert photographs[-1].known >= {"person", "dog"}
+    assert photographs[0].crowds == {"person"}
+    photographs = Photographs([replace(photograph, weight=1.0) for photograph in photographs])
+    scenes = PhotoScenes(photographs, 60, 96, seed=3, paste=1.0)
+    pasted = [name for index in range(60) for name in scenes[index].categories[len(scenes[index].categories) - 1 :]]
+    assert "dog" in pasted and "person" in pasted and "skirt" not in pasted
+    for index in range(60):  # what is not annotated may be there twice
+        scene = scenes[index]
+        assert {name for name in scene.categories if name not in scene.known} <= scene.unclear_categories
+
+
+def test_photographs_are_upright_and_empty_masks_are_not_forgotten(tmp_path):
+    path = write_photographs(tmp_path / "data")
+    content = json.loads(path.read_text())
+    mask = coco_mask.encode(np.zeros((96, 128), np.uint8, order="F"))
+    category = content["annotations"][0]["category_id"]
+    content["annotations"][0]["segmentation"] = {"size": [96, 128], "counts": mask["counts"].decode()}
+    path.write_text(json.dumps(content))
+    file = path.parent / "images" / content["images"][1]["file_name"]
+    upright = np.asarray(Image.open(file))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # lies on its left side
+    Image.fromarray(np.rot90(upright)).save(file, exif=exif)
+    photographs = Photographs.load([path.parent], "train", progress=False)
+    name = next(kind["name"] for kind in content["categories"] if kind["id"] == category)
+    assert photographs[0].crowds == {name}
+    np.testing.assert_array_equal(photographs[1].image, upright)
+
+
+def test_photographs_outside_of_their_folder_are_not_opened(tmp_path):
+    path = write_photographs(tmp_path)
+    content = json.loads(path.read_text())
+    (tmp_path / "images" / content["images"][0]["file_name"]).rename(tmp_path / "up.png")
+    content["images"][0]["file_name"] = "../up.png"
+    path.write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match=r"images/up\.png"):
+        Photographs.load(path, tmp_path / "images", held_out=False, progress=False)
+
+
+def test_no_photographs_is_an_error(tmp_path):
+    path = write_photographs(tmp_path / "data", number=3)
+    with pytest.raises(ValueError, match="part 'test', got none"):
+        Photographs.load([path.parent], "test")
