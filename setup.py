@@ -20,6 +20,7 @@ EXTRAS["test"] = [
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "parameterized",
+    "peft>=0.18",
     "pytest>=8.0",
     "tensorboard>=2.17",
 ]

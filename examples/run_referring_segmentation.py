@@ -63,9 +63,6 @@ class ReferringTrainingArguments(RecipeArguments, TrainingArguments):  # type: i
                 "Expected eval_strategy and save_strategy in steps: the data is one stream, epoch by epoch."
             )
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 on a CPU has to be asked for
-        self.remove_unused_columns = False  # the collator takes images and sentences
-        self.train_sampling_strategy = "sequential"  # the order is the dataset's own
-        self.logging_nan_inf_filter = False  # it would hide them, and wait for the device in every step
         if self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}
         if self.ddp_find_unused_parameters is None:

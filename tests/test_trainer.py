@@ -34,7 +34,6 @@ def trainer(tmp_path):
         lr_scheduler_kwargs={"power": 0.9, "lr_end": 0.0},
         per_device_eval_batch_size=2,
         report_to="none",
-        remove_unused_columns=False,
         disable_tqdm=True,
     )
     return ReferringTrainer(
@@ -135,8 +134,7 @@ def make_stream_trainer(trainer):
     """A trainer of a model that reads no value, on 8 images a step in their order."""
 
     def make(model, **options):
-        args = replace(trainer.args, optim="sgd", train_sampling_strategy="sequential", logging_nan_inf_filter=False)
-        args = replace(args, max_steps=8, max_grad_norm=1.0, **options)
+        args = replace(trainer.args, optim="sgd", max_steps=8, max_grad_norm=1.0, **options)
         data = ReferringDataset(make_dataset(5), num_items=64)
         recipe = Recipe(max_steps=8)
         return ReferringTrainer(model, args, trainer.data_collator, data, processor=trainer.processor, recipe=recipe)

@@ -54,15 +54,40 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training_runs", "transformers.trainer", "modeling_restr.training.trainer"])
 
 
-def start(script, arguments, log, before=None, environment=None):
-    """Run a script in a process of its own; `before` is called there first."""
-    options = (script.__name__, arguments, log, dill.dumps(before, recurse=True), environment or {})
-    process = _CONTEXT.Process(target=_run_script, args=options)
-    process.start()
-    return process
+def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
+    """Exit codes of a script's processes; `before` is called in each first."""
+    arguments = [*flags, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+    arguments = [*arguments, f"--output_dir={output_dir}"]
+    return _run_processes(
+        output_dir, num_processes, _run_script, script.__name__, arguments, dill.dumps(before, recurse=True)
+    )
 
 
-def _run_script(name, arguments, log, before, environment):
+def run_code(code, output_dir, num_processes=1):
+    """Exit codes of the processes that each run a piece of code."""
+    return _run_processes(output_dir, num_processes, _run_code, code)
+
+
+def _run_processes(output_dir, num_processes, target, *arguments):
+    """They find one another as torchrun has them do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    output_dir.mkdir(exist_ok=True, parents=True)
+    processes = []
+    for rank in range(num_processes):
+        environment = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
+        options = (output_dir / f"log-{rank}", environment, target, *arguments)
+        processes.append(_CONTEXT.Process(target=_run_process, args=options))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    return codes[0] if num_processes == 1 else codes
+
+
+def _run_process(log, environment, target, *arguments):
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (the process's own, to its end)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
@@ -71,6 +96,10 @@ def _run_script(name, arguments, log, before, environment):
     multiprocessing.set_start_method("fork", force=True)  # of the workers that read data
     # `datasets` waits after each epoch for threads that read from the network.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    target(*arguments)
+
+
+def _run_script(name, arguments, before):
     script = load_script(name)
     before = dill.loads(before)
     if before is not None:
@@ -78,28 +107,9 @@ def _run_script(name, arguments, log, before, environment):
     script.main(arguments)
 
 
-def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
-    """Exit codes of a run's processes; they find one another as torchrun has them do."""
-    arguments = [*flags, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
-    output_dir.mkdir(exist_ok=True, parents=True)
-    processes = [
-        start(
-            script,
-            [*arguments, f"--output_dir={output_dir}"],
-            output_dir / f"log-{rank}",
-            before,
-            {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else None,
-        )
-        for rank in range(num_processes)
-    ]
-    for process in processes:
-        process.join()
-    codes = [process.exitcode for process in processes]
-    return codes[0] if num_processes == 1 else codes
+def _run_code(code):
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # else processes on CPUs do not find one another
+    exec(compile(code, "code", "exec"), {"__name__": "__main__"})
 
 
 class CountReads(TorchDispatchMode):

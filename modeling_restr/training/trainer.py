@@ -71,6 +71,9 @@ class ReferringTrainer(Trainer):
     ):
         kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(*args, **kwargs)
+        self.args.remove_unused_columns = False  # the collator takes images and sentences
+        self.args.train_sampling_strategy = "sequential"  # the order is the dataset's own
+        self.args.logging_nan_inf_filter = False  # it would hide them, and wait for the device in every step
         self.processor = processor
         self.recipe = recipe
         self.overlay_rows = list(overlay_rows)
@@ -322,22 +325,27 @@ class _StepCallback(TrainerCallback):
             control.should_evaluate = False  # there may not be time for it
 
 
-def count_pixels(logits: torch.Tensor, labels: torch.Tensor, image_indices: torch.Tensor) -> torch.Tensor:
+def count_pixels(
+    logits: torch.Tensor, labels: torch.Tensor, image_indices: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Pixels of the intersection and of the union of predicted (logit > 0) and true masks.
 
     Args:
         logits: (N, h, w), resized where they are coarser than the labels.
         labels: (N, height, width) of 0 and 1.
-        image_indices: (N,) in ascending order.
+        image_indices: (N,) in ascending order, for one row per image.
 
     Returns:
-        (images, largest number of expressions, 2), filled up with -100: one row an image, as Trainer counts its data.
+        (N, 2), or with `image_indices` (images, largest number of expressions, 2), filled up with -100: tools that
+        gather results count the items of the data, which are expressions or images.
     """
     if logits.shape != labels.shape:
         logits = F.interpolate(logits[:, None].float(), labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
     predicted, target = logits > 0, labels > 0
     counts = torch.stack([(predicted & target).sum((1, 2)), (predicted | target).sum((1, 2))], dim=1)  # (N, 2)
+    if image_indices is None:
+        return counts
     numbers = torch.bincount(image_indices)
     places = torch.arange(len(counts), device=counts.device) - (numbers.cumsum(0) - numbers)[image_indices]
     result = counts.new_full((len(numbers), int(numbers.max()), 2), _PADDING)
