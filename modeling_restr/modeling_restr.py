@@ -353,8 +353,8 @@ class ReSTRPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
     model_tags = list(MODEL_TAGS)
-    # Both losses are means over pixels, so Trainer has to average them over accumulation steps.
-    accepts_loss_kwargs = False
+    # Trainer says how many label values a step has, so that the loss is the mean over all of its batches.
+    accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -1026,6 +1026,29 @@ class ReSTRModel(ReSTRPreTrainedModel):
         )
 
 
+def _check_trainers_batch(
+    pixel_values: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    image_indices: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int,
+    is_training: bool,
+) -> None:
+    """Refuses what Trainer gets wrong with two leading dimensions, of images and of sentences."""
+    remedy = "modeling_restr.training.trainer.ReferringTrainer"
+    if image_indices is not None and torch.is_tensor(num_items_in_batch) and num_items_in_batch.ndim > 0:
+        raise ValueError(
+            f"Expected whole batches, got a share that DataParallel made: it splits images and sentences alike, and "
+            f"`image_indices` with them. Start one process per device with torchrun, and see {remedy}."
+        )
+    if is_training or pixel_values is None or input_ids is None or pixel_values.shape[0] == input_ids.shape[0]:
+        return
+    raise ValueError(
+        f"Expected one sentence per image in Trainer's evaluation, got {input_ids.shape[0]} sentences about "
+        f"{pixel_values.shape[0]} images: Trainer counts images and would drop sentences. Evaluate with {remedy}, or "
+        f"repeat the image for each of its sentences."
+    )
+
+
 def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
     if labels.ndim != 3 or labels.shape[0] != num_expressions:
         raise ValueError(
@@ -1216,6 +1239,9 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         ```"""
         if labels is not None and input_ids is not None:
             _check_labels(labels, input_ids.shape[0])
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if num_items_in_batch is not None:
+            _check_trainers_batch(pixel_values, input_ids, image_indices, num_items_in_batch, self.training)
         outputs = self.model(
             pixel_values=pixel_values,
             input_ids=input_ids,
@@ -1234,6 +1260,8 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         loss = loss_pixel = loss_patch = None
         if labels is not None:
             loss, loss_pixel, loss_patch = self.compute_losses(logits, outputs.patch_logits, labels)
+            if num_items_in_batch is not None:
+                loss = loss * labels.numel() / num_items_in_batch
         return ReSTRImageSegmentationOutput(
             loss=loss,
             loss_pixel=loss_pixel,

@@ -160,7 +160,7 @@ class ReadRecorder(TrainerCallback):
 
 
 def test_values_are_read_when_trainer_logs_and_saves_only(make_stream_trainer, tmp_path):
-    trainer = make_stream_trainer(LinearModel(), logging_steps=3, save_steps=4)
+    trainer = make_stream_trainer(make_model(make_processor(), drop_path_rate=0.5), logging_steps=3, save_steps=4)
     with CountReads() as count:
         recorder = ReadRecorder(count)
         trainer.add_callback(recorder)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -65,7 +66,8 @@ def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
 
 def run_code(code, output_dir, num_processes=1):
     """Exit codes of the processes that each run a piece of code."""
-    return _run_processes(output_dir, num_processes, _run_code, code)
+    (output_dir / "code.py").write_text(code)
+    return _run_processes(output_dir, num_processes, _run_code, output_dir / "code.py")
 
 
 def _run_processes(output_dir, num_processes, target, *arguments):
@@ -107,9 +109,9 @@ def _run_script(name, arguments, before):
     script.main(arguments)
 
 
-def _run_code(code):
+def _run_code(path):
     os.environ["ACCELERATE_USE_CPU"] = "true"  # else processes on CPUs do not find one another
-    exec(compile(code, "code", "exec"), {"__name__": "__main__"})
+    runpy.run_path(str(path), run_name="__main__")
 
 
 class CountReads(TorchDispatchMode):

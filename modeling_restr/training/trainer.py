@@ -71,6 +71,7 @@ class ReferringTrainer(Trainer):
     ):
         kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # `compute_loss` weights the batches of a step itself
         self.args.remove_unused_columns = False  # the collator takes images and sentences
         self.args.train_sampling_strategy = "sequential"  # the order is the dataset's own
         self.args.logging_nan_inf_filter = False  # it would hide them, and wait for the device in every step
