@@ -225,7 +225,9 @@ def test_values_are_read_when_the_loop_logs_and_saves_only(make_run, monkeypatch
     monkeypatch.setattr(script, "take_step", take_counted_step)
     monkeypatch.setattr(script, "is_stop_requested", look)
     monkeypatch.setattr(script, "save_checkpoint", lambda run, step: saved.append(step))
-    assert script.run_steps(make_run(make_model(make_processor(), 0.5), logging_steps=3, save_steps=4), make_dataset(5), None, 0)
+    assert script.run_steps(
+        make_run(make_model(make_processor(), 0.5), logging_steps=3, save_steps=4), make_dataset(5), None, 0
+    )
     assert (steps, looks, saved) == ([0] * 8, [3, 4, 6, 8], [4, 8])
 
 
