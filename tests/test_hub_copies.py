@@ -583,6 +583,24 @@ def test_embedded_images_survive_the_way_to_a_dataset(tmp_path, copy):
         assert np.array_equal(np.asarray(row["image"]), pixels(row["image_id"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("train.parquet", b"PAR1"), ("train.jsonl", b'{"a": 1}\n{"a": "x"}\n[')]
+)
+def test_damaged_files_are_said(copy, name, content):
+    copy.mkdir()
+    (copy / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"The files of {copy} cannot be read: "):
+        read_hub_copy(copy, "train")
+
+
+def test_images_that_are_none_are_said(copy):
+    (copy / "data").mkdir(parents=True)
+    row = mask_row(581857) | {"image": 5}
+    (copy / "data" / "train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"copy: expected images in the column image, got Value\('int64'\)"):
+        read_hub_copy(copy, "train")
+
+
 def test_other_columns_are_listed_with_those_expected(copy):
     features = {name: REFERENCE_ROW[name] for name in ("ref_id", "image_path")}
     write_split(copy, "train", [{"ref_id": 1, "image_path": "x.jpg"}], features)

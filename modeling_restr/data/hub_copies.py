@@ -112,10 +112,11 @@ def _load_split(path_or_id: str, split: str, revision: str | None) -> tuple[str,
     data_files = datasets.load_dataset_builder(path_or_id, revision=revision).config.data_files
     name = _resolve_split(split, list(data_files), path_or_id)
     # Without `data_files`, the files of all splits would be fetched.
-    dataset = datasets.load_dataset(
-        path_or_id, data_files={name: list(data_files[name])}, split=name, revision=revision
-    )
-    return name, dataset
+    data_files = {name: list(data_files[name])}
+    try:
+        return name, datasets.load_dataset(path_or_id, data_files=data_files, split=name, revision=revision)
+    except (ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"The files of {path_or_id} cannot be read: {error.__cause__ or error}") from error
 
 
 def _resolve_split(split: str, available: Sequence[str], path_or_id: str) -> str:
@@ -135,7 +136,11 @@ def _find_images(
 ) -> tuple[ImageSource, Path]:
     """What finds the image of a row, and the folder in which its file must lie if it is one."""
     if "image" in dataset.column_names:
-        images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        try:
+            images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        except (TypeError, NotImplementedError) as error:
+            found = dataset.features["image"]
+            raise ValueError(f"{path_or_id}: expected images in the column image, got {found}.") from error
         folder = _folder_of_copy(path_or_id) if image_dir is None else Path(image_dir)
         return lambda index, row: ImageInDataset(images, index), folder
     if image_dir is None or not Path(image_dir).is_dir():
