@@ -7,7 +7,6 @@ from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which v
 import copy
 import dataclasses
 import difflib
-import math
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -57,11 +56,11 @@ _BOUNDS = {
     "fusion_type": _one_of(("coupled", "independent", "vanilla")),
     "hidden_act": _one_of(ACT2FN),
     **dict.fromkeys(("attention_dropout", "drop_path_rate"), ("in [0, 1)", lambda value: 0 <= value < 1)),
-    "layer_norm_eps": ("positive and finite", lambda value: 0 < value < math.inf),
+    "layer_norm_eps": ("positive and at most 1", lambda value: 0 < value <= 1),
     **dict.fromkeys(
-        ("initializer_range", "patch_loss_weight", "pad_token_id"),
-        ("finite and not negative", lambda value: 0 <= value < math.inf),
+        ("initializer_range", "patch_loss_weight"), ("from 0 to 1000000", lambda value: 0 <= value <= 10**6)
     ),
+    "pad_token_id": ("not negative", lambda value: value >= 0),
 }
 
 
@@ -154,7 +153,7 @@ class ReSTRBaseConfig(PreTrainedConfig):
         hints = [
             f"`{key}` (did you mean `{fields[matches[0]]}`?)"
             for key, matches in nearest.items()
-            if matches and not key.startswith("_") and not key.endswith("_token_id")
+            if matches and not key.startswith("_") and not key.endswith(("_token_id", "_encoder_decoder"))
         ]
         if hints:
             logger.warning(f"{type(self).__name__} has no field {', '.join(hints)}. Unknown keys have no effect.")
@@ -421,7 +420,10 @@ class ReSTRConfig(ReSTRBaseConfig):
         return text_config if isinstance(text_config, PreTrainedConfig) else ReSTRTextConfig(**values)
 
     def validate_architecture(self) -> None:
-        """Raise a `ValueError` when values are out of bounds or do not fit one another."""
+        """Raise a `ValueError` when values, also of the parts, are out of bounds or do not fit one another."""
+        for part in (self.vision_config, self.text_config):
+            if part.model_type in (ReSTRVisionConfig.model_type, ReSTRTextConfig.model_type):
+                part.validate_architecture()
         super().validate_architecture()
         check_vision_config(self.vision_config)
 

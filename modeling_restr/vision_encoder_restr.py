@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_restr import ReSTRVisionConfig, check_vision_config, refuse_vision_config
@@ -56,6 +56,8 @@ def find_unused_parameters(config: Any) -> frozenset[str]:
     Raises:
         `ValueError`: The model does not make one token per patch of a batch of images, and nothing behind them.
     """
+    if type(config) not in MODEL_MAPPING:
+        refuse_vision_config(config, "`AutoModel` knows no model for it")
     with torch.inference_mode(False), torch.enable_grad():
         with torch.device("meta"):  # and the one attention that every device has
             model = AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager")

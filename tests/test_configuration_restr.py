@@ -116,6 +116,7 @@ KEYS_OF_TOOLS = {
     "eos_token_id": 2,
     "sep_token_id": 3,
     "decoder_start_token_id": 1,
+    "tie_encoder_decoder": False,
     "tokenizer_class": "PreTrainedTokenizerFast",
     "task_specific_params": {},
     "loss_type": "ForMaskedLM",
@@ -216,8 +217,8 @@ COUNTS = [
 ]
 NUMBERS = {
     "attention_dropout": [-0.1, 1, 2, math.nan, math.inf],
-    "layer_norm_eps": [-1e-5, 0, math.nan, math.inf],
-    "initializer_range": [-0.5, math.nan, math.inf],
+    "layer_norm_eps": [-1e-5, 0, math.nan, math.inf, 10**400],
+    "initializer_range": [-0.5, math.nan, math.inf, 10**400],
     "hidden_act": ["x", ""],
 }
 OUT_OF_BOUNDS = [
@@ -225,7 +226,7 @@ OUT_OF_BOUNDS = [
     *((each, name, value) for each in CONFIG_CLASSES for name, values in NUMBERS.items() for value in values),
     *((ReSTRVisionConfig, "drop_path_rate", value) for value in (-0.1, 1.0, math.nan)),
     (ReSTRTextConfig, "pad_token_id", -1),
-    *((ReSTRConfig, "patch_loss_weight", value) for value in (-1, math.nan, math.inf)),
+    *((ReSTRConfig, "patch_loss_weight", value) for value in (-1, math.nan, math.inf, 10**400)),
     (ReSTRConfig, "fusion_type", "couple"),
 ]
 
@@ -237,6 +238,15 @@ def test_fields_have_bounds(config_class, field, value):
         config_class(**{field: value})
     with pytest.raises(ValueError, match=expected):  # how `from_pretrained` makes it
         config_class.from_dict({}, **{field: value})
+
+
+@pytest.mark.parametrize("part", [ReSTRVisionConfig(), ReSTRTextConfig()])
+def test_parts_that_were_changed_are_checked_again(part):
+    part.num_hidden_layers = 10**9
+    with pytest.raises(ValueError, match=rf"{type(part).__name__}: `num_hidden_layers` must be"):
+        ReSTRConfig(**{part.base_config_key: part})
+    with pytest.raises(ValueError, match=rf"{type(part).__name__}: `num_hidden_layers` must be"):
+        ReSTRConfig.from_dict({}, **{part.base_config_key: part})
 
 
 def test_bounds_hold_what_is_in_use():

@@ -490,7 +490,8 @@ def test_models_of_the_stock_trainer_load_again(tmp_path):
     trainer.save_model()
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         reloaded = ReSTRForImageSegmentation.from_pretrained(folder)
-        assert reloaded.config.text_config.eos_token_id == 2
+        configs = (reloaded.config.text_config, reloaded.config)  # transformers before 5.20 takes the latter
+        assert any(getattr(config, "eos_token_id", None) == 2 for config in configs)
         assert all(weight.equal(model.state_dict()[name]) for name, weight in reloaded.state_dict().items())
 
 
@@ -696,7 +697,7 @@ def test_labels_of_any_dtype(dtype):
 def test_save_and_load(tmp_path, values):
     model = tiny_model(**values)
     model.save_pretrained(tmp_path)
-    code = {"configuration_restr.py", "modeling_restr.py", "pipeline_restr.py", "vision_encoder_restr.py"}
+    code = {f"{name}_restr.py" for name in ("configuration", "modeling", "pipeline", "requirements", "vision_encoder")}
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
     reloaded = ReSTRForImageSegmentation.from_pretrained(tmp_path)
     inputs = {"pixel_values": images(1), "input_ids": words(2)}

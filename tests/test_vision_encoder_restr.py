@@ -249,6 +249,7 @@ REFUSED = {
     "pixtral": {**SIZES, "head_dim": 8, "image_size": 32, "patch_size": 8},
     "videomae": {**SIZES, "image_size": 32, "patch_size": 8},
     "idefics3_vision": {**SIZES, "image_size": 32, "patch_size": 8},
+    "owlvit_vision_model": {**SIZES, "image_size": 32, "patch_size": 8},
 }
 
 
