@@ -754,6 +754,8 @@ def _check_vision_embeds(vision_embeds: Any, hidden_size: int) -> None:
             f"patches, columns of patches, {hidden_size}), got {shape or type(vision_embeds).__name__}. A flat tensor "
             f"of patches does not tell its grid: pass `vision_embeds.unflatten(1, (rows, columns))`."
         )
+    if not vision_embeds.is_floating_point():
+        raise ValueError(f"`vision_embeds` must be floating-point numbers, got {vision_embeds.dtype}.")
 
 
 def _check_image_indices(image_indices: torch.Tensor, num_expressions: int) -> None:
@@ -935,6 +937,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
         features: Any = vision_embeds
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        if isinstance(features, tuple) and len(features) > 1:  # with `return_dict=False`
+            features = BaseModelOutputWithPooling(last_hidden_state=features[0], pooler_output=features[1])
         output: Any = features if isinstance(features, ModelOutput) else None
         embeds = features if output is None else output.get("pooler_output")
         _check_vision_embeds(embeds, self.config.vision_config.hidden_size)

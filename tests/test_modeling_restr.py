@@ -584,7 +584,8 @@ def test_features_know_their_grid(size):
     expected = model(pixel_values=images(1, *size), interpolate_pos_encoding=True, **inputs)
     features = model.get_image_features(images(1, *size), interpolate_pos_encoding=True)
     assert features.pooler_output.shape == (1, size[0] // 8, size[1] // 8, 32)
-    for vision_embeds in (features, features.pooler_output, expected.vision_embeds, expected.vision_model_output):
+    of_the_pass = (expected.vision_embeds, expected.vision_model_output)
+    for vision_embeds in (features, features.to_tuple(), features.pooler_output, *of_the_pass):
         outputs = model(vision_embeds=vision_embeds, **inputs)
         torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=0)
     assert expected.logits.shape == (2, *size)
@@ -602,7 +603,8 @@ def test_flat_features_are_refused():
         (features.pooler_output[:, :0], r"got \(1, 0, 4, 32\)"),
         (model.model.vision_model(images(1)), r"got \(1, 32\)"),  # the encoder's own, with its class token
         (BaseModelOutput(last_hidden_state=features.last_hidden_state), "got NoneType"),
-        (features.to_tuple(), "got tuple"),
+        ((features.pooler_output,), "got tuple"),
+        (features.pooler_output.long(), "floating-point numbers, got torch.int64"),
     ):
         for each in (model, model.model):
             with pytest.raises(ValueError, match=message):
