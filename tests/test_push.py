@@ -399,7 +399,7 @@ def test_card_of_other_weights_is_not_pushed(hub, tmp_path):
 @pytest.mark.parametrize(
     ("repo_id", "options", "card", "message"),
     [
-        ("restr", {}, {"license": "All mine!"}, "license.* must be one of"),
+        ("restr", {}, {"license": "All mine!"}, 'the Hub takes, but it says: "license" must be one of'),
         ("tester/no name", {}, {}, "Repo id must use alphanumeric"),
         ("a/b/c", {}, {}, "Repo id must be in the form"),
         ("restr", {"tag": "first try"}, {}, "Expected a tag of letters, digits and .* got 'first try'"),
@@ -418,7 +418,9 @@ def test_card_without_readable_metadata_makes_no_repository(hub, tmp_path):
     processor = make_processor()
     folder = save_bundle(make_model(processor), processor, tmp_path / "model")
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n\nMine.\n")
-    with pytest.raises(ValueError, match="Expected a model card whose first lines the Hub can read as metadata"):
+    with pytest.raises(
+        ValueError, match="Expected a model card with metadata that the Hub takes, but it says: while parsing"
+    ):
         push_to_hub(folder, "restr")
     assert not hub.repositories
 

@@ -7,9 +7,8 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
@@ -142,17 +141,25 @@ def _prepare_card(folder: Path, repo_id: str, temporary: Path, api: HfApi) -> Pa
         text = find_card(repo_id, token=api.token) or str(build_model_card(None, model_id=repo_id))
     text = text.replace(MODEL_ID_PLACEHOLDER, repo_id)
     check_card(text, folder)
-    try:
-        ModelCard(text, ignore_metadata_errors=True).validate()
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"Expected a model card whose first lines the Hub can read as metadata, got: {error}"
-        ) from error
+    _check_metadata(text, api)
     for space in _SPACE_LINK.findall(text):
         if not api.repo_exists(space, repo_type="space"):
             raise ValueError(f"The model card links the Space {space}, which is not there: create it first.")
     path.write_bytes(text.encode())
     return path
+
+
+def _check_metadata(text: str, api: HfApi) -> None:
+    """Ask the Hub what it thinks of a card's first lines, as `create_commit` does, which needs a repository."""
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"content": text, "repoType": "model"},
+        headers=build_hf_headers(token=api.token),
+    )
+    if response.status_code == 400:
+        problems = "; ".join(error["message"] for error in response.json().get("errors", []))
+        raise ValueError(f"Expected a model card with metadata that the Hub takes, but it says: {problems}")
+    hf_raise_for_status(response)
 
 
 def _add_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
