@@ -8,7 +8,6 @@ what a training step of 8 (image, expression) pairs costs with 1, 4 and 8 senten
 All variants run alternately in one process, so that a noisy machine slows all of them alike; medians are compared.
 """
 
-import argparse
 import contextlib
 import copy
 import platform
@@ -28,6 +27,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+from modeling_restr.options import ArgumentParser, add_options, choose_device
 from modeling_restr.training.recipe import create_optimizer
 
 
@@ -186,14 +186,17 @@ def describe_hardware(device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time ReSTR at the paper's size against a bare ViT and plain ReSTR.")
+    parser = ArgumentParser(description="Time ReSTR at the paper's size against a bare ViT and plain ReSTR.")
     parser.add_argument("--what", default="inference", choices=["inference", "training"])
     parser.add_argument("--image_size", type=int, default=480)
     parser.add_argument("--runs", type=int, default=5, help="alternated runs of every variant (default: 5)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_options(parser, "device", "num_threads")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    try:
+        device = choose_device(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     now = datetime.now(UTC)
     print(
         f"{describe_hardware(device)}; torch {torch.__version__}, transformers {transformers.__version__}; {now:%Y-%m-%d}"

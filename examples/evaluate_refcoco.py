@@ -47,6 +47,7 @@ from modeling_restr.metrics.evaluation import (
     fingerprint_rows,
     predict_masks,
 )
+from modeling_restr.options import ArgumentParser, add_options, positive_int, start_processes
 from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, save_image
 
 
@@ -69,32 +70,21 @@ HASHED_FILES = ("*.safetensors", "*.bin", "config.json", "*processor_config.json
 PACKAGES = ("modeling-restr", "torch", "transformers", "datasets", "evaluate", "pycocotools", "pillow", "numpy")
 TILE_SIZE = 320  # pixels, the longer side of an image on the contact sheet
 TILES_PER_ROW = 4
+PATIENCE = timedelta(hours=12)  # the others wait while the main process prepares the data, and for the last one
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a model on a split of prepared data.")
+    parser = ArgumentParser(description="Evaluate a model on a split of prepared data.")
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("data", help="folder or Hub id of prepared data, one row an image")
     parser.add_argument("--split", required=True, help="such as val, testA or testB")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where results go; on a disk that all share")
-    parser.add_argument("--revision", help="of the model on the Hub (default: main)")
-    parser.add_argument("--data_revision", help="of the data on the Hub (default: main)")
+    output_dir = {"required": True, "help": "where results go; on a disk that all processes share"}
+    add_options(parser, "revision", "data_revision", "device", "num_threads", output_dir=output_dir)
+    add_options(parser, "threshold", "dtype", "expressions_per_batch", "max_images")
     parser.add_argument("--benchmark", choices=BENCHMARKS, help="what DATA is, for the paper's numbers beside it")
-    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is inside")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--expressions_per_batch", type=positive_int, default=16, metavar="N")
-    parser.add_argument("--num_threads", type=positive_int, default=1, metavar="N", help="of a process, on CPUs")
-    parser.add_argument("--max_images", type=positive_int, metavar="N", help="evaluate the first images only")
     parser.add_argument("--bootstrap", type=positive_int, metavar="N", help="95 %% intervals over images, N resamples")
     parser.add_argument("--by_length", action="store_true", help="results by number of words, too")
     return parser.parse_args(arguments)
-
-
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
 
 
 def find_revision(name: str, revision: str | None) -> str | dict[str, str]:
@@ -354,24 +344,13 @@ def draw_tile(image: Image.Image, masks: list[Image.Image], text: str, title: st
     return add_legend(drawn, [f"{text} (ground truth)", f"prediction, {title}"])
 
 
-def start_processes() -> PartialState:
-    """This process among those that were started with it; one accelerator for each, or CPUs where there is none."""
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
-    # The others wait while the main process prepares the data, and for the last one.
-    state = PartialState(cpu=cpu, timeout=timedelta(hours=12))
-    num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != num_started:
-        raise SystemExit(f"{num_started} processes were started, {state.num_processes} can work together here.")
-    return state
-
-
-def evaluate(args: argparse.Namespace, state: PartialState) -> None:
+def evaluate(args: argparse.Namespace, state: PartialState, device: torch.device) -> None:
     with state.main_process_first():  # the first one fills the cache of `datasets`
         dataset = load_prepared(args.data, args.split, max_images=args.max_images, revision=args.data_revision)
     check_dataset(dataset)
     digests = fingerprint_rows(dataset)
     revision = find_revision(args.model, args.revision)
-    model, processor = load_model(args.model, revision, args.dtype, state.device)
+    model, processor = load_model(args.model, revision, args.dtype, device)
     size = processor.image_processor.size
     settings = {
         "model_revision": revision,
@@ -382,17 +361,18 @@ def evaluate(args: argparse.Namespace, state: PartialState) -> None:
         "image_size": [size["height"], size["width"]],
     }
     parts = Parts(args.output_dir)
-    if state.is_main_process:
-        parts.start_or_resume(settings)
-    state.wait_for_everyone()
-    evaluate_share(args, model, processor, dataset, digests, parts, state)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finished = parts.read()
-        records = [(index, record) for index, digest in enumerate(digests) for record in finished[digest]]
-        sheet = draw_contact_sheet(model, processor, dataset, records, args.threshold)
-        save_image(sheet, args.output_dir / "contact_sheet.png")
-        write_results(args, settings, dataset, [record for _, record in records])
+    with hold_folder(args.output_dir, "evaluation") if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            parts.start_or_resume(settings)
+        state.wait_for_everyone()
+        evaluate_share(args, model, processor, dataset, digests, parts, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finished = parts.read()
+            records = [(index, record) for index, digest in enumerate(digests) for record in finished[digest]]
+            sheet = draw_contact_sheet(model, processor, dataset, records, args.threshold)
+            save_image(sheet, args.output_dir / "contact_sheet.png")
+            write_results(args, settings, dataset, [record for _, record in records])
 
 
 def write_results(
@@ -425,11 +405,9 @@ def write_results(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    torch.set_num_threads(args.num_threads)  # the last bits of sums depend on it, and then a pixel might
-    state = start_processes()
     try:
-        with hold_folder(args.output_dir, "evaluation") if state.is_main_process else nullcontext():
-            evaluate(args, state)
+        state, device = start_processes(args, timeout=PATIENCE)
+        evaluate(args, state, device)
     except (ValueError, OSError) as error:  # unusable data, other settings, no such model, ...
         raise SystemExit(str(error)) from error
     state.destroy_process_group()

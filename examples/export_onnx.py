@@ -9,21 +9,20 @@ The second command runs in the exported folder, which may be moved anywhere. doc
 
 import argparse
 import logging
-from pathlib import Path
 
 from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.export import save_onnx
+from modeling_restr.options import ArgumentParser, add_options
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Export a model to ONNX: image encoder and sentence query.")
+    parser = ArgumentParser(description="Export a model to ONNX: image encoder and sentence query.")
     parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the graphs and what runs them go")
+    add_options(parser, "revision", output_dir={"required": True, "help": "where the graphs and what runs them go"})
     parser.add_argument("--int8", action="store_true", help="also graphs with 8-bit weights, a quarter of the size")
     parser.add_argument("--programs", action="store_true", help="also the torch.export programs (.pt2)")
-    parser.add_argument("--revision", help="of the model on the Hub (default: main)")
     return parser.parse_args()
 
 

@@ -37,7 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
@@ -51,6 +51,7 @@ from modeling_restr.data.sentence_files import SUFFIXES, load_sentences
 from modeling_restr.data.shards import shard_paths
 from modeling_restr.files import replace_file
 from modeling_restr.metrics.evaluation import predict_batch
+from modeling_restr.options import ArgumentParser, add_options, positive_int, start_processes
 from modeling_restr.tokenization_restr import split_expression
 
 
@@ -69,28 +70,24 @@ _END: Any = object()
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Predict the masks of a dataset of images and expressions.")
+    parser = ArgumentParser(description="Predict the masks of a dataset of images and expressions.")
     add = parser.add_argument
     add("model", help="folder or Hub id")
     add("data", help="folder of Parquet, Hub id of a dataset, or .csv or .jsonl file of own sentences")
     add("--image_dir", type=Path, help="folder of the photos of own sentences (default: that of their file)")
-    add("--output_dir", type=Path, required=True, help="where masks go; on a disk that all processes share")
+    output_dir = {"required": True, "help": "where masks go; on a disk that all processes share"}
+    add_options(parser, "revision", "data_revision", "device", "num_threads", output_dir=output_dir)
+    add_options(parser, "threshold", "dtype", "expressions_per_batch", "max_images")
     add("--split", help="which split of the data (default: its only one)")
     add("--config_name", help="which configuration of the data, where it has several")
-    add("--revision", help="of the model on the Hub (default: main)")
-    add("--data_revision", help="of the data on the Hub (default: main)")
     add(
         "--streaming", action="store_true", help="read Parquet where it is, instead of making a copy of all data first"
     )
     add("--image_column", default="image", help="(default: image)")
     add("--text_column", help="references, sentences or lists of sentences (default: references, texts or text)")
-    add("--max_images", type=positive_int, metavar="N", help="the first images only, to try it out")
     add("--images_per_shard", type=positive_int, default=1000, metavar="N", help="rows that a file covers (1000)")
     add("--batch_size", type=positive_int, default=8, metavar="N", help="images that are encoded at a time (8)")
-    add("--expressions_per_batch", type=positive_int, default=16, metavar="N", help="decoded at a time (16)")
-    add("--num_threads", type=positive_int, default=4, metavar="N", help="that decode images, a process (4)")
-    add("--threshold", type=float, default=0.5, help="probability above which a pixel is inside")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--num_workers", type=positive_int, default=4, metavar="N", help="threads of a process that read images (4)")
     add("--skip_bad", action="store_true", help="leave out bad images and texts, and list them")
     add(
         "--part",
@@ -103,13 +100,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.threshold <= 1:
         parser.error(f"Expected a --threshold from 0 to 1, got {args.threshold}.")
     return args
-
-
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -216,7 +206,7 @@ def read_footers(files: list[str], features: datasets.Features | None) -> tuple[
     if not are_parquet(files):
         raise ValueError(
             "Expected Parquet files with --streaming, got others. Leave it out, or name the Hub's own conversion"
-            " with --revision refs/convert/parquet."
+            " with --data_revision refs/convert/parquet."
         )
 
     def read(name: str) -> tuple[list[int], pa.Schema]:
@@ -361,11 +351,11 @@ def prepare_rows(
     rows: Iterator[dict[str, Any]],
     start: int,
     prepare: Callable[[tuple[int, dict]], Prepared],
-    num_threads: int,
+    num_workers: int,
     ahead: int,
 ) -> Iterator[Prepared]:
     """Read in one thread and prepare in others, while the model works."""
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(num_workers) as pool:
         numbered = enumerate(rows, start)
         read = takewhile(lambda row: row is not _END, run_ahead(reader, repeat(partial(next, numbered, _END)), ahead))
         yield from run_ahead(pool, (partial(prepare, row) for row in read), ahead)
@@ -382,7 +372,7 @@ class Predictor:
         args = self.args
         rows = self.rows.read(start, stop, self.columns.names)
         prepare = partial(prepare_row, self.processor, self.columns)
-        prepared = prepare_rows(rows, start, prepare, args.num_threads, max(args.batch_size, 2 * args.num_threads))
+        prepared = prepare_rows(rows, start, prepare, args.num_workers, max(args.batch_size, 2 * args.num_workers))
         while batch := list(islice(prepared, args.batch_size)):
             bad = [problem for row in batch for problem in (*row.bad_images, *row.bad_texts)]
             if bad and not args.skip_bad:
@@ -593,13 +583,13 @@ def summarize(
 # --- The run ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(args: argparse.Namespace, state: PartialState) -> tuple[Any, Any]:
+def load_model(args: argparse.Namespace, state: PartialState, device: torch.device) -> tuple[Any, Any]:
     with state.local_main_process_first():
         options = {"revision": args.revision} if args.revision else {}
         dtype = getattr(torch, args.dtype)
         model = AutoModelForImageSegmentation.from_pretrained(args.model, dtype=dtype, **options)
         processor = AutoProcessor.from_pretrained(args.model, **options)
-    return model.eval().to(state.device), processor
+    return model.eval().to(device), processor
 
 
 def describe(args: argparse.Namespace, predictor: Predictor, split: str, files: str, num_rows: int) -> dict[str, Any]:
@@ -632,7 +622,7 @@ def make_shards(
             write_shard(predictor, shard, settings_hash, progress)
     counts = gather_object([(progress.images, progress.masks)])  # waits for all
     images, pairs = map(sum, zip(*counts))
-    seconds = progress.seconds
+    seconds, device = progress.seconds, predictor.model.device
     return {
         "images": images,
         "pairs": pairs,
@@ -640,7 +630,7 @@ def make_shards(
         "images_per_second": round(images / seconds, 3),
         "pairs_per_second": round(pairs / seconds, 3),
         "num_processes": state.num_processes,
-        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 
@@ -681,11 +671,10 @@ def remove_leftovers(output_dir: Path, part: tuple[int, int]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Predict all that is missing; returns the summary on every process, or `None` while other parts are missing."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    state, device = start_processes(args, timeout=PATIENCE)
     rows, split, files = open_rows(args, state)
     columns = find_columns(rows.features, args.image_column, args.text_column)
-    predictor = Predictor(*load_model(args, state), rows, columns, args)
+    predictor = Predictor(*load_model(args, state, device), rows, columns, args)
     num_rows = min(rows.num_rows, args.max_images or rows.num_rows)
     settings = describe(args, predictor, split, files, num_rows)
     shards = plan_shards(args.output_dir / "data", split, num_rows, args.images_per_shard)

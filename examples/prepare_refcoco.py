@@ -27,6 +27,7 @@ from modeling_restr.data.dataset_card import ORIGINS, OTHER, PreparedSplit, Sour
 from modeling_restr.data.preparation import IMAGES_PER_SHARD, prepare, push_to_hub, read_source
 from modeling_restr.data.published_counts import PUBLISHED_COUNTS, format_counts
 from modeling_restr.data.records import Problems
+from modeling_restr.options import ArgumentParser, add_options
 
 
 class Task(NamedTuple):
@@ -123,7 +124,7 @@ def plan_hub(args: argparse.Namespace) -> Task:
 
     is_local = Path(args.path_or_id).is_dir()
     title = Path(args.path_or_id).resolve().name if is_local else args.path_or_id
-    data_files = load_dataset_builder(args.path_or_id, revision=args.revision).config.data_files
+    data_files = load_dataset_builder(args.path_or_id, revision=args.data_revision).config.data_files
     available = list(data_files)
     names = {"validation": "val"}
     if "testB" in available and "testA" not in available:
@@ -134,15 +135,15 @@ def plan_hub(args: argparse.Namespace) -> Task:
     source = Source(
         name="".join(character if character.isalnum() else "_" for character in title.rpartition("/")[2]),
         title=title,
-        description=f"Read from the copy {title}" + (f" at {args.revision}." if args.revision else "."),
+        description=f"Read from the copy {title}" + (f" at {args.data_revision}." if args.data_revision else "."),
         origins=tuple(dict.fromkeys(dataset for dataset, _, _ in published.values())) or (OTHER,),
-        options={"copy": title, "revision": args.revision},
+        options={"copy": title, "revision": args.data_revision},
         published=published,
     )
     return Task(
         source,
         [names.get(split, split) for split in available],
-        lambda split, _: read_hub_copy(args.path_or_id, split, args.image_dir, args.revision),
+        lambda split, _: read_hub_copy(args.path_or_id, split, args.image_dir, args.data_revision),
     )
 
 
@@ -250,8 +251,8 @@ def report(output_dir: Path, prepared: dict[str, PreparedSplit], problems: Probl
 
 
 def parse_args() -> argparse.Namespace:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
+    common = ArgumentParser(add_help=False)
+    add_options(common, output_dir={"required": True})
     common.add_argument(
         "--images_per_shard", type=int, default=IMAGES_PER_SHARD, help="rows of a Parquet file (default: %(default)s)"
     )
@@ -260,7 +261,6 @@ def parse_args() -> argparse.Namespace:
     )
     common.add_argument(
         "--skip_bad",
-        "--skip-bad",
         action="store_true",
         help="leave out images that are missing, damaged, of another size than their annotations say, or with an "
         "object without a mask, and list them (default: stop)",
@@ -269,10 +269,10 @@ def parse_args() -> argparse.Namespace:
         "--push_to_hub", metavar="REPO_ID", help="upload the folder to this dataset repository at the end"
     )
     common.add_argument("--private", action="store_true", help="make that repository private if it is made")
-    reading = argparse.ArgumentParser(add_help=False, parents=[common])
+    reading = ArgumentParser(add_help=False, parents=[common])
     reading.add_argument("--splits", nargs="+", help="such as val testA (default: all)")
 
-    parser = argparse.ArgumentParser(description="Prepare referring expressions: Parquet, one row an image.")
+    parser = ArgumentParser(description="Prepare referring expressions: Parquet, one row an image.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, plan, add_arguments, text in (
         ("refer", plan_refer, add_refer_arguments, "RefCOCO, RefCOCO+, RefCOCOg, RefCLEF in REFER's layout"),
@@ -319,7 +319,7 @@ def add_referit_arguments(command: argparse.ArgumentParser) -> None:
 def add_hub_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("path_or_id", help="such as jxu124/refcoco, or a local folder of such a copy")
     command.add_argument("--image_dir", type=Path, help="COCO's train2014 images, for copies without images")
-    command.add_argument("--revision", help="a branch, tag or commit")
+    add_options(command, "data_revision")
 
 
 def add_coco_arguments(command: argparse.ArgumentParser) -> None:

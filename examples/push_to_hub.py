@@ -18,10 +18,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from modeling_restr.hub import Example, push_to_hub, write_model_card
+from modeling_restr.options import ArgumentParser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Push a model's folder to the Hub.")
+    parser = ArgumentParser(description="Push a model's folder to the Hub.")
     parser.add_argument("folder", type=Path, help="the model's folder")
     parser.add_argument("repo_id", help="the repository, made as needed, such as you/restr")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -29,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     card = parser.add_argument_group("the card")
     card.add_argument("--recipe", type=Path, help="JSON file with the training's settings")
     card.add_argument("--evaluation", type=Path, action="append", default=[], help="JSON file of an evaluation")
-    card.add_argument("--data", help="what it was trained on, and under which terms (Markdown)")
+    card.add_argument("--training_data", help="what it was trained on, and under which terms (Markdown)")
     card.add_argument("--dataset", action="append", default=[], help="id of such a dataset on the Hub")
     card.add_argument("--base_model", help="id of the model on the Hub that the training started from")
     card.add_argument("--license", help="licence of the weights, such as cc-by-4.0 (default: the card names none)")
@@ -56,7 +57,7 @@ def write_card(args: argparse.Namespace) -> Path:
         args.folder,
         training=None if args.recipe is None else json.loads(args.recipe.read_text(encoding="utf-8")),
         evaluations=args.evaluation,
-        data=args.data,
+        data=args.training_data,
         datasets=args.dataset,
         base_model=args.base_model,
         license=args.license,

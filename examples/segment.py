@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import pipeline
 
 import modeling_restr  # noqa: F401  (makes `pipeline` know ReSTR)
+from modeling_restr.options import ArgumentParser, add_options, choose_device
 from modeling_restr.visualization import add_legend, draw_masks, save_image
 
 
@@ -23,13 +24,12 @@ CHECKPOINT = Path(__file__).parent / "restr_mini"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Segment what sentences refer to in a photograph.")
+    parser = ArgumentParser(description="Segment what sentences refer to in a photograph.")
     parser.add_argument("photo", type=Path, help="the image file")
     parser.add_argument("sentences", nargs="+", help="one or more referring expressions, each in quotes")
     parser.add_argument("--model", default=str(CHECKPOINT), help="folder or Hub id (default: the shipped checkpoint)")
-    parser.add_argument("--output_dir", type=Path, default=Path("."), help="where the PNG files go (default: here)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is inside")
-    parser.add_argument("--device", default=None, help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    output_dir = {"default": Path("."), "help": "where the PNG files go (default: here)"}
+    add_options(parser, "threshold", "revision", "device", "num_threads", output_dir=output_dir)
     return parser.parse_args()
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         raise SystemExit(f"There is no file {args.photo}: expected the path of an image.")
     try:
         task: Any = "referring-image-segmentation"  # transformers types its own tasks only
-        pipe: Any = pipeline(task, model=args.model, device=args.device)
+        pipe: Any = pipeline(task, model=args.model, revision=args.revision, device=choose_device(args))
         photo = read_photo(args.photo, pipe.processor.image_processor)
         results = pipe(photo, text=args.sentences, threshold=args.threshold)
     # No model or image, a sentence without words, a threshold out of range, ...

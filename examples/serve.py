@@ -7,7 +7,6 @@ POST / takes a request as JSON, or a photo as it is with the sentences in the qu
 For trying things out: it has neither TLS nor any idea of who is asking. docs/serving.md has requests and answers.
 """
 
-import argparse
 import io
 import json
 import re
@@ -22,6 +21,7 @@ from urllib.parse import parse_qsl
 
 import modeling_restr  # noqa: F401  (so that a folder without code can be served)
 from modeling_restr.hub.handler import EndpointHandler, RequestError
+from modeling_restr.options import ArgumentParser, add_options, choose_device
 
 
 CHECKPOINT = Path(__file__).parent / "restr_mini"
@@ -157,12 +157,17 @@ def _error(reason: object) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a model on this machine, as an Inference Endpoint does.")
+    parser = ArgumentParser(description="Serve a model on this machine, as an Inference Endpoint does.")
     parser.add_argument("model", nargs="?", default=str(CHECKPOINT), help="folder or Hub id (the shipped checkpoint)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (this machine alone)")
     parser.add_argument("--port", type=int, default=8080, help="port to listen at (8080; 0 for any that is free)")
+    add_options(parser, "revision", "device", "num_threads")
     args = parser.parse_args()
-    with Server((args.host, args.port), EndpointHandler(args.model)) as server:
+    try:
+        handler = EndpointHandler(args.model, revision=args.revision, device=choose_device(args))
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    with Server((args.host, args.port), handler) as server:
         print(f"Serving {args.model} at http://{server.server_name}:{server.server_port}", flush=True)
         server.serve_forever()
 

@@ -5,7 +5,6 @@ Convert a checkpoint of the original ReSTR implementation to a folder that `from
         --image_size 480 --output_dir restr-refcoco
 """
 
-import argparse
 import logging
 import pickle
 import re
@@ -17,6 +16,7 @@ import torch
 from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
 from .image_processing_restr import ReSTRImageProcessor
 from .modeling_restr import ReSTRForImageSegmentation
+from .options import ArgumentParser, add_options
 from .processing_restr import ReSTRProcessor
 from .tokenization_restr import build_tokenizer, read_vocabulary
 
@@ -284,12 +284,10 @@ def convert_checkpoint(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Convert an original ReSTR checkpoint to a folder for from_pretrained."
-    )
+    parser = ArgumentParser(description="Convert an original ReSTR checkpoint to a folder for from_pretrained.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the original's .pth")
     parser.add_argument("--vocabulary", type=Path, required=True, help="its vocabulary file, one word a line")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    add_options(parser, output_dir={"required": True})
     parser.add_argument("--image_size", type=int, required=True, help="side of the input it was trained for")
     parser.add_argument("--num_attention_heads", type=int, default=12, help="of the vision and fusion encoders")
     parser.add_argument("--text_num_attention_heads", type=int, default=12)

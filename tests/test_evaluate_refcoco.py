@@ -18,6 +18,7 @@ from test_evaluation import make_dataset, make_model_and_processor, make_rows
 from transformers import pipeline
 
 from modeling_restr.data.canonical import decode_mask, encode_mask
+from modeling_restr.files import hold_folder
 from modeling_restr.hub import save_bundle
 from modeling_restr.metrics import ReferringIoU
 from modeling_restr.visualization import get_color
@@ -80,10 +81,10 @@ def data_folder(tmp_path_factory, rows):
 
 @pytest.fixture(scope="module")
 def evaluate(model_folder, data_folder):
-    """Runs the script in this process; returns what it writes to results.json."""
+    """Runs the script in this process, with one thread as in all others; returns what it writes to results.json."""
 
     def run(output_dir: Path, *options: object, data: Path = data_folder) -> dict:
-        arguments = [model_folder, data, "--split", "val", "--output_dir", output_dir, *options]
+        arguments = [model_folder, data, "--split", "val", "--output_dir", output_dir, "--num_threads", 1, *options]
         evaluate_refcoco.main([str(argument) for argument in arguments])
         return json.loads((output_dir / "results.json").read_text())
 
@@ -199,12 +200,6 @@ def test_two_processes_and_other_shards_give_the_same_to_the_last_pixel(tmp_path
     assert "oIoU=" in done.stderr
 
 
-def test_the_number_of_threads_is_set(tmp_path, evaluate):
-    torch.set_num_threads(2)
-    evaluate(tmp_path, "--max_images", 1)
-    assert torch.get_num_threads() == 1
-
-
 KILLED_AFTER_THREE_IMAGES = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -238,6 +233,12 @@ def test_goes_on_where_it_was_killed(tmp_path, model_folder, evaluate, evaluated
     whole = evaluate(tmp_path / "whole", data=data)
     assert len(evaluated) == len(rows)
     assert resumed["metrics"] == whole["metrics"] and resumed["expressions"] == whole["expressions"]
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, evaluate, evaluated):
+    with hold_folder(tmp_path, "evaluation"), pytest.raises(SystemExit, match="Another process writes to"):
+        evaluate(tmp_path)
+    assert not evaluated and [path.name for path in tmp_path.iterdir()] == [".evaluation.lock"]
 
 
 def test_a_finished_evaluation_is_not_made_again(output_dir, results, evaluate, evaluated):

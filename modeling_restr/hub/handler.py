@@ -54,10 +54,13 @@ class EndpointHandler:
     - `RESTR_MAX_SENTENCE_LENGTH` (500): characters of a sentence.
     """
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", revision: str | None = None, device: Any = None) -> None:
         """
         Args:
             path (`str`): The model's folder, or its id on the Hub.
+            revision (`str`, *optional*): Branch, tag or commit of that model on the Hub.
+            device (`torch.device` or `str`, *optional*): Where the model runs; by default on an accelerator if there
+                is one.
 
         Raises:
             `ValueError`: An environment variable is no positive integer.
@@ -71,7 +74,7 @@ class EndpointHandler:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         # Where the package is imported, it loads models with and without code by its own task.
         task: Any = _TASK if _TASK in PIPELINE_REGISTRY.get_supported_tasks() else "image-segmentation"
-        pipe: Any = pipeline(task, model=path, trust_remote_code=True)
+        pipe: Any = pipeline(task, model=path, revision=revision, device=device, trust_remote_code=True)
         self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer
         # Pipelines are not made for threads (a tokenizer's padding is set as it is used), and the pixels and masks of
         # one request are enough to have in memory.

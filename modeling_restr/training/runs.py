@@ -47,8 +47,8 @@ AUGMENTATIONS = ("scale", "crop", "color", "mirror")
 SCRIPTS = ("run_referring_segmentation_no_trainer.py", "run_referring_segmentation.py")
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ModelArguments:
     """What to start from: a trained ReSTR, or a new one."""
 
     model_name_or_path: str | None = option(None, "Folder or Hub id of a ReSTR to go on from.")
-    model_revision: str = option("main", "Its version on the Hub.")
+    revision: str = option("main", "Branch, tag or commit of the model on the Hub.", aliases=["--model_revision"])
     vision_model_name_or_path: str = option(PAPER.start, "Of a new model: the ViT to start from. The paper's.")
     word_vectors: str | None = option(
         None, "Of a new model: file in GloVe's text format, as the paper starts from. Random word vectors without it."
@@ -75,7 +75,9 @@ class DataArguments:
     """The data, and what becomes of it."""
 
     dataset_name: str = field(metadata={"help": "Folder or Hub id of prepared data, one row an image."})
-    dataset_revision: str | None = option(None, "Its version on the Hub; main by default.")
+    data_revision: str | None = option(
+        None, "Branch, tag or commit of the data on the Hub; main by default.", aliases=["--dataset_revision"]
+    )
     train_split: str = option("train", "Split to train on.")
     validation_split: str = option("val", "Split to evaluate on; '' for none.")
     expressions_per_image: int = option(
@@ -145,7 +147,7 @@ def load_data(
     Raises:
         ValueError: it is not in the canonical form, or has expressions without words.
     """
-    place: dict[str, Any] = {"path_or_id": args.dataset_name, "revision": args.dataset_revision}
+    place: dict[str, Any] = {"path_or_id": args.dataset_name, "revision": args.data_revision}
     place["streaming"] = args.streaming
     validation_data = None
     with main_process_first:  # it fills the cache of `datasets`
@@ -210,7 +212,7 @@ def load_model(
     if args.model_name_or_path is None:
         model, processor = create_model(args, iterate_sentences(train_data))
     else:
-        options: dict[str, Any] = {"revision": args.model_revision}
+        options: dict[str, Any] = {"revision": args.revision}
         model = ReSTRForImageSegmentation.from_pretrained(args.model_name_or_path, dtype=torch.float32, **options)
         processor = ReSTRProcessor.from_pretrained(args.model_name_or_path, **options)
         if isinstance(train_data, datasets.Dataset):
@@ -267,7 +269,7 @@ def describe_start(
         "word_vectors": _name_word_vectors(model_args),
         "start": shorten(model_args.model_name_or_path or model_args.vision_model_name_or_path),
         "dataset": shorten(data_args.dataset_name)
-        + (f"@{data_args.dataset_revision}" if data_args.dataset_revision else ""),
+        + (f"@{data_args.data_revision}" if data_args.data_revision else ""),
         "split": data_args.train_split,
         "num_expressions": None if is_stream else int(count_expressions(train_data).sum()),
         "data_fingerprint": fingerprint_on_main_process(train_data, is_main_process),
