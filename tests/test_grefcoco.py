@@ -140,7 +140,7 @@ def test_no_target_is_an_empty_mask(tmp_path, ann_id, category_id):
         ([[-9, -9, -3, -9, -3, -1]], "covers no pixel"),
         ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "covers no pixel"),
         ([[1e9, 1, 12, 1, 12, 9]], "got 1000000000.0"),
-        (5, r"got \[5\]"),
+        (5, "got 1 numbers"),
     ],
 )
 @pytest.mark.parametrize("ann_ids", [[10], [10, 20], [20, 10]], ids=str)

@@ -196,6 +196,7 @@ def check_refs(refs: Any, path: Path, fields: Mapping[str, Kind] = REF_FIELDS) -
 
 
 def check_sentences(ref: dict[str, Any], place: str) -> None:
+    """Check that each of a reference's sentences has an id and a text; raises `ValueError` as [`check_fields`]."""
     for sentence in ref["sentences"]:
         check_fields(sentence, SENTENCE_FIELDS, f"{place}, sentences")
 

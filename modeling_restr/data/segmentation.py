@@ -25,6 +25,7 @@ Part = Sequence[Any] | dict[str, Any]
 # function that loads a mask, called when the row is built.
 Segmentation = dict[str, Any] | Sequence[Any] | np.ndarray | Callable[[], np.ndarray]
 
+_POLYGON = "A polygon must be [x0, y0, x1, y1, ...] of at least 3 points"
 MAX_OUTLINE = 100  # times height + width: the longest outline of a polygon, in pixels
 
 
@@ -129,13 +130,12 @@ def _are_points(values: Any) -> bool:
 
 def _flatten_polygon(part: Any) -> list[Any]:
     numbers = list(itertools.chain(*part)) if _are_points(part) else part
-    if not are_numbers(numbers) or len(numbers) % 2:
-        raise ValueError(_describe_polygon(part))
+    if not are_numbers(numbers):
+        others = [value for value in numbers if not are_numbers([value])] if isinstance(numbers, list) else [part]
+        raise ValueError(f"{_POLYGON}, got {reprlib.repr(others[0])}.")
+    if len(numbers) % 2:
+        raise ValueError(f"{_POLYGON}, got {len(numbers)} numbers: {reprlib.repr(numbers)}.")
     return list(numbers)
-
-
-def _describe_polygon(part: Any) -> str:
-    return f"A polygon must be [x0, y0, x1, y1, ...] of at least 3 points, got {reprlib.repr(part)}."
 
 
 def _is_stray(part: list[Any] | dict[str, Any]) -> bool:
@@ -159,7 +159,7 @@ def _check_size(found: Iterable[int], size: tuple[int, int]) -> None:
 def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:
     """pycocotools takes 40 bytes for each pixel of the outline."""
     if _is_stray(polygon):
-        raise ValueError(_describe_polygon(polygon))
+        raise ValueError(f"{_POLYGON}, got {polygon}.")
     height, width = size
     for number, side in zip(polygon, itertools.cycle((width, height))):
         if not -side <= number <= 2 * side:
