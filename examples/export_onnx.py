@@ -2,7 +2,7 @@
 Export a model to ONNX, to run it without PyTorch and Transformers:
 
     python examples/export_onnx.py examples/restr_mini --output_dir restr-onnx --int8
-    python -c 'from restr_onnx import ReSTROnnxPipeline; print(ReSTROnnxPipeline()("photo.jpg", text="the red circle"))'
+    python -c 'from restr_onnx import ReSTROnnxPipeline; print(ReSTROnnxPipeline()("photo.jpg", text="the dog on the left"))'
 
 The second command runs in the exported folder, which may be moved anywhere. docs/export.md says what is in it.
 """

@@ -1,7 +1,7 @@
 """
 Segment what sentences refer to in a photograph of your own:
 
-    python examples/segment.py photo.jpg "the red circle" "the star left of the square"
+    python examples/segment.py photo.jpg "the upper dog" "the lower dog"
 
 Writes an overlay picture with a legend and one mask a sentence as PNG files, beside each other in `--output_dir`.
 """
