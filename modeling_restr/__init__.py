@@ -6,7 +6,7 @@ Importing the package registers it with transformers: the Auto classes and `pipe
 """
 
 from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
-from .image_processing_restr import ReSTRImageProcessor
+from .image_processing_restr import ReSTRImageProcessor, UnreadableImageError
 from .modeling_restr import (
     ReSTRForImageSegmentation,
     ReSTRModel,
@@ -34,5 +34,6 @@ __all__ = [
     "ReSTRTextModel",
     "ReSTRVisionConfig",
     "ReSTRVisionModel",
+    "UnreadableImageError",
     "build_tokenizer",
 ]

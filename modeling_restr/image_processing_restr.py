@@ -4,15 +4,14 @@ from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which v
 
 
 # isort: split
-import os
+import math
 from collections.abc import Iterable, Mapping
-from io import BytesIO
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -23,14 +22,23 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .image_reading_restr import (
+    MAX_DEPTH,
+    UnreadableImageError,
+    list_images,
+    naming_the_image,
+    open_image,
+    read_image,
+    to_rgb,
+    to_uint8,
+)
 
-_CHANNELS = (1, 3, 4)
-# How far a float image may overshoot its range, as resampling filters do, before it counts as another range.
-_OVERSHOOT = 1e-3
+
+# No image has more: as many as Pillow's 32-bit sizes and PyTorch's 32-bit indices can count.
+_MAX_PIXELS = 2**31 - 1
 
 
 class ReSTRImageProcessorKwargs(ImagesKwargs, total=False):
@@ -69,7 +77,7 @@ class ReSTRImageProcessor(PilBackend):
 
     - the EXIF orientation is applied: sizes are those that a viewer shows;
     - transparency is composited onto white; grey, palette and CMYK images are converted;
-    - 16-bit images are scaled by 255 / 65535, float images by 255 if they lie in 0..1 (those in 0..255 stay);
+    - 16-bit images are scaled by 255 / 65535 (what a 16-bit grey PNG calls transparent is white), float images by 255 if they lie in 0..1 (those in 0..255 stay);
     - arrays may be (height, width), (height, width, channels) or (channels, height, width), of 1, 3 or 4 channels.
       Where both ends could be the channels, NumPy arrays are read as channels-last, tensors as channels-first.
 
@@ -97,10 +105,11 @@ class ReSTRImageProcessor(PilBackend):
     ) -> BatchFeature:
         """
         Args:
-            images: one image or a list of B: PIL images, NumPy arrays, tensors, paths or URLs.
-            segmentation_maps: N binary masks, one an expression: PIL images, arrays or tensors of two values, each
-                of the size of its image. Letterboxed as the image is, by area: a pixel of the label is set where the
-                mask covers more than half of it.
+            images: one image or a list of B: PIL images, NumPy arrays, tensors, paths, URLs, data URIs, the bytes of
+                a file, open files. They are read one after the other.
+            segmentation_maps: N binary masks, one per expression: PIL images, arrays or tensors of two values, each
+                (height, width) or (height, width, 1) of its image. Letterboxed as the image is, by area: a pixel of
+                the label is set where the mask covers more than half of it.
             image_indices: the image of each mask; by default all 0 for one image, else 0 .. N - 1.
 
         Returns:
@@ -108,21 +117,31 @@ class ReSTRImageProcessor(PilBackend):
             (N, height, width) of 0 and 1 if there are `segmentation_maps`.
 
         Raises:
-            ValueError: for images and masks that cannot be read as such or do not match up.
+            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
+                place in the list.
+            ValueError: for masks that cannot be read as such or do not match up, and for options out of range.
         """
         return super().preprocess(images, segmentation_maps, image_indices, **kwargs)
 
     def post_process_referring_segmentation(
-        self, outputs: Any, target_sizes: Iterable[tuple[int, int]] | torch.Tensor, threshold: float = 0.5
+        self,
+        outputs: Any,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor,
+        threshold: float = 0.5,
+        return_probabilities: bool = True,
+        size: Any | None = None,
     ) -> list[dict[str, torch.Tensor | float]]:
         """Undoes the letterbox: resizes the logits bilinearly in float32, and only then takes probabilities.
 
         Args:
             outputs: the model's outputs, with `logits` (N, height, width). Logits of a smaller grid than the model's
-                input, such as a logit a patch, are resized to it first.
+                input, such as one logit per patch, are resized to it first.
             target_sizes: (height, width) of each expression's image in pixels, N of them. From the processor's
                 outputs: `inputs["original_sizes"][inputs["image_indices"]]`.
             threshold: probability above which a pixel belongs to the mask.
+            return_probabilities: whether the results have `probabilities`, which take four times a mask's memory.
+            size: what the processor was called with, if that was another size than its own. The outputs of a model
+                with a pixel decoder show it; those of a coarse-only model do not.
 
         Returns:
             A dict for each expression, on the device of the logits: `mask` (bool, height x width), `probabilities`
@@ -130,38 +149,32 @@ class ReSTRImageProcessor(PilBackend):
 
         Raises:
             ValueError: for logits of another shape or that are not finite, another number of sizes than of
-                expressions, sizes that are not positive, a threshold outside 0..1.
+                expressions, sizes that are not positive integers, a threshold outside 0..1.
         """
-        logits = _check_logits(outputs.logits)
-        sizes = _check_target_sizes(target_sizes, len(logits))
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"Expected a threshold from 0 to 1, got {threshold}.")
-        canvas_size = self._get_canvas_size((logits.shape[1], logits.shape[2]))
+        logits = _check_logits(outputs)
+        target_sizes = _check_target_sizes(target_sizes, len(logits))
+        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+            raise ValueError(f"Expected a threshold from 0 to 1, got {threshold!r}.")
+        canvas_size = self._get_canvas_size(outputs, size)
         logit_threshold = torch.tensor(threshold, dtype=torch.float64).logit().item()
         results = []
-        for index, size in enumerate(sizes):  # one at a time: all of them at full size could fill the memory
-            image_logits = _undo_letterbox(logits[index], canvas_size, size)
+        for index, image_size in enumerate(target_sizes):  # one at a time: all at full size could fill the memory
+            image_logits = _undo_letterbox(logits[index], canvas_size, image_size)
             mask = image_logits > logit_threshold
-            probabilities = image_logits.sigmoid_()
-            score = probabilities[mask].mean().item() if mask.any() else 0.0
-            results.append({"mask": mask, "probabilities": probabilities, "score": score})
+            score = image_logits[mask].sigmoid().mean().item() if mask.any() else 0.0
+            results.append({"mask": mask, "score": score})
+            if return_probabilities:
+                results[-1]["probabilities"] = image_logits.sigmoid_()
         return results
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens paths and URLs, recursively in lists, with their mode, transparency and EXIF orientation intact."""
+        """Opens images in any form, in lists too, with their mode, transparency and EXIF orientation intact."""
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
+            list_images(source)  # which refuses lists without end
             return [self.fetch_images(item) for item in source]
-        if isinstance(source, (str, os.PathLike)):
-            return _open_image(os.fspath(source))
-        if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 2:
-            return source[..., None] if isinstance(source, np.ndarray) else source[None]
-        if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
-            return source
-        raise ValueError(
-            "Expected an image as a PIL image, a NumPy array, a tensor, a path or a URL, or a list of these,"
-            f" got {type(source).__name__}."
-        )
+        with naming_the_image(source):
+            return open_image(source)
 
     def process_image(
         self,
@@ -171,21 +184,14 @@ class ReSTRImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> np.ndarray:
         """Converts one image to an array of shape (channels, height, width), uint8 or (see the class) float32."""
-        if isinstance(image, Image.Image):
-            array = _pil_to_array(image)
-        else:
-            array = _to_channels_first(image, input_data_format)
-        if array.size == 0:
-            raise ValueError(f"Expected an image of at least one pixel, got (channels, height, width) {array.shape}.")
-        keep_floats = array.dtype.kind == "f" and not kwargs.get("do_rescale")
-        array = array.astype(np.float32) if keep_floats else _to_uint8(array)
-        return _to_rgb(array) if do_convert_rgb else array
+        with naming_the_image(image):
+            pixels = _read_pixels(image, do_convert_rgb, input_data_format, **kwargs)
+        array = _to_array(pixels)
+        return to_rgb(array) if do_convert_rgb else array
 
     def _standardize_kwargs(self, *args: Any, **kwargs: Any) -> dict:
-        kwargs = super()._standardize_kwargs(*args, **kwargs)
-        size = kwargs["size"]
-        if not (size.height and size.width and size.height > 0 and size.width > 0):
-            raise ValueError(f"Expected a size with a positive 'height' and 'width', got {dict(size)}.")
+        kwargs = super()._standardize_kwargs(*args, **kwargs | {"size": _read_size(kwargs.get("size"))})
+        _check_options(kwargs)
         return kwargs
 
     def _validate_preprocess_kwargs(self, *args: Any, **kwargs: Any) -> None:
@@ -198,27 +204,23 @@ class ReSTRImageProcessor(PilBackend):
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         segmentation_maps, image_indices = args
-        arrays = self._prepare_image_like_inputs(images, **kwargs)
-        if not arrays:
+        sources = list_images(images)
+        if not sources:
             raise ValueError("Expected at least one image, got none.")
-        original_sizes = [array.shape[-2:] for array in arrays]
-        data: dict[str, Any] = {
-            "pixel_values": [self._preprocess_image(array, **kwargs) for array in arrays],
-            "original_sizes": original_sizes,
-        }
+        data: dict[str, Any] = {"pixel_values": [], "original_sizes": []}
+        for place, source in enumerate(sources):  # one at a time: all at full size could fill the memory
+            with naming_the_image(source, place if len(sources) > 1 else None):
+                pixels = _read_pixels(source, **kwargs)
+            data["original_sizes"].append(_get_size(pixels))
+            data["pixel_values"].append(self._preprocess_image(pixels, **kwargs))
         if segmentation_maps is not None:
-            maps = _list_segmentation_maps(segmentation_maps)
-            indices = _resolve_image_indices(image_indices, len(maps), len(arrays))
             canvas_size = _to_tuple(kwargs["size"]) if kwargs["do_resize"] else None
-            data["labels"] = [
-                _letterbox_mask(_check_mask(mask, number, original_sizes[index]), canvas_size)
-                for number, (mask, index) in enumerate(zip(maps, indices, strict=True))
-            ]
+            data["labels"] = _make_labels(segmentation_maps, image_indices, data["original_sizes"], canvas_size)
         return BatchFeature(data, tensor_type=kwargs["return_tensors"])
 
     def _preprocess_image(
         self,
-        image: np.ndarray,
+        image: Image.Image | np.ndarray,
         do_resize: bool,
         size: SizeDict,
         resample: PILImageResampling,
@@ -228,107 +230,116 @@ class ReSTRImageProcessor(PilBackend):
         image_mean: float | Iterable[float],
         image_std: float | Iterable[float],
         pad_after_normalization: bool,
+        do_convert_rgb: bool | None,
         **kwargs: Any,
     ) -> np.ndarray:
         canvas_size = _to_tuple(size)
-        top, left, height, width = get_letterbox(image.shape[-2:], canvas_size)
-        if do_resize:
-            image = _resize(image, height, width, resample)
-            if not pad_after_normalization:
-                image = _place(image, canvas_size, top, left)
+        top, left, height, width = get_letterbox(_get_size(image), canvas_size)
+        image = _resize(image, height, width, resample) if do_resize else _to_array(image)
+        if do_convert_rgb:  # of a grey image
+            image = to_rgb(image)
+        if do_resize and not pad_after_normalization:
+            image = _place(image, canvas_size, top, left)
         image = self.rescale(image, rescale_factor) if do_rescale else image.astype(np.float32)
         if do_normalize:
             image = self.normalize(image, image_mean, image_std)
         return _place(image, canvas_size, top, left) if do_resize and pad_after_normalization else image
 
-    def _get_canvas_size(self, grid_size: tuple[int, int]) -> tuple[int, int]:
-        """The letterbox's canvas: `size` if the grid of the logits divides it evenly, else the grid itself.
-
-        The second case is a size that was passed in the call.
+    def _get_canvas_size(self, outputs: Any, size: Any | None) -> tuple[int, int]:
+        """The letterbox's canvas: `size` of the call, or else that of logits that are finer than the patches, or else
+        the processor's own if the grid of the logits divides it evenly, or else that grid itself.
         """
-        size = _to_tuple(self.size)
-        factors = {length / grid for length, grid in zip(size, grid_size, strict=True)}
-        return size if len(factors) == 1 and factors.pop().is_integer() else grid_size
+        if size is not None:
+            return _to_tuple(_read_size(size))
+        grid_size = tuple(outputs.logits.shape[1:])
+        patch_logits = getattr(outputs, "patch_logits", None)
+        if patch_logits is not None and tuple(patch_logits.shape[1:]) != grid_size:
+            return grid_size
+        own_size = _to_tuple(self.size)
+        factors = {length / grid for length, grid in zip(own_size, grid_size, strict=True)}
+        return own_size if len(factors) == 1 and factors.pop().is_integer() else grid_size
 
 
 def _to_tuple(size: Mapping[str, int] | SizeDict) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
-def _open_image(source: str) -> Image.Image:
-    # transformers' `load_image` converts what it opens to RGB, which clips 16-bit images and drops transparency: it
-    # is left with base64 strings and with the error for anything else.
-    if os.path.isfile(source):
-        return Image.open(source)
-    if source.startswith(("http://", "https://")):
-        response = get_session().get(source, follow_redirects=True, timeout=60)
-        response.raise_for_status()
-        return Image.open(BytesIO(response.content))
-    return load_image(source)
+def _read_size(size: Any) -> SizeDict:
+    """Reads a `size` of any form that transformers knows.
+
+    Raises:
+        ValueError: if it is not a height and a width of at least one pixel.
+    """
+    values = size
+    if isinstance(size, Integral):
+        values = {"height": size, "width": size}
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        values = {"height": size[0], "width": size[1]}
+    elif isinstance(size, SizeDict):
+        values = dict(size)
+    is_size = isinstance(values, Mapping) and set(values) == {"height", "width"}
+    if not is_size or not all(_is_integer(length) and length > 0 for length in values.values()):
+        raise ValueError(f"Expected a size with a positive 'height' and 'width', got {size!r}.")
+    return SizeDict(height=int(values["height"]), width=int(values["width"]))
 
 
-def _pil_to_array(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _to_channels_first(image: Any, input_data_format: str | ChannelDimension | None) -> np.ndarray:
-    """Returns an array of shape (channels, height, width), whichever end of the given image the channels are at."""
-    is_tensor = isinstance(image, torch.Tensor)
-    if is_tensor:
-        image = image.detach().cpu()
-        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-    ends = [end for end in ((0, -1) if is_tensor else (-1, 0)) if image.shape[end] in _CHANNELS]
-    if input_data_format is not None:
-        ends = [0 if ChannelDimension(input_data_format) == ChannelDimension.FIRST else -1]
-    if not ends:
-        raise ValueError(
-            "Expected an image of shape (height, width), (height, width, channels) or (channels, height, width) with"
-            f" 1, 3 or 4 channels, got {image.shape}."
-        )
-    return np.moveaxis(image, ends[0], 0)
+def _check_options(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: for options that are no numbers or switches, are not finite, or would make every pixel the same.
+    """
+    for name, lowest in (("rescale_factor", 0), ("image_mean", -math.inf), ("image_std", 0)):
+        value = options.get(name)
+        numbers: Any = list(value) if isinstance(value, Iterable) and name != "rescale_factor" else [value]
+        are_numbers = bool(numbers) and all(isinstance(n, Real) and not isinstance(n, bool) for n in numbers)
+        if value is not None and not (are_numbers and all(lowest < number < math.inf for number in numbers)):
+            above = " above 0" if lowest == 0 else ""
+            raise ValueError(f"Expected finite numbers{above} as {name} of the image processor, got {value!r}.")
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "pad_after_normalization"):
+        if not isinstance(options.get(name), (bool, np.bool_, type(None))):
+            raise ValueError(f"Expected True or False as {name} of the image processor, got {options[name]!r}.")
+    resample = options.get("resample")
+    if resample is not None and not (_is_integer(resample) and resample in set(PILImageResampling)):
+        raise ValueError(f"Expected resample as one of {list(map(int, PILImageResampling))}, got {resample!r}.")
 
 
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """Scales an image of any number type to 0..255."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    low, high = float(array.min()), float(array.max())
-    ranges = [65535] if array.dtype.kind == "u" and array.dtype.itemsize == 2 else [255, 65535]
-    if array.dtype.kind == "f":
-        ranges = [1, 255]
-    full = next((full for full in ranges if -_OVERSHOOT * full <= low and high <= full * (1 + _OVERSHOOT)), None)
-    if full is None:  # NaN ends here, too
-        raise ValueError(
-            "Expected the values of an image in 0..1 or 0..255 for floats, in 0..255 or 0..65535 for integers, before"
-            f" any normalization; got {array.dtype} from {low} to {high}."
-        )
-    return np.clip(np.round(array * (255.0 / full)), 0, 255).astype(np.uint8)
+def _read_pixels(
+    source: Any,
+    do_convert_rgb: bool | None = None,
+    input_data_format: str | ChannelDimension | None = None,
+    do_rescale: bool | None = None,
+    **kwargs: Any,
+) -> Image.Image | np.ndarray:
+    """A PIL image of mode "L" or "RGB", which is faster to resize, or an array of uint8 or (see the class) float32."""
+    pixels = read_image(source, input_data_format)
+    if isinstance(pixels, Image.Image):
+        return pixels
+    pixels = pixels.astype(np.float32) if pixels.dtype.kind == "f" and not do_rescale else to_uint8(pixels)
+    return to_rgb(pixels) if do_convert_rgb else pixels
 
 
-def _to_rgb(array: np.ndarray) -> np.ndarray:
-    """Converts (1, 3 or 4 channels, height, width) to RGB, transparency composited onto white."""
-    if array.shape[0] not in _CHANNELS:
-        raise ValueError(f"Expected an image of 1, 3 or 4 channels, got {array.shape[0]}.")
-    if array.shape[0] == 4:
-        white = 255 if array.dtype == np.uint8 else 1
-        alpha = array[3:].astype(np.float32) / white
-        composite = alpha * array[:3] + (1 - alpha) * white
-        array = np.round(composite).astype(np.uint8) if white == 255 else composite
-    return np.repeat(array, 3, axis=0) if array.shape[0] == 1 else array
+def _get_size(pixels: Image.Image | np.ndarray) -> tuple[int, int]:
+    return (pixels.height, pixels.width) if isinstance(pixels, Image.Image) else pixels.shape[-2:]
 
 
-def _resize(image: np.ndarray, height: int, width: int, resample: PILImageResampling) -> np.ndarray:
-    """Resizes (channels, height, width) channel by channel, in the image's own number type."""
-    if image.shape[-2:] == (height, width):
-        return image
+def _to_array(pixels: Image.Image | np.ndarray) -> np.ndarray:
+    """(channels, height, width)"""
+    array = np.asarray(pixels)
+    if isinstance(pixels, Image.Image):
+        array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return array
+
+
+def _resize(image: Image.Image | np.ndarray, height: int, width: int, resample: PILImageResampling) -> np.ndarray:
+    """Resizes to (channels, height, width), channel by channel, in the image's own number type."""
+    if _get_size(image) == (height, width):
+        return _to_array(image)
+    if isinstance(image, Image.Image):
+        return _to_array(image.resize((width, height), resample))
     channels = [Image.fromarray(channel).resize((width, height), resample) for channel in image]
     return np.stack([np.asarray(channel) for channel in channels])
 
@@ -339,17 +350,46 @@ def _place(image: np.ndarray, canvas_size: tuple[int, int], top: int, left: int)
     return canvas
 
 
-def _list_segmentation_maps(segmentation_maps: Any) -> list[Any]:
-    """Flattens what was passed as masks: one, a list, a list of lists or an array of shape (N, height, width)."""
+def _make_labels(
+    segmentation_maps: Any,
+    image_indices: Iterable[int] | None,
+    image_sizes: list[tuple[int, int]],
+    canvas_size: tuple[int, int] | None,
+) -> list[np.ndarray]:
+    """(height, width) of 0 and 1 for each map; one that is given for several sentences is letterboxed once."""
+    maps = _list_segmentation_maps(segmentation_maps, set(image_sizes))
+    indices = _resolve_image_indices(image_indices, len(maps), len(image_sizes))
+    labels: dict[tuple[int, int], np.ndarray] = {}
+    keys = [(id(mask), index) for mask, index in zip(maps, indices, strict=True)]
+    for number, (key, mask) in enumerate(zip(keys, maps)):
+        if key not in labels:
+            labels[key] = _letterbox_mask(_check_mask(mask, number, image_sizes[key[1]]), canvas_size)
+    return [labels[key] for key in keys]
+
+
+def _list_segmentation_maps(
+    segmentation_maps: Any, image_sizes: set[tuple[int, int]], max_depth: int = MAX_DEPTH
+) -> list[Any]:
+    """Flattens what was passed as masks: one, a list, a list of lists, an array (N, height, width), with or without a
+    last axis of one channel.
+    """
     if isinstance(segmentation_maps, Image.Image):
         return [segmentation_maps]
-    if isinstance(segmentation_maps, (list, tuple)):
-        return [mask for item in segmentation_maps for mask in _list_segmentation_maps(item)]
-    if isinstance(segmentation_maps, (np.ndarray, torch.Tensor)) and segmentation_maps.ndim in (2, 3):
-        return [segmentation_maps] if segmentation_maps.ndim == 2 else list(segmentation_maps)
-    shape = getattr(segmentation_maps, "shape", type(segmentation_maps).__name__)
+    if isinstance(segmentation_maps, (list, tuple)) and max_depth:
+        return [
+            mask for item in segmentation_maps for mask in _list_segmentation_maps(item, image_sizes, max_depth - 1)
+        ]
+    shape: Any = tuple(getattr(segmentation_maps, "shape", ()))
+    if isinstance(segmentation_maps, (np.ndarray, torch.Tensor)) and len(shape) in (2, 3, 4):
+        # (N, height, 1) are maps of images that are one pixel wide.
+        is_stack = len(shape) == 3 and shape[:2] not in image_sizes and 1 in {width for _, width in image_sizes}
+        has_channel = shape[-1] == 1 and len(shape) > 2 and not is_stack
+        maps = segmentation_maps[..., 0] if has_channel else segmentation_maps
+        if maps.ndim < 4:
+            return [maps] if maps.ndim == 2 else list(maps)
     raise ValueError(
-        f"Expected segmentation_maps as PIL images or arrays of shape (height, width), one an expression, got {shape}."
+        "Expected segmentation_maps as PIL images or arrays of shape (height, width), one per expression, got"
+        f" {shape or type(segmentation_maps).__name__}."
     )
 
 
@@ -359,7 +399,7 @@ def _resolve_image_indices(image_indices: Iterable[int] | None, num_maps: int, n
     indices = [int(index) for index in image_indices] if image_indices is not None else None
     if indices is None or len(indices) != num_maps or not set(indices) <= set(range(num_images)):
         raise ValueError(
-            "Expected one segmentation map an expression, and for each the index of its image in image_indices; got"
+            "Expected one segmentation map per expression, and for each the index of its image in image_indices; got"
             f" {num_maps} segmentation maps, {num_images} images and image_indices {indices}."
         )
     return indices
@@ -368,7 +408,8 @@ def _resolve_image_indices(image_indices: Iterable[int] | None, num_maps: int, n
 def _check_mask(mask: Any, number: int, image_size: tuple[int, int]) -> np.ndarray:
     """Returns the mask as a bool array (height, width) after checking its size and its values."""
     if isinstance(mask, Image.Image):
-        mask = ImageOps.exif_transpose(mask)
+        with naming_the_image(mask, number):
+            mask = np.asarray(ImageOps.exif_transpose(mask))
     array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
     if array.shape != tuple(image_size):
         raise ValueError(
@@ -376,8 +417,8 @@ def _check_mask(mask: Any, number: int, image_size: tuple[int, int]) -> np.ndarr
             f" {array.shape}."
         )
     foreground = array != 0
-    values = array[foreground]
-    if values.size and (values != values[0]).any():
+    values = array[:0] if array.dtype == bool else array[foreground]
+    if len(values) and (values != values[0]).any():
         raise ValueError(
             f"Expected segmentation map {number} to be binary (0 and one other value), got values from {array.min()}"
             f" to {array.max()}. Pass `map == id` for one object of an id map."
@@ -390,21 +431,38 @@ def _letterbox_mask(mask: np.ndarray, canvas_size: tuple[int, int] | None) -> np
     if canvas_size is None:
         return mask.astype(np.int64)
     top, left, height, width = get_letterbox(mask.shape, canvas_size)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return np.zeros(canvas_size, dtype=np.int64)
     if mask.shape != (height, width):
-        # The integral image of a mask is bilinear inside each pixel, so interpolating it is exact, and its
-        # differences are the areas covered.
-        integral = F.pad(torch.from_numpy(mask).cumsum(0).cumsum(1), (1, 0, 1, 0)).double()
-        corners = F.interpolate(integral[None, None], (height + 1, width + 1), mode="bilinear", align_corners=True)[
-            0, 0
-        ]
-        area = corners.diff(dim=0).diff(dim=1).numpy() * (height * width / mask.size)
+        box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # nothing is covered outside
+        by_rows = _sum_intervals(box, rows[0], mask.shape[0], height)  # (height, width of the box)
+        area = _sum_intervals(by_rows.T, columns[0], mask.shape[1], width).T * (height * width / mask.size)
         mask = area > 0.5 + 1e-6
     return _place(mask.astype(np.int64), canvas_size, top, left)
 
 
-def _check_logits(logits: torch.Tensor) -> torch.Tensor:
-    if logits.ndim != 3 or 0 in logits.shape[1:]:
-        raise ValueError(f"Expected logits of shape (expressions, height, width), got {tuple(logits.shape)}.")
+def _sum_intervals(array: np.ndarray, start: int, length: int, num_intervals: int) -> np.ndarray:
+    """Cuts an axis of `length` into equal intervals and sums over each, with the parts of what a border cuts.
+
+    Args:
+        array: what there is on the axis from `start` on, its first; zeros elsewhere.
+
+    Returns:
+        (num_intervals, ...) in float64.
+    """
+    integral = np.zeros((len(array) + 1, *array.shape[1:]), dtype=np.float64 if array.dtype != bool else np.int32)
+    np.cumsum(array, axis=0, out=integral[1:])
+    borders = np.clip(np.arange(num_intervals + 1) * (length / num_intervals) - start, 0, len(array))
+    lower = np.minimum(borders.astype(np.int64), len(array) - 1)
+    return np.diff(integral[lower] + (borders - lower)[:, None] * array[lower], axis=0)
+
+
+def _check_logits(outputs: Any) -> torch.Tensor:
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or 0 in logits.shape[1:]:
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"Expected logits as a tensor of shape (expressions, height, width), got {got}.")
     logits = logits.detach()
     if not logits.isfinite().all():
         raise ValueError(
@@ -417,15 +475,26 @@ def _check_logits(logits: torch.Tensor) -> torch.Tensor:
 def _check_target_sizes(
     target_sizes: Iterable[tuple[int, int]] | torch.Tensor, num_expressions: int
 ) -> list[tuple[int, int]]:
-    rows = target_sizes.tolist() if isinstance(target_sizes, (torch.Tensor, np.ndarray)) else list(target_sizes)
+    if isinstance(target_sizes, (torch.Tensor, np.ndarray)):
+        target_sizes = target_sizes.tolist()
+    rows = list(target_sizes) if isinstance(target_sizes, Iterable) else []
     if len(rows) != num_expressions:
         raise ValueError(
-            f"Expected one target size an expression, {num_expressions}, got {len(rows)}. The processor returns one"
-            ' original size an image: pass `inputs["original_sizes"][inputs["image_indices"]]`.'
+            f"Expected one target size per expression, {num_expressions}, got {len(rows)}. The processor returns one"
+            ' original size per image: pass `inputs["original_sizes"][inputs["image_indices"]]`.'
         )
-    if any(len(row) != 2 or min(row) < 1 for row in rows):
+    rows = [row.tolist() if isinstance(row, (torch.Tensor, np.ndarray)) else row for row in rows]
+    if not all(_is_image_size(row) for row in rows):
         raise ValueError(f"Expected target sizes as (height, width) in pixels, got {rows}.")
     return [(int(height), int(width)) for height, width in rows]
+
+
+def _is_image_size(size: Any) -> bool:
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        return False
+    if not all(isinstance(length, (Real, torch.Tensor)) and float(length).is_integer() for length in size):
+        return False
+    return min(size) >= 1 and float(size[0]) * float(size[1]) <= _MAX_PIXELS
 
 
 def _undo_letterbox(logits: torch.Tensor, canvas_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
@@ -438,4 +507,4 @@ def _undo_letterbox(logits: torch.Tensor, canvas_size: tuple[int, int], image_si
     return F.interpolate(logits, image_size, mode="bilinear", align_corners=False)[0, 0]
 
 
-__all__ = ["ReSTRImageProcessor", "ReSTRImageProcessorKwargs", "get_letterbox"]
+__all__ = ["ReSTRImageProcessor", "ReSTRImageProcessorKwargs", "UnreadableImageError", "get_letterbox"]

@@ -17,6 +17,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
 from .configuration_restr import MODEL_TAGS
+from .image_reading_restr import UnreadableImageError, is_image_file
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,8 @@ class ReSTRPipeline(Pipeline):
 
     >>> pipe = pipeline("referring-image-segmentation", model="path/or/id")
     >>> pipe("photo.jpg", text="the dog on the left")
-    [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>}]
+    [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>,
+      'unknown_words': [], 'truncated': False}]
     >>> results = pipe([{"image": "photo.jpg", "text": ["the dog", "the ball"]}, ...], batch_size=8)
     ```
 
@@ -75,7 +77,7 @@ class ReSTRPipeline(Pipeline):
     ) -> Any:
         """
         Args:
-            image: an image (PIL image, NumPy array, tensor, path or URL) with its `text`; or
+            image: an image (PIL image, NumPy array, tensor, path, URL, data URI, bytes or open file) with its `text`; or
                 `{"image": ..., "text": ...}`; or a list, generator or dataset of such dicts, or of images that all
                 get the same `text`.
             text: a sentence, or a list of them about one image.
@@ -88,10 +90,13 @@ class ReSTRPipeline(Pipeline):
         Returns:
             For one image a list with a dict for each sentence: `label`, the sentence; `score`, the mean probability
             inside the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" and of the image's own size (as a
-            viewer shows it), 255 inside and 0 outside. For a list a list of such lists, for a generator or dataset
-            an iterator over them.
+            viewer shows it), 255 inside and 0 outside; `unknown_words`, those that the model reads as `<unk>`;
+            `truncated`, whether the sentence has more words than the model reads. For a list a list of such lists, for
+            a generator or dataset an iterator over them. One warning per call names the words that sentences lost.
 
         Raises:
+            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
+                place in the list.
             ValueError: for anything else as images or sentences, sentences without words, and unknown parameters.
         """
         if text is not None:
@@ -103,7 +108,7 @@ class ReSTRPipeline(Pipeline):
                     ' To ask about several images pass [{"image": ..., "text": ...}, ...].'
                 )
             return super().__call__(list(image), **kwargs) if image else []
-        if isinstance(image, Iterator):
+        if isinstance(image, Iterator) and not is_image_file(image):
             return super().__call__((item for item in image), **kwargs)
         if _is_dataset(image):
             # transformers asks for torch's kind of dataset, which that of `datasets` is not.
@@ -139,7 +144,7 @@ class ReSTRPipeline(Pipeline):
         image, text = _split_input(input_, text)
         sentences = [text] if isinstance(text, str) else text
         inputs = processor(images=[image], text=[sentences], return_tensors="pt")
-        return {**inputs, "text": list(sentences)}
+        return {**inputs, "text": list(sentences), "lost_words": processor.find_lost_words(sentences)}
 
     def get_iterator(
         self,
@@ -158,14 +163,35 @@ class ReSTRPipeline(Pipeline):
         if total is None and num_workers > 1:
             logger.warning("An iterator cannot be shared by workers: num_workers is set to 1.")
             num_workers = 1
-        wrapper = PipelineIterator if total is None else PipelineDataset
-        dataset = wrapper(inputs, self.preprocess, preprocess_params)
+        dataset = self._prepare_items(inputs, total, preprocess_params)
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
-        with logging.tqdm(total=total, unit="image", disable=not show_progress) as progress:
-            for batch in loader:
-                for result in self.postprocess(self.forward(batch, **forward_params), **postprocess_params):
-                    progress.update()
-                    yield result
+        lost_words: list[dict] = []
+        try:
+            with logging.tqdm(total=total, unit="image", disable=not show_progress) as progress:
+                for batch in loader:
+                    lost_words += [lost for lost in batch["lost_words"] if any(lost.values())]
+                    for result in self.postprocess(self.forward(batch, **forward_params), **postprocess_params):
+                        progress.update()
+                        yield result
+        finally:
+            processor: Any = self.processor
+            if warning := processor.describe_lost_words(lost_words):
+                logger.warning(warning)
+
+    def _prepare_items(self, items: Any, total: int | None, params: dict) -> PipelineIterator | PipelineDataset:
+        if total is None:
+            return PipelineIterator(enumerate(items), self._preprocess_numbered, params)
+        if total == 1:
+            return PipelineDataset(items, self.preprocess, params)
+        return PipelineDataset(_Numbered(items), self._preprocess_numbered, params)
+
+    def _preprocess_numbered(self, numbered: tuple[int, Any], **kwargs: Any) -> dict[str, Any]:
+        number, item = numbered
+        try:
+            return self.preprocess(item, **kwargs)
+        except ValueError as error:
+            kind = UnreadableImageError if isinstance(error, UnreadableImageError) else ValueError
+            raise kind(f"Item {number}: {error}") from error
 
     def get_inference_context(self) -> Any:
         return torch.inference_mode
@@ -177,8 +203,9 @@ class ReSTRPipeline(Pipeline):
         chunks = zip(*(input_tensors[name].split(_SENTENCES_AT_A_TIME) for name in names))
         features = model.get_image_features(pixel_values)  # once, for all chunks
         logits = [model(vision_embeds=features, **dict(zip(names, chunk))).logits for chunk in chunks]
-        kept = ("image_indices", "original_sizes", "text")
-        return {"logits": torch.cat(logits), **{name: input_tensors[name] for name in kept}}
+        kept = ("image_indices", "original_sizes", "text", "lost_words")
+        size = tuple(pixel_values.shape[2:])
+        return {"logits": torch.cat(logits), "size": size, **{name: input_tensors[name] for name in kept}}
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], threshold: float = 0.5
@@ -195,14 +222,24 @@ class ReSTRPipeline(Pipeline):
         processor: Any = self.processor
         logits = model_outputs["logits"][number : number + 1].to(self.device)  # to resize where it is fast
         outputs = SimpleNamespace(logits=logits)
-        (result,) = processor.post_process_referring_segmentation(outputs, [size], threshold)
+        (result,) = processor.post_process_referring_segmentation(
+            outputs, [size], threshold, return_probabilities=False, size=model_outputs["size"]
+        )
         mask = Image.fromarray(result["mask"].to(torch.uint8).mul_(255).cpu().numpy())
-        return {"label": model_outputs["text"][number], "score": result["score"], "mask": mask}
+        lost = model_outputs["lost_words"][number]
+        return {
+            "label": model_outputs["text"][number],
+            "score": result["score"],
+            "mask": mask,
+            "unknown_words": lost["unknown_words"],
+            "truncated": bool(lost["cut_words"]),
+        }
 
 
 def _is_dataset(value: Any) -> bool:
     """Whether it has items by their numbers, and is no image."""
-    if isinstance(value, (str, os.PathLike, Mapping, Image.Image, torch.Tensor)) or hasattr(value, "__array__"):
+    others = (str, os.PathLike, Mapping, Image.Image, torch.Tensor)
+    if isinstance(value, others) or is_image_file(value) or hasattr(value, "__array__"):
         return False
     return isinstance(value, Dataset) or (isinstance(value, Sized) and hasattr(value, "__getitem__"))
 
@@ -221,12 +258,32 @@ def _split_input(input_: Any, text: Any) -> tuple[Any, Any]:
     return input_, text
 
 
+class _Numbered(Dataset):
+    """The items of a list or dataset with their numbers."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        try:
+            return number, self.items[number]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # of a dataset that decodes its images
+            raise UnreadableImageError(f"Item {number} cannot be read: {error}") from error
+
+
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Joins items of one image each; `image_indices` then count the images of the batch."""
-    batch: dict[str, Any] = {name: torch.cat([item[name] for item in items]) for name in items[0] if name != "text"}
+    of_sentences = ("text", "lost_words")
+    batch: dict[str, Any] = {
+        name: torch.cat([item[name] for item in items]) for name in items[0] if name not in of_sentences
+    }
     counts = torch.tensor([len(item["text"]) for item in items])
     batch["image_indices"] = torch.arange(len(items)).repeat_interleave(counts)
-    batch["text"] = [sentence for item in items for sentence in item["text"]]
+    for name in of_sentences:
+        batch[name] = [value for item in items for value in item[name]]
     return batch
 
 

@@ -6,22 +6,33 @@ from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which v
 # isort: split
 import copy
 import os
-from collections.abc import Iterable
+import string
+import unicodedata
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_restr import MODEL_TAGS
 from .image_processing_restr import ReSTRImageProcessorKwargs
+from .image_reading_restr import list_images
+
+
+# A warning names so many words of a kind.
+_MAX_NAMED_WORDS = 20
 
 
 class ReSTRProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: ReSTRImageProcessorKwargs  # type: ignore[misc]
     # The model's answer depends on the number of word slots: every expression fills all of the tokenizer's.
-    _defaults = {"text_kwargs": {"padding": "max_length", "truncation": True}}  # type: ignore[misc]
+    # What a tokenizer's configuration leaves out of its outputs is asked for.
+    _defaults = {  # type: ignore[misc]
+        "text_kwargs": {"padding": "max_length", "truncation": True, "return_attention_mask": True}
+    }
 
 
 class ReSTRProcessor(ProcessorMixin):
@@ -60,10 +71,13 @@ class ReSTRProcessor(ProcessorMixin):
         Returns:
             For images `pixel_values` (B, 3, height, width) and `original_sizes` (B, 2) as (height, width); for text
             `input_ids` and `attention_mask` (N, words); for both `image_indices` (N,), the image that each sentence
-            is about (for text alone only if it comes in lists, one an image); for segmentation maps `labels`
-            (N, height, width).
+            is about (for text alone only if it comes in lists, one per image); for segmentation maps `labels`
+            (N, height, width) of 0 and 1. The ids are words of the tokenizer, and every sentence has at least one: the
+            model, which never reads a value, relies on that.
 
         Raises:
+            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
+                place in the list.
             ValueError: if images, sentences and segmentation maps do not match up, or a sentence has no words.
         """
         if images is None and text is None:
@@ -81,7 +95,7 @@ class ReSTRProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         image_indices = None
         if images is not None:
-            image_list: Any = make_flat_list_of_images(self.image_processor.fetch_images(images))
+            image_list: Any = list_images(images)
         if text is not None:
             sentences, image_indices = _match_sentences(text, None if images is None else len(image_list))
             data.update(self._encode_sentences(sentences, merged_kwargs["text_kwargs"]))
@@ -108,10 +122,46 @@ class ReSTRProcessor(ProcessorMixin):
         return super().push_to_hub(repo_id, tags=[*MODEL_TAGS, *(tags or ())], **kwargs)
 
     def post_process_referring_segmentation(
-        self, outputs: Any, target_sizes: Iterable[tuple[int, int]] | torch.Tensor, threshold: float = 0.5
+        self,
+        outputs: Any,
+        target_sizes: Iterable[tuple[int, int]] | torch.Tensor,
+        threshold: float = 0.5,
+        return_probabilities: bool = True,
+        size: Any | None = None,
     ) -> list[dict[str, torch.Tensor | float]]:
         """See [`ReSTRImageProcessor.post_process_referring_segmentation`]."""
-        return self.image_processor.post_process_referring_segmentation(outputs, target_sizes, threshold)
+        return self.image_processor.post_process_referring_segmentation(
+            outputs, target_sizes, threshold, return_probabilities, size
+        )
+
+    def find_lost_words(self, sentences: Sequence[str]) -> list[dict[str, list[str]]]:
+        """
+        What the model cannot read of each sentence.
+
+        Returns:
+            A dict for each sentence, of words as they stand there, each once: `unknown_words`, which the model reads as
+            `<unk>`, and `cut_words`, for which it has no slot left.
+        """
+        sentences = [sentences] if isinstance(sentences, str) else sentences
+        composed = [unicodedata.normalize("NFC", sentence) for sentence in sentences]
+        encodings = self.tokenizer(composed, truncation=True).encodings
+        return [self._find_lost_words(*pair) for pair in zip(composed, encodings, strict=True)]
+
+    def describe_lost_words(self, lost_words: Iterable[dict[str, list[str]]]) -> str | None:
+        """A warning that names what [`find_lost_words`] found in any number of sentences; None if that is nothing."""
+        lost_words = list(lost_words)
+        unknown, cut = (
+            _name_words(word for lost in lost_words for word in lost[key]) for key in ("unknown_words", "cut_words")
+        )
+        parts = []
+        if unknown:
+            parts.append(
+                f"The model does not know {unknown} and reads each as {self.tokenizer.unk_token}: use others."
+            )
+        if cut:
+            slots = self.tokenizer.model_max_length
+            parts.append(f"The model reads the first {slots} words of a sentence, which cuts off {cut}: use fewer.")
+        return " ".join(parts) or None
 
     @property
     def model_input_names(self) -> list[str]:
@@ -123,6 +173,27 @@ class ReSTRProcessor(ProcessorMixin):
             if all(token_id == self.tokenizer.pad_token_id for token_id in ids):
                 raise ValueError(f"Expected sentences with at least one word, got {sentence!r} as sentence {number}.")
         return dict(encoding)
+
+    def _find_lost_words(self, sentence: str, encoding: Any) -> dict[str, list[str]]:
+        def list_words(part: Any, token_id: int | None = None) -> list[str]:
+            tokens = zip(part.ids, part.offsets, part.attention_mask, strict=True)
+            spans = [span for number, span, is_word in tokens if is_word and token_id in (None, number)]
+            return [_strip_punctuation(sentence[start:end]) for start, end in spans]
+
+        cut = [word for part in encoding.overflowing for word in list_words(part)]
+        unknown = list_words(encoding, self.tokenizer.unk_token_id)
+        return {"unknown_words": list(dict.fromkeys(unknown)), "cut_words": list(dict.fromkeys(cut))}
+
+
+def _strip_punctuation(piece: str) -> str:
+    return piece.strip(string.punctuation + string.whitespace) or piece.strip()
+
+
+def _name_words(words: Iterable[str]) -> str:
+    """The first of the words, each once, and how many there are besides."""
+    distinct = list(dict.fromkeys(words))
+    others = f" and {len(distinct) - _MAX_NAMED_WORDS} more" if len(distinct) > _MAX_NAMED_WORDS else ""
+    return ", ".join(map(repr, islice(distinct, _MAX_NAMED_WORDS))) + others
 
 
 def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list[int] | None]:
@@ -136,16 +207,22 @@ def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list
     if num_images is not None and num_images != len(rows) and (num_lists or num_images != 1):
         raise ValueError(
             "Expected one image with any number of sentences, as many sentences as images, or one list of sentences"
-            f" an image; got {num_images} images and {len(rows)} {'lists of sentences' if num_lists else 'sentences'}."
+            f" per image; got {num_images} images and {len(rows)} {'lists of sentences' if num_lists else 'sentences'}."
         )
     image_indices = [0] * len(rows) if num_images == 1 else list(range(len(rows)))
     if num_lists:
         image_indices = [index for index, row in enumerate(rows) for _ in row]
         rows = [sentence for row in rows for sentence in row]
-    strangers = [row for row in rows if not isinstance(row, str)]
-    if strangers:
-        raise ValueError(f"Expected sentences as strings, got {strangers[0]!r} of type {type(strangers[0]).__name__}.")
+    _check_sentences(rows)
     return list(rows), image_indices if num_lists or num_images is not None else None
+
+
+def _check_sentences(sentences: Iterable[Any]) -> None:
+    for sentence in sentences:
+        if not isinstance(sentence, str):
+            raise ValueError(f"Expected sentences as strings, got {sentence!r} of type {type(sentence).__name__}.")
+        if any("\ud800" <= character <= "\udfff" for character in sentence):
+            raise ValueError(f"Expected sentences in Unicode, got one half of a surrogate pair in {sentence!r}.")
 
 
 __all__ = ["ReSTRProcessor", "ReSTRProcessorKwargs"]

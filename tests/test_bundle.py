@@ -32,6 +32,7 @@ PACKAGE = Path(modeling_restr.__file__).parent
 CODE_FILES = {
     "configuration_restr.py",
     "image_processing_restr.py",
+    "image_reading_restr.py",
     "modeling_restr.py",
     "pipeline_restr.py",
     "processing_restr.py",

@@ -1,5 +1,7 @@
 import http.server
+import json
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_restr import image_processing_restr
 from modeling_restr.image_processing_restr import ReSTRImageProcessor, get_letterbox
 
 
@@ -59,6 +62,38 @@ def test_pixels_are_those_of_pillow_on_a_black_canvas(processor):
     expected[16:80] = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR))
     assert pixels.dtype == torch.float32
     np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_images_and_arrays_are_resized_alike(processor, size, resample):
+    colour = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for array in (colour, colour[..., 0]):
+        from_image, from_array = (pixels_of(processor, x, resample=resample) for x in (Image.fromarray(array), array))
+        assert torch.equal(from_image, from_array)
+
+
+def peak_memory(function):
+    """Bytes that NumPy and Python held at once; those of Pillow and PyTorch do not count."""
+    tracemalloc.start()
+    function()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def test_photos_are_resized_before_they_become_arrays(processor):
+    photos = [Image.new(mode, (2000, 1500)) for mode in ("RGB", "L", "CMYK")]
+    processor(photos)  # what is imported on the way does not count
+    assert peak_memory(lambda: processor(photos)) < 2_000_000
+
+
+def test_masks_are_letterboxed_inside_their_box(processor):
+    mask = np.zeros((1500, 2000), dtype=bool)
+    mask[700:800, 900:1100] = True
+    photo = Image.new("L", (2000, 1500))
+    processor(photo, segmentation_maps=mask)
+    assert peak_memory(lambda: processor(photo, segmentation_maps=mask)) < 2 * mask.nbytes + 1_000_000
 
 
 def test_normalization_and_both_paddings(processor):
@@ -273,6 +308,54 @@ def test_bad_sizes_are_explained(size):
         ReSTRImageProcessor(size=size)
 
 
+NAN, INF = float("nan"), float("inf")
+BAD_OPTIONS = [
+    *[
+        {name: value}
+        for name in ("rescale_factor", "image_mean", "image_std")
+        for value in (NAN, INF, -INF, "x", True)
+    ],
+    *[{name: [0.5, value, 0.5]} for name in ("image_mean", "image_std") for value in (NAN, INF, "0.5", None, [1])],
+    *[
+        {"rescale_factor": 0},
+        {"rescale_factor": [1]},
+        {"image_std": [1, 0, 1]},
+        {"image_mean": []},
+        {"image_mean": {}},
+    ],
+    *[{"size": {"height": 96, "width": value}} for value in (NAN, INF, "96", 96.5, None, True)],
+    *[{"size": value} for value in ("96", [96], [96, 96, 96], True, NAN, {})],
+    *[{"resample": value} for value in (NAN, 99, -1, "bilinear", True)],
+    *[{name: "false"} for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")],
+    {"pad_after_normalization": 1},
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+def test_bad_options_are_refused_at_construction_and_when_loaded(options, tmp_path):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        ReSTRImageProcessor(**options)
+    saved = ReSTRImageProcessor(size=96).to_dict() | options
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))  # NaN and Infinity are written as such
+    with pytest.raises(ValueError, match=name):
+        ReSTRImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"size": None}, {"rescale_factor": NAN}, {"image_std": [1.0, 0.0, 1.0]}])
+def test_bad_options_of_a_call_are_refused(processor, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        processor(Image.new("RGB", (9, 9)), **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    processor = ReSTRImageProcessor(
+        size=np.int64(96), rescale_factor=np.float32(0.5), image_mean=np.ones(3), image_std=2
+    )
+    assert dict(processor.size) == {"height": 96, "width": 96}
+
+
 @pytest.mark.parametrize("option", [{"do_center_crop": True, "crop_size": 9}, {"do_pad": False}, {"pad_size": 9}])
 def test_options_without_effect_are_refused(processor, option):
     with pytest.raises(ValueError, match="not supported"):
@@ -298,6 +381,39 @@ def test_labels_are_set_where_more_than_half_is_covered(size):
     labels = processor(Image.new("RGB", size[::-1]), segmentation_maps=[mask], return_tensors="pt").labels
     assert labels.dtype == torch.int64
     np.testing.assert_array_equal(labels[0].numpy(), expected)
+
+
+BOXES = [(0, 0, 0, 0), (3, 4, 5, 6), (0, 1, 0, 48), (29, 30, 47, 48), (0, 30, 0, 48), (10, 20, 7, 33)]
+
+
+@pytest.mark.parametrize("canvas", [24, 100, (30, 48)])
+@pytest.mark.parametrize("box", BOXES)
+def test_labels_of_objects_of_any_size_and_place(box, canvas):
+    processor = ReSTRImageProcessor(size=canvas)
+    mask = np.zeros((30, 48), dtype=bool)
+    mask[box[0] : box[1], box[2] : box[3]] = True
+    mask[box[0], box[2]] = False
+    canvas_size = processor.size["height"], processor.size["width"]
+    top, left, height, width = get_letterbox(mask.shape, canvas_size)
+    expected = np.zeros(canvas_size, dtype=np.int64)
+    expected[top : top + height, left : left + width] = area_reference(mask, height, width) > 0.5 + 1e-9
+    labels = processor(Image.new("RGB", (48, 30)), segmentation_maps=mask, return_tensors="np").labels
+    np.testing.assert_array_equal(labels[0], expected)
+
+
+def test_a_mask_of_several_sentences_is_letterboxed_once(processor, monkeypatch):
+    letterboxed = []
+    original = image_processing_restr._letterbox_mask
+    monkeypatch.setattr(
+        image_processing_restr, "_letterbox_mask", lambda *args: letterboxed.append(args) or original(*args)
+    )
+    masks = [np.arange(600).reshape(20, 30) % number == 0 for number in (2, 3)]
+    given = [masks[0], masks[1], masks[0], masks[0], masks[1]]
+    labels = processor(Image.new("RGB", (30, 20)), segmentation_maps=given, return_tensors="np").labels
+    assert len(letterboxed) == 2
+    for label, mask in zip(labels, given, strict=True):
+        alone = processor(Image.new("RGB", (30, 20)), segmentation_maps=mask.copy(), return_tensors="np").labels
+        np.testing.assert_array_equal(label, alone[0])
 
 
 def test_labels_lie_on_the_letterboxed_object(processor):
@@ -328,11 +444,18 @@ def test_forms_of_segmentation_maps(processor):
         [[mask] for mask in masks],
         [torch.from_numpy(mask) for mask in masks],
         [mask.astype(np.float32) for mask in masks],
+        [mask[..., None] for mask in masks],
+        [torch.from_numpy(mask)[..., None] for mask in masks],
+        [mask[None, ..., None] for mask in masks],
     ]
     for form in forms:
         assert torch.equal(processor(images, segmentation_maps=form, return_tensors="pt").labels, expected)
     stacked = processor(images[0], segmentation_maps=np.stack([masks[0]] * 3), return_tensors="pt").labels
     assert torch.equal(stacked, expected[:1].expand(3, -1, -1))
+    single = processor(images[0], segmentation_maps=masks[0][..., None], return_tensors="pt").labels
+    assert torch.equal(single, expected[:1])
+    narrow = processor(Image.new("RGB", (1, 9)), segmentation_maps=np.ones((2, 9, 1)), return_tensors="pt").labels
+    assert len(narrow) == 2  # a stack of maps that are one pixel wide
     chosen = processor(images, segmentation_maps=masks[::-1], image_indices=[1, 0], return_tensors="pt").labels
     assert torch.equal(chosen, expected.flip(0))
 
@@ -345,6 +468,8 @@ def test_forms_of_segmentation_maps(processor):
         ([np.zeros((20, 30))] * 2, None, r"map 1 at its image's own size, \(height, width\) \(25, 10\), got \(20, 30"),
         ([np.arange(600).reshape(20, 30), np.zeros((25, 10))], None, "map 0 to be binary .* from 0 to 599"),
         ("mask.png", None, "got str"),
+        ([np.zeros((20, 30, 1)), np.zeros((20, 30, 1))], None, r"\(25, 10\), got \(20, 30\)"),
+        (np.zeros((2, 20, 30, 3)), None, r"got \(2, 20, 30, 3\)"),
     ],
 )
 def test_bad_segmentation_maps_are_explained(processor, maps, indices, message):
@@ -465,13 +590,67 @@ def test_logits_of_a_size_passed_in_the_call(processor):
     assert result["mask"][:, :10].all() and not result["mask"][:, 10:].any()
 
 
+@pytest.mark.parametrize("size", [48, 32])
+@pytest.mark.parametrize("image_size", [(50, 33), (7, 90), (61, 60)])
+def test_what_was_prepared_at_another_size_is_undone_with_it(processor, size, image_size):
+    own = ReSTRImageProcessor(size=size)
+    logits = torch.randn(1, size, size, generator=torch.Generator().manual_seed(0))
+    patch_logits = torch.nn.functional.avg_pool2d(logits, 8)
+    of_model = SimpleNamespace(logits=logits, patch_logits=patch_logits)
+    coarse = SimpleNamespace(logits=patch_logits, patch_logits=patch_logits)
+    cases = [(of_model, {}), (of_model, {"size": size}), (coarse, {"size": {"height": size, "width": size}})]
+    for outputs, options in cases:
+        (result,) = processor.post_process_referring_segmentation(outputs, [image_size], **options)
+        (expected,) = own.post_process_referring_segmentation(outputs_of(outputs.logits), [image_size])
+        assert torch.equal(result["probabilities"], expected["probabilities"])
+
+
+def test_probabilities_on_request(processor):
+    logits = torch.randn(2, 96, 96, generator=torch.Generator().manual_seed(0))
+    sizes = [(20, 30), (40, 9)]
+    full = processor.post_process_referring_segmentation(outputs_of(logits), sizes)
+    short = processor.post_process_referring_segmentation(outputs_of(logits), sizes, return_probabilities=False)
+    for result, expected in zip(short, full, strict=True):
+        assert set(result) == {"mask", "score"} and set(expected) == {"mask", "score", "probabilities"}
+        assert torch.equal(result["mask"], expected["mask"]) and result["score"] == expected["score"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(50, 33)], torch.tensor([[50, 33]]), np.array([[50.0, 33.0]]), [torch.tensor([50, 33])]]
+)
+def test_forms_of_target_sizes(processor, sizes):
+    (result,) = processor.post_process_referring_segmentation(outputs_of(torch.zeros(1, 96, 96)), sizes)
+    assert result["mask"].shape == (50, 33)
+
+
 @pytest.mark.parametrize(
     "logits, sizes, threshold, message",
     [
-        (torch.zeros(2, 96, 96), [(9, 9)], 0.5, "one target size an expression, 2, got 1.*image_indices"),
+        (torch.zeros(2, 96, 96), [(9, 9)], 0.5, "one target size per expression, 2, got 1.*image_indices"),
         (torch.zeros(1, 96, 96), [(0, 9)], 0.5, r"\(height, width\) in pixels, got \[\(0, 9\)\]"),
         (torch.zeros(1, 96, 96), [(9, 9, 3)], 0.5, r"got \[\(9, 9, 3\)\]"),
+        *[
+            (torch.zeros(1, 96, 96), [size], 0.5, "in pixels, got")
+            for size in [
+                (INF, 9),
+                (NAN, 9),
+                (9.5, 9),
+                (10**7, 10**7),
+                (2**64, 1),
+                ("9", "9"),
+                (None, 9),
+                "99",
+                9,
+                None,
+            ]
+        ],
+        (torch.zeros(1, 96, 96), None, 0.5, "one target size per expression, 1, got 0"),
         (torch.zeros(1, 96, 96), [(9, 9)], 1.5, "from 0 to 1, got 1.5"),
+        (torch.zeros(1, 96, 96), [(9, 9)], NAN, "from 0 to 1, got nan"),
+        (torch.zeros(1, 96, 96), [(9, 9)], "0.5", "from 0 to 1, got '0.5'"),
+        (None, [(9, 9)], 0.5, "as a tensor .* got NoneType"),
+        ([[[0.0]]], [(9, 9)], 0.5, "got list"),
+        (np.zeros((1, 96, 96)), [(9, 9)], 0.5, "got ndarray"),
         (torch.zeros(1, 1, 96, 96), [(9, 9)], 0.5, r"\(expressions, height, width\), got \(1, 1, 96, 96\)"),
         (torch.full((1, 96, 96), float("nan")), [(9, 9)], 0.5, "finite logits"),
     ],

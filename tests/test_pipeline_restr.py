@@ -1,4 +1,6 @@
+import base64
 import copy
+import io
 
 import datasets
 import numpy as np
@@ -13,6 +15,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from modeling_restr import (
     ReSTRImageProcessor,
     ReSTRProcessor,
+    UnreadableImageError,
     build_tokenizer,
     pipeline_restr,
 )
@@ -73,8 +76,9 @@ def test_one_sentence_is_what_processor_and_model_give(pipe, images):
         assert isinstance(results, list) and len(results) == 1
         (result,) = results
         mask, score = by_hand(pipe, image, "the dog on the left")
-        assert set(result) == {"label", "score", "mask"}
+        assert set(result) == {"label", "score", "mask", "unknown_words", "truncated"}
         assert result["label"] == "the dog on the left"
+        assert result["unknown_words"] == [] and result["truncated"] is False
         assert isinstance(result["score"], float) and result["score"] == pytest.approx(score, abs=1e-6)
         assert result["mask"].mode == "L" and result["mask"].size == image.size
         np.testing.assert_array_equal(np.asarray(result["mask"]), mask * np.uint8(255))
@@ -132,7 +136,15 @@ def test_kinds_of_images(pipe, images, tmp_path):
     image.save(path)
     array = np.asarray(image)
     expected = pipe(image, text="the man")
+    content = path.read_bytes()
+    just_written = io.BytesIO()
+    just_written.write(content)
+    data_uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     kinds = [str(path), path, array, array / 255, torch.tensor(array).permute(2, 0, 1)]
+    kinds += [content, bytearray(content), memoryview(content), io.BytesIO(content), just_written, data_uri]
+    with path.open("rb") as file:
+        assert agree(pipe(file, text="the man")[0], expected[0], share=1)
+        assert agree(pipe({"image": file, "text": "the man"})[0], expected[0], share=1)
     for kind in kinds:
         assert agree(pipe(kind, text="the man")[0], expected[0], share=1)
     for results in (pipe(kinds, text="the man"), pipe(tuple(kinds), text="the man", batch_size=3)):
@@ -146,6 +158,73 @@ def test_masks_have_the_size_that_a_viewer_shows(pipe, images, tmp_path):
     (turned,) = pipe(str(tmp_path / "turned.png"), text="the man")
     assert turned["mask"].size == images[0].size
     assert agree(turned, pipe(images[0], text="the man")[0], share=1)
+
+
+def test_images_that_cannot_be_read_are_named(pipe, images, tmp_path):
+    path = tmp_path / "cut.png"
+    images[0].save(path)
+    content = path.read_bytes()[:-200]
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"^'.*cut\.png' cannot be read: "):
+        pipe(path, text="the man")
+    with pytest.raises(UnreadableImageError, match=r"^The image cannot be read: "):
+        pipe(content, text="the man")
+    for several in ([images[0], path], Rows([images[0], path])):
+        with pytest.raises(UnreadableImageError, match=r"^Item 1: '.*cut\.png' cannot be read: "):
+            list(pipe(several, **({} if isinstance(several, Rows) else {"text": "the man"})))
+    with pytest.raises(UnreadableImageError, match=r"^Item 1: The image cannot be read: "):
+        list(pipe(iter([{"image": image, "text": "the man"} for image in (images[0], content)])))
+    with pytest.raises(UnreadableImageError, match="Item 1: The image cannot be read: "):
+        pipe([images[0], content], text="the man", num_workers=1)
+    with pytest.raises(ValueError, match="Item 2: Expected sentences with at least one word"):
+        pipe([{"image": images[0], "text": text} for text in ("dog", "dog", " ")])
+
+
+def test_datasets_that_cannot_decode_an_image_name_its_row(pipe, images):
+    buffer = io.BytesIO()
+    images[0].save(buffer, "PNG")
+    contents = [{"bytes": content, "path": None} for content in (buffer.getvalue(), buffer.getvalue()[:-200])]
+    rows = datasets.Dataset.from_dict({"image": contents, "text": ["the man"] * 2}).cast_column(
+        "image", datasets.Image()
+    )
+    with pytest.raises(UnreadableImageError, match="Item 1 cannot be read: "):
+        list(pipe(rows))
+
+
+def test_endless_lists_are_refused(pipe, images):
+    endless: list = [images[0]]
+    endless.append(endless)
+    with pytest.raises(ValueError, match="Item 1: Expected images in lists"):
+        pipe(endless, text="the man")
+
+
+LOST = ["xyzzy dog", "the man", "dog " * 20 + "zzz", "Xyzzy"]
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_lost_words_are_in_the_results_and_in_one_warning(pipe, images, caplog):
+    results = pipe(images[0], text=LOST)
+    assert [result["unknown_words"] for result in results] == [["xyzzy"], [], [], ["Xyzzy"]]
+    assert [result["truncated"] for result in results] == [False, False, True, False]
+    (warning,) = warnings_of(caplog)
+    assert all(f"'{word}'" in warning for word in ("xyzzy", "Xyzzy", "zzz"))
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_one_warning_for_all_images_of_a_call(pipe, images, caplog, kind):
+    items = [{"image": image, "text": text} for image, text in zip(images * 2, LOST)]
+    results = list(pipe(kind(items), batch_size=2))
+    assert [result[0]["unknown_words"] for result in results] == [["xyzzy"], [], [], ["Xyzzy"]]
+    (warning,) = warnings_of(caplog)
+    assert all(f"'{word}'" in warning for word in ("xyzzy", "Xyzzy", "zzz"))
+
+
+def test_known_words_warn_of_nothing(pipe, images, caplog):
+    pipe(images[0], text=SENTENCES)
+    assert warnings_of(caplog) == []
 
 
 def test_generators_are_read_as_they_are_asked_for(pipe, images):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from modeling_restr.image_processing_restr import ReSTRImageProcessor
+from modeling_restr.image_processing_restr import ReSTRImageProcessor, UnreadableImageError
 from modeling_restr.processing_restr import ReSTRProcessor
 from modeling_restr.tokenization_restr import build_tokenizer, vocabulary_from_expressions
 
@@ -116,6 +116,10 @@ def test_post_processing_of_one_image_with_many_sentences(processor, images):
         SimpleNamespace(logits=logits[2:]), [(25, 10)], threshold=0.4
     )
     assert torch.equal(results[2]["mask"], alone[0]["mask"]) and results[2]["score"] == alone[0]["score"]
+    (short,) = processor.post_process_referring_segmentation(
+        SimpleNamespace(logits=logits[:1]), sizes[:1], return_probabilities=False, size=64
+    )
+    assert set(short) == {"mask", "score"}
 
 
 def test_saves_and_reloads(processor, images, tmp_path):
@@ -136,6 +140,67 @@ def test_files_do_not_depend_on_what_it_was_used_for(processor, tmp_path):
         files.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
         processor(text=["a man", "ball"], padding=padding)
     assert files[0] == files[1] == files[2]
+
+
+def test_lists_that_hold_themselves_are_refused(processor, images):
+    endless: list = []
+    endless.append(endless)
+    for arguments in ({"images": endless}, {"text": endless}, {"segmentation_maps": endless}):
+        with pytest.raises(ValueError, match="Expected"):
+            processor(**{"images": images[0], "text": "a man", **arguments})
+
+
+def test_images_that_cannot_be_read_are_named(processor, images, tmp_path):
+    images[0].save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-50])
+    for source, name in (
+        (tmp_path / "cut.png", r"cut\.png"),
+        ((tmp_path / "cut.png").read_bytes(), "Image 1 of the list"),
+    ):
+        with pytest.raises(UnreadableImageError, match=name):
+            processor(images=[images[0], source], text=["a man", "ball"])
+
+
+def test_attention_masks_are_there_whatever_the_tokenizer_lists(processor, images):
+    tokenizer = build_tokenizer(vocabulary_from_expressions(SENTENCES))
+    tokenizer.model_input_names = ["input_ids"]
+    inputs = ReSTRProcessor(processor.image_processor, tokenizer)(images=images[0], text="a man")
+    assert inputs["attention_mask"] == [[0] * 18 + [1] * 2]
+
+
+@pytest.mark.parametrize(
+    "sentence, unknown, cut",
+    [
+        ("the dog on the left", [], []),
+        ("The Dog, left.", [","], []),
+        ("  xyzzy dog Xyzzy qwrty xyzzy", ["xyzzy", "Xyzzy", "qwrty"], []),
+        ("上面的狗", ["上面的狗"], []),
+        ("the 🐶", ["🐶"], []),
+        ("?!", ["?!"], []),
+        ("cafe\u0301 İxx dog", ["café", "İ", "xx"], []),
+        ("dog " * 20, [], []),
+        ("dog " * 19 + "man xyzzy the ball ball", [], ["xyzzy", "the", "ball"]),
+        ("xyzzy " + "dog " * 60, ["xyzzy"], ["dog"]),
+    ],
+)
+def test_lost_words(processor, sentence, unknown, cut):
+    lost = processor.find_lost_words(["ball", sentence])
+    assert lost == [{"unknown_words": [], "cut_words": []}, {"unknown_words": unknown, "cut_words": cut}]
+    warning = processor.describe_lost_words(lost)
+    assert all(repr(word) in warning for word in unknown + cut) if unknown + cut else warning is None
+
+
+def test_lost_words_do_not_depend_on_earlier_calls(processor):
+    processor(text="dog", padding="longest", truncation=False)
+    (lost,) = processor.find_lost_words("dog " * 20 + "man")
+    assert lost == {"unknown_words": [], "cut_words": ["man"]}
+
+
+def test_a_warning_names_the_first_words_once(processor):
+    lost = processor.find_lost_words([f"dog{number} dog{number + 1}" for number in range(29)])
+    warning = processor.describe_lost_words(lost)
+    assert warning.count("'dog0'") == warning.count("'dog1'") == warning.count("'dog19'") == 1
+    assert "'dog20'" not in warning and "and 10 more" in warning and "<unk>" in warning
 
 
 @pytest.mark.parametrize("sentence", ["", "   ", "\n", ".", " . "])
@@ -160,6 +225,7 @@ def test_sentences_without_words_are_refused(processor, images, sentence):
         (1, 3, "got 3"),
         (1, [None], "got None of type NoneType"),
         (1, [b"dog"], "of type bytes"),
+        (1, ["dog", "\ud800 dog"], "one half of a surrogate pair"),
         (1, [[["a"]]], "of type list"),
     ],
 )

@@ -34,6 +34,7 @@ PHOTO = REPOSITORY / "examples" / "photos" / "held_out" / "000000173350.jpg"
 CODE_FILES = {
     "configuration_restr.py",
     "image_processing_restr.py",
+    "image_reading_restr.py",
     "modeling_restr.py",
     "pipeline_restr.py",
     "processing_restr.py",
