@@ -1,5 +1,6 @@
 """Exported graphs answer as the model does, and run where neither PyTorch nor Transformers is."""
 
+import base64
 import copy
 import json
 import re
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 from annotated_images import make_images
 from numerics import assert_as_precise
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers import ViTConfig
 
 from modeling_restr import (
@@ -43,7 +44,7 @@ import onnxruntime
 from onnx import load, numpy_helper
 
 from modeling_restr.export import onnx_folder, save_onnx
-from modeling_restr.export.restr_onnx import EncodedImage, ReSTROnnxPipeline
+from modeling_restr.export.restr_onnx import EncodedImage, ReSTROnnxPipeline, UnreadableImageError
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -318,6 +319,13 @@ def test_encoded_images_are_not_encoded_again(runner, images, monkeypatch):
     assert results[1][0]["mask"].size == images[1].size
 
 
+def png_of_16_bits(values, transparent):
+    values.flat[:9] = transparent
+    buffer = BytesIO()
+    Image.fromarray(values.astype(np.uint16)).save(buffer, "PNG", transparency=transparent)
+    return buffer
+
+
 def make_odd_images():
     """Images of every kind that the image processor reads in a way of its own."""
     rng = np.random.default_rng(0)
@@ -337,6 +345,8 @@ def make_odd_images():
         "bilevel": image.convert("1"),
         "palette": image.convert("P"),
         "cmyk": image.convert("CMYK"),
+        "16 bits and transparency": Image.open(png_of_16_bits(rng.integers(0, 65536, (20, 50)), transparent=1000)),
+        "opaque": image.convert("RGBA"),
         "16 bits": Image.fromarray(rng.integers(0, 65536, (20, 50)).astype(np.uint16)),
         "float image": Image.fromarray(rng.random((20, 50), dtype=np.float32)),
         "array": pixels,
@@ -380,7 +390,7 @@ def test_settings_are_those_of_the_processor(pipe, runner, images):
 )
 def test_words_are_those_of_the_tokenizer(pipe, runner, sentence):
     expected = pipe.processor(text=sentence)["input_ids"]
-    np.testing.assert_array_equal(runner._encode_sentences([sentence]), expected)
+    np.testing.assert_array_equal(runner._encode_sentences([sentence]).input_ids, expected)
 
 
 FRESH_PROCESS = """
@@ -412,6 +422,49 @@ def test_folder_runs_without_torch_and_transformers(pipe, folder, tmp_path):
     assert_agree(results, pipe(str(PHOTO), text=SENTENCES))
 
 
+@pytest.mark.parametrize("kind", ["bytes", "open file", "BytesIO", "data URI", "base64"])
+def test_runner_takes_images_in_any_form(pipe, runner, kind):
+    content = PHOTO.read_bytes()
+    encoded = base64.b64encode(content).decode()
+    just_written = BytesIO()
+    just_written.write(content)
+    with PHOTO.open("rb") as file:
+        forms = {"bytes": content, "open file": file, "BytesIO": just_written, "base64": encoded}
+        image = forms.get(kind, f"data:image/jpeg;base64,{encoded}")
+        assert_agree(runner(image, text=SENTENCES[0]), pipe(str(PHOTO), text=SENTENCES[0]))
+        assert_agree(runner([image], text=SENTENCES[0])[0], pipe(str(PHOTO), text=SENTENCES[0]))
+
+
+def test_runner_names_images_that_cannot_be_read(runner, tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("Ghostscript was started"))
+    content = PHOTO.read_bytes()[:-500]
+    (tmp_path / "cut.jpg").write_bytes(content)
+    Image.new("RGB", (9, 9)).save(tmp_path / "drawing.eps")
+    for name in ("cut.jpg", "drawing.eps"):
+        with pytest.raises(UnreadableImageError, match=f"^'.*{name}' cannot be read: "):
+            runner(tmp_path / name, text="a ball")
+    with pytest.raises(UnreadableImageError, match=r"^The image cannot be read: .*truncated"):
+        runner(content, text="a ball")
+    for ask in (lambda images: runner(images, text="a ball", num_workers=2), runner.encode_images):
+        with pytest.raises(UnreadableImageError, match=r"^Item 1: The image cannot be read: .*truncated"):
+            ask([PHOTO, content])
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_runner_says_what_sentences_lose(runner, caplog, monkeypatch, drop):
+    tokenizer = build_tokenizer(VOCABULARY, drop_unknown_punctuation=drop)
+    monkeypatch.setattr(runner, "tokenizer", onnx_folder._padding_tokenizer(tokenizer))
+    processor = ReSTRProcessor(ReSTRImageProcessor(size=IMAGE_SIZE), tokenizer)
+    sentences = ["the ball!", "Xyzzy cafe\u0301", "上面的狗 🐶", "?!", "the ring " * 10 + "left qwrty", "a red ball"]
+    image = Image.new("RGB", (20, 10))
+    results = runner([{"image": image, "text": sentences[:3]}, {"image": image, "text": sentences[3:]}], batch_size=2)
+    lost = processor.find_lost_words(sentences)
+    for result, expected in zip(results[0] + results[1], lost, strict=True):
+        assert result["unknown_words"] == expected["unknown_words"]
+        assert result["truncated"] is bool(expected["cut_words"])
+    assert [record.getMessage() for record in caplog.records] == [processor.describe_lost_words(lost)]
+
+
 def test_runner_explains_bad_input(runner, folder, tmp_path):
     image = Image.new("RGB", (20, 10))
     for arguments, options, message in [
@@ -424,7 +477,10 @@ def test_runner_explains_bad_input(runner, folder, tmp_path):
         (({"image": image, "text": "ball"}, "ball"), {}, "no text beside them"),
         ((image, "a ball"), {"threshold": 1.5}, "threshold from 0 to 1"),
         ((image, "a ball"), {"batch_size": 0}, "batch_size >= 1"),
-        (("absent.jpg", "a ball"), {}, "path of a file"),
+        ((image, "\ud800 ball"), {}, "surrogate pair"),
+        (([image, image], " "), {}, "Item 0: Expected sentences with at least one word"),
+        (("absent.jpg", "a ball"), {}, "'absent.jpg' cannot be read: there is no such file"),
+        (([[image]], "a ball"), {}, "Item 0: The image cannot be read: "),
         ((3.5, "a ball"), {}, "got float"),
         ((np.full((9, 9, 3), 7e4), "a ball"), {}, "0..1 or 0..255"),
         ((np.zeros((9, 9, 2)), "a ball"), {}, "channels"),

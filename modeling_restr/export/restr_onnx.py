@@ -11,27 +11,37 @@ This file stands beside the graphs that it runs and needs NumPy, Pillow, onnxrun
     pipe = ReSTROnnxPipeline("restr-onnx")
     pipe("photo.jpg", text="the dog on the left")
 
-It prepares images and masks exactly as `image_processing_restr.py` does, which says why, and takes and returns what
-`pipeline_restr.py` does.
+It reads and prepares images and masks exactly as `image_reading_restr.py` and `image_processing_restr.py` do, which say
+why, and takes and returns what `pipeline_restr.py` does.
 """
 
 import base64
 import json
+import logging
 import os
-import urllib.request
+import string
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
-from tokenizers import Tokenizer
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from tokenizers import Encoding, Tokenizer
 
 
+logger = logging.getLogger(__name__)
+
+_UNKNOWN = "<unk>"
+# A warning names so many words of a kind.
+_MAX_NAMED_WORDS = 20
 _CHANNELS = (1, 3, 4)
 # How far a float image may overshoot its range, as resampling filters do, before it counts as another range.
 _OVERSHOOT = 1e-3
@@ -39,6 +49,10 @@ _OVERSHOOT = 1e-3
 _PROGRESS_FROM = 20
 # Sentences that are decoded at a time: at 480 x 480 pixels in float32 each takes 0.13 GB on the way.
 _SENTENCES_AT_A_TIME = 32
+
+
+class UnreadableImageError(ValueError):
+    """What was given as an image is missing, damaged, too large, of an unknown kind, or no image. The message names it."""
 
 
 class EncodedImage(NamedTuple):
@@ -57,7 +71,8 @@ class ReSTROnnxPipeline:
     ```python
     >>> pipe = ReSTROnnxPipeline("restr-onnx")
     >>> pipe("photo.jpg", text="the dog on the left")
-    [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>}]
+    [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>,
+      'unknown_words': [], 'truncated': False}]
     >>> results = pipe([{"image": "photo.jpg", "text": ["the dog", "the ball"]}, ...], batch_size=8)
     >>> (photo,) = pipe.encode_images(["photo.jpg"])  # once
     >>> pipe(photo, text="the ball"), pipe(photo, text="the cat")  # as often as you like
@@ -110,8 +125,8 @@ class ReSTROnnxPipeline:
     ) -> Any:
         """
         Args:
-            image: an image (PIL image, NumPy array, path, URL, base64 string or [`EncodedImage`]) with its `text`; or
-                `{"image": ..., "text": ...}`; or a list, generator or dataset (anything that has a length and is
+            image: an image (PIL image, NumPy array, path, URL, data URI, base64, bytes, open file or [`EncodedImage`])
+                with its `text`; or `{"image": ..., "text": ...}`; or a list, generator or dataset (anything that has a length and is
                 indexed by number) of such dicts, or of images that all get the same `text`.
             text: a sentence, or a list of them about one image.
             threshold: probability above which a pixel belongs to the mask.
@@ -123,10 +138,13 @@ class ReSTROnnxPipeline:
         Returns:
             For one image a list with a dict for each sentence: `label`, the sentence; `score`, the mean probability
             inside the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" and of the image's own size (as a
-            viewer shows it), 255 inside and 0 outside. For a list a list of such lists, for a generator or dataset
-            an iterator over them.
+            viewer shows it), 255 inside and 0 outside; `unknown_words`, those that the model reads as `<unk>`;
+            `truncated`, whether the sentence has more words than the model reads. For a list a list of such lists, for
+            a generator or dataset an iterator over them. One warning per call names the words that sentences lost.
 
         Raises:
+            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
+                place in the list.
             ValueError: for anything else as images or sentences, and for sentences without words.
         """
         if not 0 <= threshold <= 1:
@@ -139,37 +157,52 @@ class ReSTROnnxPipeline:
                 f"Expected one image with a list of sentences, got {len(image)} images and {len(text)} sentences."  # type: ignore[arg-type]
                 ' To ask about several images pass [{"image": ..., "text": ...}, ...].'
             )
-        if not (is_list or is_dataset or isinstance(image, Iterator)):
-            return next(self._answer_all([image], text, threshold, 1, 0))
+        if not (is_list or is_dataset or (isinstance(image, Iterator) and not _is_image_file(image))):
+            (result,) = self._answer_all([(None, image)], text, threshold, 1, 0)
+            return result
         total = len(image) if is_list or is_dataset else None
         inputs = (image[index] for index in range(len(image))) if is_dataset else image
-        results = self._answer_all(inputs, text, threshold, batch_size, num_workers)
+        results = self._answer_all(enumerate(inputs), text, threshold, batch_size, num_workers)
         results = _show_progress(results, total, show_progress)
         return list(results) if is_list else results
 
     def encode_images(self, images: Iterable[Any]) -> list[EncodedImage]:
         """Encode images, in one batch, to ask about each as often as you like: pass them in the images' place."""
-        return self._encode([self._prepare_image(image) for image in images])
+        prepared = []
+        for number, image in enumerate(images):
+            with _numbering(number):
+                prepared.append(self._prepare_image(image))
+        return self._encode(prepared)
 
     def _answer_all(
-        self, inputs: Iterable[Any], text: Any, threshold: float, batch_size: int, num_workers: int
+        self, inputs: Iterable[tuple[int | None, Any]], text: Any, threshold: float, batch_size: int, num_workers: int
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yields the results of each image."""
+        """Yields the results of each of the numbered images."""
         inputs = iter(inputs)
-        with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-            while batch := list(islice(inputs, batch_size)):
-                pairs = [_split_input(item, text) for item in batch]
-                sentences = [[texts] if isinstance(texts, str) else list(texts) for _, texts in pairs]
-                words = [self._encode_sentences(texts) for texts in sentences]
-                images = self._encode(list(pool.map(self._prepare_image, [image for image, _ in pairs])))
-                yield from self._answer(images, sentences, words, threshold)
+        lost_words: list[dict[str, list[str]]] = []
+        try:
+            with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+                while batch := list(islice(inputs, batch_size)):
+                    prepared, sentences = zip(*pool.map(partial(self._prepare_item, text), batch))
+                    lost_words += [lost for texts in sentences for lost in texts.lost_words if any(lost.values())]
+                    yield from self._answer(self._encode(prepared), sentences, threshold)
+        finally:
+            if warning := self._describe_lost_words(lost_words):
+                logger.warning(warning)
+
+    def _prepare_item(self, text: Any, numbered: tuple[int | None, Any]) -> tuple[Any, "_Sentences"]:
+        number, item = numbered
+        with _numbering(number):
+            image, texts = _split_input(item, text)
+            sentences = self._encode_sentences([texts] if isinstance(texts, str) else list(texts))
+            return self._prepare_image(image), sentences
 
     def _answer(
-        self, images: list[EncodedImage], sentences: list[list[str]], words: list[np.ndarray], threshold: float
+        self, images: list[EncodedImage], sentences: Sequence["_Sentences"], threshold: float
     ) -> Iterator[list[dict[str, Any]]]:
         vision_embeds = np.stack([image.vision_embeds for image in images])  # (B, h, w, hidden)
-        image_indices = np.repeat(np.arange(len(images)), [len(texts) for texts in sentences])  # (N,)
-        input_ids = np.concatenate(words)  # (N, slots)
+        image_indices = np.repeat(np.arange(len(images)), [len(texts.texts) for texts in sentences])  # (N,)
+        input_ids = np.concatenate([texts.input_ids for texts in sentences])  # (N, slots)
         parts = []
         for start in range(0, len(input_ids), _SENTENCES_AT_A_TIME):
             chunk = slice(start, start + _SENTENCES_AT_A_TIME)
@@ -178,11 +211,18 @@ class ReSTROnnxPipeline:
             parts.append(self.sentence_query.run(["logits"], {"vision_embeds": vision_embeds[indices], **inputs})[0])
         logits = iter(np.concatenate(parts))  # (N, height, width), of the canvas or, without pixel decoder, the grid
         for image, texts in zip(images, sentences):
-            yield [self._make_result(text, next(logits), image.size, threshold) for text in texts]
+            masks = [self._make_mask(next(logits), image.size, threshold) for _ in texts.texts]
+            yield [
+                {
+                    "label": text,
+                    **mask,
+                    "unknown_words": lost["unknown_words"],
+                    "truncated": bool(lost["cut_words"]),
+                }
+                for text, mask, lost in zip(texts.texts, masks, texts.lost_words)
+            ]
 
-    def _make_result(
-        self, text: str, logits: np.ndarray, image_size: tuple[int, int], threshold: float
-    ) -> dict[str, Any]:
+    def _make_mask(self, logits: np.ndarray, image_size: tuple[int, int], threshold: float) -> dict[str, Any]:
         if not np.isfinite(logits).all():
             raise ValueError("Expected finite logits, got some that are infinite or not a number: is the graph whole?")
         logits = _undo_letterbox(logits, self.image_size, image_size)
@@ -191,21 +231,42 @@ class ReSTROnnxPipeline:
         with np.errstate(over="ignore"):
             probabilities = 1 / (1 + np.exp(-logits[mask]))
         score = float(probabilities.mean(dtype=np.float64)) if mask.any() else 0.0
-        return {"label": text, "score": score, "mask": Image.fromarray(mask.astype(np.uint8) * 255)}
+        return {"score": score, "mask": Image.fromarray(mask.astype(np.uint8) * 255)}
 
-    def _encode_sentences(self, sentences: list[str]) -> np.ndarray:
-        """The words' ids, int64 of shape (sentences, slots), padded on the left."""
-        strangers = [sentence for sentence in sentences if not isinstance(sentence, str)]
-        if strangers or not sentences:
-            got = f"{strangers[0]!r} of type {type(strangers[0]).__name__}" if strangers else "none"
-            raise ValueError(f"Expected a sentence or more, as strings, got {got}.")
-        encodings = self.tokenizer.encode_batch(sentences, add_special_tokens=False)
+    def _encode_sentences(self, sentences: list[str]) -> "_Sentences":
+        _check_sentences(sentences)
+        composed = [unicodedata.normalize("NFC", sentence) for sentence in sentences]
+        encodings = self.tokenizer.encode_batch(composed, add_special_tokens=False)
         for number, (sentence, encoding) in enumerate(zip(sentences, encodings)):
             if not any(encoding.attention_mask):
                 raise ValueError(f"Expected sentences with at least one word, got {sentence!r} as sentence {number}.")
-        return np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        input_ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        lost_words = [self._find_lost_words(*pair) for pair in zip(composed, encodings)]
+        return _Sentences(sentences, input_ids, lost_words)
 
-    def _encode(self, prepared: list[EncodedImage | tuple[np.ndarray, tuple[int, int]]]) -> list[EncodedImage]:
+    def _find_lost_words(self, sentence: str, encoding: Encoding) -> dict[str, list[str]]:
+        def list_words(part: Encoding, token: str | None = None) -> list[str]:
+            tokens = zip(part.tokens, part.offsets, part.attention_mask)
+            spans = [span for name, span, is_word in tokens if is_word and token in (None, name)]
+            return [_strip_punctuation(sentence[start:end]) for start, end in spans]
+
+        cut = [word for part in encoding.overflowing for word in list_words(part)]
+        unknown = list_words(encoding, _UNKNOWN)
+        return {"unknown_words": list(dict.fromkeys(unknown)), "cut_words": list(dict.fromkeys(cut))}
+
+    def _describe_lost_words(self, lost_words: list[dict[str, list[str]]]) -> str:
+        unknown, cut = (
+            _name_words(word for lost in lost_words for word in lost[key]) for key in ("unknown_words", "cut_words")
+        )
+        parts = []
+        if unknown:
+            parts.append(f"The model does not know {unknown} and reads each as {_UNKNOWN}: use others.")
+        if cut:
+            slots = self.tokenizer.truncation["max_length"]
+            parts.append(f"The model reads the first {slots} words of a sentence, which cuts off {cut}: use fewer.")
+        return " ".join(parts)
+
+    def _encode(self, prepared: Sequence[EncodedImage | tuple[np.ndarray, tuple[int, int]]]) -> list[EncodedImage]:
         """Encodes, in one batch, those that are not yet encoded."""
         pending = [item for item in prepared if not isinstance(item, EncodedImage)]
         vision_embeds: Iterator[np.ndarray] = iter(())
@@ -220,10 +281,10 @@ class ReSTROnnxPipeline:
         """Pixel values, float32 (3, height, width) of the canvas, and (height, width) of the image."""
         if isinstance(image, EncodedImage):
             return image
-        pixels = _read_image(image)  # (3, height, width), uint8
-        image_size = (pixels.shape[1], pixels.shape[2])
+        image = _read_image(image)
+        image_size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
         top, left, height, width = _get_letterbox(image_size, self.image_size)
-        pixels = _resize(pixels, height, width, self.settings["resample"])
+        pixels = _to_rgb(_resize(image, height, width, self.settings["resample"]))  # (3, height, width), uint8
         canvas = np.zeros((3, *self.image_size), dtype=np.float32)
         if self.settings["pad_after_normalization"]:
             canvas[:, top : top + height, left : left + width] = self._normalize(pixels)
@@ -237,13 +298,39 @@ class ReSTROnnxPipeline:
         return (pixels - mean) / std
 
 
+@contextmanager
+def _numbering(number: int | None) -> Iterator[None]:
+    """Lets errors say which item they are about."""
+    try:
+        yield
+    except ValueError as error:
+        if number is None:
+            raise
+        kind = UnreadableImageError if isinstance(error, UnreadableImageError) else ValueError
+        raise kind(f"Item {number}: {error}") from error
+
+
+class _Sentences(NamedTuple):
+    """The sentences about an image."""
+
+    texts: list[str]
+    input_ids: np.ndarray  # int64 (sentences, slots): the words' ids, padded on the left
+    lost_words: list[dict[str, list[str]]]  # "unknown_words" and "cut_words" of each
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and not isinstance(value, EncodedImage)
 
 
 def _is_dataset(value: Any) -> bool:
-    others = (str, bytes, list, tuple, Mapping, np.ndarray, Image.Image)
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, others)
+    others = (str, list, tuple, Mapping, np.ndarray, Image.Image)
+    is_other = isinstance(value, others) or _is_image_file(value)
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not is_other
+
+
+def _is_image_file(value: Any) -> bool:
+    """Whether a value is the content of an image's file, or an open one."""
+    return isinstance(value, (bytes, bytearray, memoryview)) or callable(getattr(value, "read", None))
 
 
 def _split_input(item: Any, text: Any) -> tuple[Any, Any]:
@@ -270,45 +357,116 @@ def _show_progress(results: Iterator[Any], total: int | None, show_progress: boo
     return iter(tqdm(results, total=total, unit="image"))
 
 
-def _read_image(image: Any) -> np.ndarray:
-    """An image as a viewer shows it, in 8-bit RGB of shape (3, height, width), transparency composited onto white."""
-    if isinstance(image, (str, os.PathLike)):
-        image = _open_image(os.fspath(image))
-    if isinstance(image, Image.Image):
-        array = _pil_to_array(image)
-    elif isinstance(image, np.ndarray):
+def _check_sentences(sentences: list[Any]) -> None:
+    if not sentences:
+        raise ValueError("Expected a sentence or more, as strings, got none.")
+    for sentence in sentences:
+        if not isinstance(sentence, str):
+            raise ValueError(
+                f"Expected a sentence or more, as strings, got {sentence!r} of type {type(sentence).__name__}."
+            )
+        if any("\ud800" <= character <= "\udfff" for character in sentence):
+            raise ValueError(f"Expected sentences in Unicode, got one half of a surrogate pair in {sentence!r}.")
+
+
+def _strip_punctuation(piece: str) -> str:
+    return piece.strip(string.punctuation + string.whitespace) or piece.strip()
+
+
+def _name_words(words: Iterable[str]) -> str:
+    """The first of the words, each once, and how many there are besides."""
+    distinct = list(dict.fromkeys(words))
+    others = f" and {len(distinct) - _MAX_NAMED_WORDS} more" if len(distinct) > _MAX_NAMED_WORDS else ""
+    return ", ".join(map(repr, islice(distinct, _MAX_NAMED_WORDS))) + others
+
+
+def _read_image(source: Any) -> Image.Image | np.ndarray:
+    """An image as a viewer shows it: a PIL image of mode "L" or "RGB", or uint8 (1 or 3 channels, height, width)."""
+    try:
+        image = _open_image(source)
+        if isinstance(image, Image.Image):
+            image = _decode(image)
+        if isinstance(image, Image.Image):
+            return image
         array = _to_channels_first(image)
-    else:
+        if array.size == 0:
+            raise ValueError(f"expected at least one pixel, got (channels, height, width) {array.shape}.")
+        return _to_rgb(_to_uint8(array))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+        reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UnreadableImageError(
+            f"{_name_image(source)} cannot be read: {reason or type(error).__name__}"
+        ) from error
+
+
+def _name_image(source: Any) -> str:
+    name = getattr(source, "filename", None) or getattr(source, "name", None)  # of a PIL image, of an open file
+    name = source if isinstance(source, (str, os.PathLike)) else name
+    return repr(os.fspath(name)[:100]) if isinstance(name, (str, os.PathLike)) and name else "The image"
+
+
+def _open_image(source: Any) -> Image.Image | np.ndarray:
+    if isinstance(source, (str, os.PathLike)):
+        source = _open_text(os.fspath(source))
+    elif _is_image_file(source):
+        source = Image.open(BytesIO(_read_bytes(source)))
+    if not isinstance(source, (Image.Image, np.ndarray)):
         raise ValueError(
-            "Expected an image as a PIL image, a NumPy array, a path, a URL or an EncodedImage, got"
-            f" {type(image).__name__}."
+            "expected an image as a PIL image, a NumPy array, a path, a URL, a data URI, bytes, an open file or an"
+            f" EncodedImage, got {type(source).__name__}."
         )
-    if array.size == 0:
-        raise ValueError(f"Expected an image of at least one pixel, got (channels, height, width) {array.shape}.")
-    return _to_rgb(_to_uint8(array))
+    if getattr(source, "format", None) == "EPS" and getattr(source, "tile", None):
+        raise ValueError("EPS files are programs, which Pillow has Ghostscript run. Convert it to PNG first.")
+    return source
 
 
-def _open_image(source: str) -> Image.Image:
-    if os.path.isfile(source):
+def _open_text(source: str | bytes) -> Image.Image:
+    if isinstance(source, bytes) or os.path.isfile(source):
         return Image.open(source)
     if source.startswith(("http://", "https://")):
-        with urllib.request.urlopen(source, timeout=60) as response:
+        with urlopen(source, timeout=60) as response:
             return Image.open(BytesIO(response.read()))
     try:
-        encoded = source.partition(",")[2] if source.startswith("data:image/") else source
-        return Image.open(BytesIO(base64.b64decode(encoded, validate=True)))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"Expected the path of a file, a URL or an image in base64, got {source[:100]!r}.") from error
+        return Image.open(BytesIO(_decode_text(source)))
+    except (ValueError, UnidentifiedImageError) as error:
+        raise ValueError("there is no such file, and it is no URL and no image as base64 or data URI.") from error
 
 
-def _pil_to_array(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
+def _decode_text(text: str) -> bytes:
+    if text[:5].lower() != "data:":
+        return base64.b64decode(text)
+    with urlopen(text) as content:  # which decodes a data URI, and opens nothing
+        return content.read()
+
+
+def _read_bytes(source: Any) -> bytes:
+    if not callable(getattr(source, "read", None)):
+        return bytes(source)
+    if getattr(source, "seekable", lambda: False)():
+        source.seek(0)
+    content = source.read()
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        raise ValueError(f'expected a file opened in binary mode ("rb"), got one that reads {type(content).__name__}.')
+    return bytes(content)
+
+
+def _decode(image: Image.Image) -> Image.Image | np.ndarray:
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if min(image.size) < 1:
+        raise ValueError(f"expected at least one pixel, got (width, height) {image.size}.")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        array = np.asarray(image)
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int) and image.mode != "F":
+            array = np.where(array == transparent, 65535, array).astype(np.uint16)
+        return array
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+        return np.asarray(image.convert("RGBA"))
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _to_channels_first(image: np.ndarray) -> np.ndarray:
@@ -316,8 +474,8 @@ def _to_channels_first(image: np.ndarray) -> np.ndarray:
     ends = [end for end in (-1, 0) if image.ndim == 3 and image.shape[end] in _CHANNELS]
     if not ends:
         raise ValueError(
-            "Expected an image of shape (height, width), (height, width, channels) or (channels, height, width) with"
-            f" 1, 3 or 4 channels, got {image.shape}."
+            "expected (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels,"
+            f" got {image.shape}."
         )
     return np.moveaxis(image, ends[0], 0)
 
@@ -328,6 +486,8 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"expected an array of numbers, got one of {array.dtype}.")
     low, high = float(array.min()), float(array.max())
     ranges = [65535] if array.dtype == np.uint16 else [255, 65535]
     if array.dtype.kind == "f":
@@ -335,7 +495,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     full = next((full for full in ranges if -_OVERSHOOT * full <= low and high <= full * (1 + _OVERSHOOT)), None)
     if full is None:  # NaN ends here, too
         raise ValueError(
-            "Expected the values of an image in 0..1 or 0..255 for floats, in 0..255 or 0..65535 for integers; got"
+            "expected values in 0..1 or 0..255 for floats, in 0..255 or 0..65535 for integers; got"
             f" {array.dtype} from {low} to {high}."
         )
     return np.clip(np.round(array * (255.0 / full)), 0, 255).astype(np.uint8)
@@ -355,7 +515,13 @@ def _get_letterbox(image_size: tuple[int, int], canvas_size: tuple[int, int]) ->
     return (canvas_size[0] - height) // 2, (canvas_size[1] - width) // 2, height, width
 
 
-def _resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+def _resize(image: Image.Image | np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+    """Resizes to (channels, height, width)."""
+    if isinstance(image, Image.Image):
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling(resample))
+        array = np.asarray(image)
+        return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     if image.shape[-2:] == (height, width):
         return image
     channels = [Image.fromarray(channel).resize((width, height), Image.Resampling(resample)) for channel in image]
@@ -384,4 +550,4 @@ def _interpolate(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return array
 
 
-__all__ = ["EncodedImage", "ReSTROnnxPipeline"]
+__all__ = ["EncodedImage", "ReSTROnnxPipeline", "UnreadableImageError"]

@@ -59,6 +59,7 @@ def predict_batch(
         raise ValueError(f"Expected expressions_per_batch >= 1, got {expressions_per_batch}.")
     inputs = inputs.to(model.device, model.dtype)
     target_sizes = inputs["original_sizes"][inputs["image_indices"]].split(1)
+    canvas_size = tuple(inputs["pixel_values"].shape[2:])
     features = model.get_image_features(inputs["pixel_values"])
     for start in range(0, len(target_sizes), expressions_per_batch):
         batch = slice(start, start + expressions_per_batch)
@@ -67,7 +68,7 @@ def predict_batch(
         logits = model(vision_embeds=features, **words).logits
         for logits_of_one, size in zip(logits.split(1), target_sizes[batch]):  # (1, height, width)
             outputs = SimpleNamespace(logits=logits_of_one)
-            yield from processor.post_process_referring_segmentation(outputs, size, threshold)
+            yield from processor.post_process_referring_segmentation(outputs, size, threshold, size=canvas_size)
 
 
 def evaluate_image(
