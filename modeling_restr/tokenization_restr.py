@@ -124,6 +124,32 @@ def build_tokenizer(
     )
 
 
+def add_words(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> list[str]:
+    """Adds words to a tokenizer of [`build_tokenizer`], with the ids after its largest; known ones are passed over.
+
+    The ids of `tokenizer.add_tokens` would count the words instead, and be those of others where there are gaps.
+
+    Returns:
+        The added words, lower-cased. The model needs a vector for each:
+        `model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)`.
+
+    Raises:
+        ValueError: for what is not one word to the tokenizer.
+    """
+    if isinstance(words, str):
+        raise ValueError(f"Expected several words, got one string: {words!r}. Pass a list.")
+    vocabulary = tokenizer.get_vocab()
+    first_id, added = max(vocabulary.values()) + 1, {}
+    for word in words:
+        pieces = split_expression(word)
+        if len(pieces) != 1 or not re.search(r"\w", pieces[0]):
+            raise ValueError(f"Expected words of letters and digits, got {word!r}, which is split into {pieces}.")
+        if pieces[0] not in vocabulary:
+            added.setdefault(pieces[0], first_id + len(added))
+    tokenizer.backend_tokenizer.model = WordLevel(vocabulary | added, unk_token=UNK_TOKEN)
+    return list(added)
+
+
 def _build_normalizer(known_punctuation: Iterable[str] | None) -> Normalizer:
     """What [`split_expression`] does before it splits; unless None, unknown punctuation then becomes white space."""
     steps = [

@@ -15,7 +15,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode
@@ -94,7 +94,9 @@ def read_masks(results: list[dict]) -> list[np.ndarray]:
 
 
 def assert_same(results: list[dict], expected: list[dict]) -> None:
-    assert [(result["label"], result["score"]) for result in results] == [(e["label"], e["score"]) for e in expected]
+    names = ("label", "score", "unknown_words", "truncated")
+    assert [[result[name] for name in names] for result in results] == [[e[name] for name in names] for e in expected]
+    assert all(result.keys() == {*names, "mask"} for result in results)
     for mask, result in zip(read_masks(results), expected, strict=True):
         np.testing.assert_array_equal(mask, np.asarray(result["mask"]))
 
@@ -212,6 +214,40 @@ def test_pil_images_and_photos_of_cameras_are_read(handler, pipe):
     assert Image.open(BytesIO(several)).n_frames == 2
     photo = Image.open(BytesIO(to_bytes(make_image(), "JPEG", quality=95)))
     assert_same(handler({"inputs": several, "text": TEXTS[0]}), pipe(photo, text=TEXTS[0]))
+
+
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "data:;base64,", "DATA:image/x;charset=utf-8;base64,"])
+def test_data_uris_are_base64(url, pipe, head):
+    status, results = post(url, {"inputs": head + to_base64(to_bytes(make_image())), "text": TEXTS[0]})
+    assert status == 200
+    assert_same(results, pipe(make_image(), text=TEXTS[0]))
+
+
+def test_open_files_are_read_from_their_start(handler, pipe):
+    expected = pipe(make_image(), text=TEXTS[0])
+    written = BytesIO()
+    make_image().save(written, "PNG")
+    for inputs in (
+        written,
+        BytesIO(written.getvalue()),
+        bytearray(written.getvalue()),
+        memoryview(written.getvalue()),
+    ):
+        assert_same(handler({"inputs": inputs, "text": TEXTS[0]}), expected)
+    with pytest.raises(RequestError, match="at most 30000 bytes"):
+        handler({"inputs": BytesIO(noise(40_000)), "text": TEXTS[0]})
+    with pytest.raises(RequestError, match="got str"):
+        handler({"inputs": StringIO("text"), "text": TEXTS[0]})
+
+
+def test_lost_words_are_in_the_answer_and_in_the_log(url, caplog):
+    texts = ["the red xyzzy", TEXTS[0], "the red red red red red zzz"]
+    status, results = post(url, make_request(text=texts))
+    assert status == 200
+    assert [result["unknown_words"] for result in results] == [["xyzzy"], [], []]
+    assert [result["truncated"] for result in results] == [False, False, True]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "'xyzzy'" in warning and "'zzz'" in warning
 
 
 def test_thirty_two_requests_at_once(url, handler, pipe, monkeypatch):

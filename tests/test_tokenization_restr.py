@@ -3,10 +3,11 @@ import re
 import unicodedata
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from modeling_restr.tokenization_restr import (
     SPECIAL_TOKENS,
+    add_words,
     build_tokenizer,
     read_vocabulary,
     split_expression,
@@ -236,3 +237,37 @@ def test_vocabulary_from_expressions_orders_by_count():
 def test_build_tokenizer_refuses_bad_vocabularies(vocabulary, max_length, message):
     with pytest.raises(ValueError, match=message):
         build_tokenizer(vocabulary, max_length=max_length)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_added_words_get_ids_of_their_own(drop, tmp_path):
+    vocabulary = SPECIAL_TOKENS | {"dog": 4, "kid": 7, "cat": 9}
+    tokenizer = build_tokenizer(vocabulary, drop_unknown_punctuation=drop)
+    assert add_words(tokenizer, ["Zebra", "dog", "zebra", "cafe\u0301"]) == ["zebra", "café"]
+    assert add_words(tokenizer, ["zebra"]) == []
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each.get_vocab() == vocabulary | {"zebra": 10, "café": 11}
+        assert each("zebra zebras kidney CAFÉ dog")["input_ids"] == [10, 3, 3, 11, 4]
+
+
+def test_words_of_several_pieces_are_refused():
+    tokenizer = build_tokenizer(WORDS)
+    for words, message in (
+        ("zebra", "one string"),
+        (["t-shirts"], r"\['t', '-', 'shirts'\]"),
+        (["!"], "'!'"),
+        ([" "], "' '"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_words(tokenizer, words)
+    assert tokenizer.get_vocab() == WORDS
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_added_tokens_of_transformers_are_whole_words(drop, tmp_path):
+    tokenizer = build_tokenizer(WORDS, drop_unknown_punctuation=drop)
+    tokenizer.add_tokens([AddedToken("kid", single_word=True)])
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each.convert_ids_to_tokens(each("the kidney a Kid.")["input_ids"]) == ["the", "<unk>", "<unk>", "kid"]

@@ -262,7 +262,8 @@ class ReSTROnnxPipeline:
         if unknown:
             parts.append(f"The model does not know {unknown} and reads each as {_UNKNOWN}: use others.")
         if cut:
-            slots = self.tokenizer.truncation["max_length"]
+            truncation: Any = self.tokenizer.truncation
+            slots = truncation["max_length"]
             parts.append(f"The model reads the first {slots} words of a sentence, which cuts off {cut}: use fewer.")
         return " ".join(parts)
 

@@ -25,6 +25,7 @@ _TASK = "referring-image-segmentation"
 # Pillow knows many more, some of which run other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 # The Hub's name for what the pipeline calls threshold is mask_threshold.
 _THRESHOLDS = ("threshold", "mask_threshold")
 
@@ -85,14 +86,17 @@ class EndpointHandler:
         Args:
             data (`Mapping[str, Any]`): The request:
 
-                - `inputs`: the image: its file's content as base64 or `bytes`, or a PIL image. Never a path or a URL;
+                - `inputs`: the image: its file's content as base64 (also in a data URI), bytes or an open file, or a PIL
+                  image. Never a path or a URL;
                 - `text`: a list of sentences about it, or a string with one sentence a line;
                 - `parameters`: `threshold`, from 0 to 1, the probability above which a pixel belongs to a mask (0.5
                   by default; `mask_threshold` is the same). `text` may also stand here.
 
         Returns:
             `list[dict]`: For each sentence `label`, the sentence; `score`, the mean probability inside the mask, 0.0
-            if that is empty; `mask`, a PNG of the image's own size in base64, 255 inside and 0 outside.
+            if that is empty; `mask`, a PNG of the image's own size in base64, 255 inside and 0 outside; `unknown_words`,
+            those that the model does not know; `truncated`, whether the sentence has more words than it reads. The log
+            gets one warning that names the words.
 
         Raises:
             `RequestError`: (a `ValueError`) The request is bad; the message says what about it.
@@ -149,7 +153,9 @@ class EndpointHandler:
         """Returns the image with its pixels not decoded yet, unless a PIL image came decoded."""
         if isinstance(inputs, str):
             inputs = self._decode_base64(inputs)
-        if isinstance(inputs, (bytes, bytearray)):
+        elif callable(getattr(inputs, "read", None)):
+            inputs = self._read_file(inputs)
+        if isinstance(inputs, (bytes, bytearray, memoryview)):
             self._check_num_bytes(len(inputs))
             inputs = self._open_file(bytes(inputs))
         if not isinstance(inputs, Image.Image):
@@ -173,7 +179,13 @@ class EndpointHandler:
             raise RequestError("Expected a single image in 'inputs', got a file with several frames or pages.")
         return image
 
+    def _read_file(self, file: Any) -> Any:
+        if getattr(file, "seekable", lambda: False)():
+            file.seek(0)
+        return file.read(self.max_bytes + 1)
+
     def _decode_base64(self, text: str) -> bytes:
+        text = _DATA_URI.sub("", text, count=1) if _DATA_URI.match(text) else text
         if _URL.match(text):
             raise RequestError("Expected the image itself as base64 in 'inputs', got a URL; URLs are not opened.")
         self._check_num_bytes(len(text) // 4 * 3 - text[-2:].count("="))
