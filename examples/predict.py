@@ -7,8 +7,9 @@ Predict the masks of a dataset of any size, with any number of processes and mac
 The data is a folder of Parquet or a Hub id: rows as examples/prepare_refcoco.py writes them, or rows with an image and
 a text or a list of texts. Or it is a .csv or .jsonl file of own sentences, with the columns image and sentence, and
 the photos in --image_dir. Each image is encoded once. The output folder gets data/SPLIT-00000-of-000NN.parquet with a
-row for each (image, expression): ids, text, score and mask (COCO RLE at the image's own size); prediction.json, what
-they were made with; and summary.json. `load_dataset("parquet", data_dir="runs/masks")` reads the masks.
+row for each (image, expression): ids, text, score, mask (COCO RLE at the image's own size), unknown_words (those that the
+model does not know) and truncated (whether the text has more words than it reads); prediction.json, what they were made
+with; and summary.json. `load_dataset("parquet", data_dir="runs/masks")` reads the masks.
 
 Stopped, the same command goes on where it was, with any number of processes (without GPUs `torchrun --nproc_per_node
 CORES ...` starts several). See docs/prediction_at_scale.md.
@@ -17,10 +18,11 @@ CORES ...` starts several). See docs/prediction_at_scale.md.
 import argparse
 import hashlib
 import json
+import logging
 import os
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -57,7 +59,7 @@ from modeling_restr.tokenization_restr import split_expression
 
 SETTINGS_NAME = "prediction.json"
 SUMMARY_NAME = "summary.json"
-VERSION = 1  # of the rows that this file writes; those of different versions are never mixed
+VERSION = 2  # of the rows that this file writes; those of different versions are never mixed
 CONTENT_KEY = b"prediction"  # in a shard's metadata: what it was made with and from, and what is bad
 ROWS_PER_READ = 100  # of the dataset, images included
 MASKS_PER_GROUP = 10_000
@@ -66,7 +68,11 @@ MAX_SHARDS = 99_999  # five digits, in which `datasets` recognises the names of 
 PATIENCE = timedelta(days=7)  # processes wait at the end for the slowest; torch's default is minutes
 # In configurations: where a model was loaded from, by which version, and how it is found.
 IRRELEVANT = ("_name_or_path", "transformers_version", "architectures", "auto_map", "custom_pipelines")
+LOST_WORDS = ("unknown_words", "cut_words")
+MAX_LOST_WORDS = 1000  # of a kind in the summary
 _END: Any = object()
+
+logger = logging.getLogger(__name__)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -257,6 +263,7 @@ def find_columns(features: datasets.Features, image_column: str, text_column: st
     numbers = ["row", *(["ref_id", "sent_id"] if has_references else []), "text_index"]
     mask_features = {name: datasets.Value("int64") for name in numbers} | {name: features[name] for name in ids}
     mask_features |= {"text": datasets.Value("string"), "score": datasets.Value("float32"), "mask": MASK_FEATURE}
+    mask_features |= {"unknown_words": datasets.List(datasets.Value("string")), "truncated": datasets.Value("bool")}
     return Columns(image_column, text, tuple(ids), datasets.Features(mask_features))
 
 
@@ -285,6 +292,7 @@ class Prepared:
     ids: dict[str, Any]
     expressions: list[dict[str, Any]]
     inputs: BatchFeature | None = None
+    lost_words: list[dict[str, list[str]]] = field(default_factory=list)
     bad_images: list[str] = field(default_factory=list)
     bad_texts: list[str] = field(default_factory=list)
 
@@ -304,8 +312,11 @@ def prepare_row(processor: Any, columns: Columns, numbered_row: tuple[int, dict[
     if texts:
         try:
             prepared.inputs = processor(images=decode_image(row[columns.image]), text=texts, return_tensors="pt")
+            prepared.lost_words = processor.find_lost_words(texts)
         except ValueError as error:  # the image's: the texts were looked at
             prepared.bad_images = [f"{name}: {error}"]
+        for expression, lost in zip(prepared.expressions, prepared.lost_words):
+            expression |= {"unknown_words": lost["unknown_words"], "truncated": bool(lost["cut_words"])}
     return prepared
 
 
@@ -455,7 +466,7 @@ def write_shard(predictor: Predictor, shard: Shard, settings_hash: str, progress
     """Write one Parquet file under a temporary name, and move it when it is whole."""
     schema = predictor.columns.mask_features.arrow_schema
     content: dict[str, Any] = {"rows": [shard.start, shard.stop], "settings": settings_hash, "num_masks": 0}
-    content |= {"num_images": 0, "bad_images": [], "bad_texts": []}
+    content |= {"num_images": 0, "bad_images": [], "bad_texts": [], **{key: Counter() for key in LOST_WORDS}}
     masks: list[dict[str, Any]] = []
     with (
         replace_file(shard.path, name_part(predictor.args.part)) as temporary,
@@ -467,6 +478,8 @@ def write_shard(predictor: Predictor, shard: Shard, settings_hash: str, progress
             content["num_images"] += sum(not row.bad_images for row in batch)
             for key in ("bad_images", "bad_texts"):
                 content[key] += [problem for row in batch for problem in getattr(row, key)]
+            for key in LOST_WORDS:
+                content[key].update(word for row in batch for lost in row.lost_words for word in lost[key])
             progress.update(len(batch), len(new_masks), sum(len(row.bad_images) for row in batch))
             if len(masks) >= MASKS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(masks, schema=schema))
@@ -553,6 +566,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def sum_counts(counts: Iterable[dict[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return total
+
+
 def summarize(
     output_dir: Path, shards: list[Shard], settings: dict[str, Any], last_run: dict[str, Any]
 ) -> dict[str, Any] | None:
@@ -574,6 +594,8 @@ def summarize(
         "last_run": last_run,
         "bad_images": [problem for content in found for problem in content["bad_images"]],
         "bad_texts": [problem for content in found for problem in content["bad_texts"]],
+        # {word: number of texts}, the most frequent first
+        **{key: dict(sum_counts(content[key] for content in found).most_common(MAX_LOST_WORDS)) for key in LOST_WORDS},
     }
     if last_run["images"] or not (output_dir / SUMMARY_NAME).exists():
         write_json(output_dir / SUMMARY_NAME, summary)
@@ -685,9 +707,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     try:
         on_main(state, lambda: begin(lock, args.output_dir, settings))
         last_run = make_shards(predictor, mine, len(shards), hash_settings(settings), state)
-        return on_main(state, lambda: finish(args, shards, mine, settings, last_run))
+        summary = on_main(state, lambda: finish(args, shards, mine, settings, last_run))
     finally:
         lock.release()
+    if summary is not None and state.is_main_process:
+        warning = predictor.processor.describe_lost_words([{key: list(summary[key]) for key in LOST_WORDS}])
+        if warning:
+            logger.warning(warning)
+    return summary
 
 
 def begin(lock: FileLock, output_dir: Path, settings: dict[str, Any]) -> None:

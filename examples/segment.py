@@ -3,7 +3,8 @@ Segment what sentences refer to in a photograph of your own:
 
     python examples/segment.py photo.jpg "the upper dog" "the lower dog"
 
-Writes an overlay picture with a legend and one mask a sentence as PNG files, beside each other in `--output_dir`.
+Writes an overlay picture with a legend and one mask per sentence as PNG files into `--output_dir`. Words that the model
+does not know, or has no place for, are named.
 """
 
 import argparse
@@ -35,8 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 def read_photo(path: Path, image_processor: Any) -> Image.Image:
     """The photo as the model sees it, before it is resized: upright, 8-bit RGB, transparency on white."""
-    opened = image_processor.fetch_images(path)
-    pixels = image_processor.process_image(opened, do_convert_rgb=True, do_rescale=True)  # (3, height, width)
+    pixels = image_processor.process_image(path, do_convert_rgb=True, do_rescale=True)  # (3, height, width)
     return Image.fromarray(np.moveaxis(pixels, 0, -1))
 
 
@@ -50,7 +50,7 @@ def main() -> None:
         photo = read_photo(args.photo, pipe.processor.image_processor)
         results = pipe(photo, text=args.sentences, threshold=args.threshold)
     # No model or image, a sentence without words, a threshold out of range, ...
-    except (ValueError, OSError, Image.DecompressionBombError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,9 @@
 """Images in any form that people hold, made upright and decoded: the first step of ReSTR's image processor."""
 
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+
+
+# isort: split
 import base64
 import os
 from collections.abc import Iterator

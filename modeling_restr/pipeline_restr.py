@@ -144,7 +144,17 @@ class ReSTRPipeline(Pipeline):
         image, text = _split_input(input_, text)
         sentences = [text] if isinstance(text, str) else text
         inputs = processor(images=[image], text=[sentences], return_tensors="pt")
+        self._check_word_ids(inputs["input_ids"])
         return {**inputs, "text": list(sentences), "lost_words": processor.find_lost_words(sentences)}
+
+    def _check_word_ids(self, input_ids: torch.Tensor) -> None:
+        config: Any = self.model.config
+        num_vectors, largest_id = config.text_config.vocab_size, int(input_ids.max())
+        if largest_id >= num_vectors:
+            raise ValueError(
+                f"Expected word ids below {num_vectors}, for which the model has vectors, got {largest_id} from the"
+                " tokenizer. A model gets vectors for new words by `model.resize_token_embeddings`."
+            )
 
     def get_iterator(
         self,

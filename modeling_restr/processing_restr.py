@@ -144,7 +144,8 @@ class ReSTRProcessor(ProcessorMixin):
         """
         sentences = [sentences] if isinstance(sentences, str) else sentences
         composed = [unicodedata.normalize("NFC", sentence) for sentence in sentences]
-        encodings = self.tokenizer(composed, truncation=True).encodings
+        # As in a call: other settings, which the tokenizer holds, would reach those of other threads.
+        encodings = self.tokenizer(composed, padding="max_length", truncation=True).encodings
         return [self._find_lost_words(*pair) for pair in zip(composed, encodings, strict=True)]
 
     def describe_lost_words(self, lost_words: Iterable[dict[str, list[str]]]) -> str | None:

@@ -139,7 +139,8 @@ def add_words(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> list[
     if isinstance(words, str):
         raise ValueError(f"Expected several words, got one string: {words!r}. Pass a list.")
     vocabulary = tokenizer.get_vocab()
-    first_id, added = max(vocabulary.values()) + 1, {}
+    first_id = max(vocabulary.values()) + 1
+    added: dict[str, int] = {}
     for word in words:
         pieces = split_expression(word)
         if len(pieces) != 1 or not re.search(r"\w", pieces[0]):

@@ -40,6 +40,14 @@ def test_segment_writes_masks_and_an_overlay(tmp_path):
     assert changed[(masks[0] > 0) | (masks[1] > 0)].all()
 
 
+def test_segment_names_the_words_that_are_lost(tmp_path):
+    photo, long = EXAMPLES / "photos" / "clock.jpg", "the " * 19 + "clock quux"
+    done = run("segment.py", photo, "the xyzzy clock", long, "the clock", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "xyzzy" in line)
+    assert "'xyzzy'" in warning and "'quux'" in warning and "'clock'" not in warning
+
+
 def test_segment_shows_the_photo_as_the_model_sees_it(tmp_path):
     """A 16-bit picture is scaled, not clipped, in the overlay, too."""
     ramp = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
@@ -56,7 +64,7 @@ def test_segment_shows_the_photo_as_the_model_sees_it(tmp_path):
     ("arguments", "message"),
     [
         (("absent.jpg", "the dog"), "absent.jpg"),
-        ((__file__, "the dog"), "cannot identify image"),
+        ((__file__, "the dog"), "test_examples.py' cannot be read: "),
         ((EXAMPLES / "photos" / "held_out" / "000000173350.jpg", "  "), "sentence"),
     ],
 )

@@ -337,6 +337,13 @@ def test_bad_input_is_explained(pipe, images, call, message):
         call(pipe, images[0])
 
 
+def test_words_without_a_vector_are_explained(pipe, images):
+    tokenizer = build_tokenizer(vocabulary_from_expressions([*SENTENCES, "zebra"]))
+    processor = ReSTRProcessor(pipe.processor.image_processor, tokenizer)
+    with pytest.raises(ValueError, match=r"ids below \d+, .*resize_token_embeddings"):
+        ReSTRPipeline(model=pipe.model, processor=processor, device="cpu")(images[0], text="a zebra")
+
+
 def test_iterator_is_read_once_with_several_workers(pipe, images):
     rows = [{"image": images[0], "text": f"dog {number}"} for number in range(4)]
     results = list(pipe((row for row in rows), num_workers=2))

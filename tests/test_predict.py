@@ -146,7 +146,8 @@ def expected(model_dir, rows):
                 result = next(results)
                 mask = np.asarray(result["mask"]) > 0
                 ref_id = {"ref_id": reference["ref_id"]}
-                expected.append(ids | ref_id | expression | {"score": result["score"], "mask": mask})
+                lost = {name: result[name] for name in ("unknown_words", "truncated")}
+                expected.append(ids | ref_id | expression | lost | {"score": result["score"], "mask": mask})
     shares = [result["mask"].mean() for result in expected]
     assert len(expected) == 20 and 0.05 < np.mean(shares) < 0.95 and np.std(shares) > 0.05  # they say something
     return expected
@@ -176,6 +177,28 @@ def test_summary_counts_what_is_there(undisturbed, rows):
     assert summary["bytes"] == sum(path.stat().st_size for path in shards(undisturbed))
     assert summary["num_bad_images"] == summary["num_bad_texts"] == 0
     assert summary["last_run"]["images"] == NUM_IMAGES and summary["last_run"]["images_per_second"] > 0
+
+
+def test_lost_words_are_in_the_rows_the_summary_and_one_warning(model_dir, rows, tmp_path, caplog):
+    texts = [["the red xyzzy", "blue thing"], ["xyzzy xyzzy qwrty"], ["the red red red red red zzz"], ["blue thing"]]
+    columns = {"image": [{"bytes": to_bytes(row["image"]), "path": None} for row in rows[:4]], "text": texts}
+    columns["image"][3]["bytes"] = columns["image"][3]["bytes"][:-100]  # is left out, and its words with it
+    features = {"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))}
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(tmp_path / "data" / "val-00000-of-00001.parquet")
+    run(model_dir, tmp_path, tmp_path / "masks", "--skip_bad")
+    masks = read_masks(tmp_path / "masks")
+    assert masks["unknown_words"][:] == [["xyzzy"], [], ["xyzzy", "qwrty"], []]
+    assert masks["truncated"][:] == [False, False, False, True]
+    summary = read_summary(tmp_path / "masks")
+    assert summary["unknown_words"] == {"xyzzy": 2, "qwrty": 1} and list(summary["unknown_words"]) == [
+        "xyzzy",
+        "qwrty",
+    ]
+    assert summary["cut_words"] == {"zzz": 1}
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == "predict")
+    assert all(f"'{word}'" in warning for word in ("xyzzy", "qwrty", "zzz"))
 
 
 def test_each_image_is_encoded_once(model_dir, data_dir, tmp_path, monkeypatch):
@@ -303,7 +326,8 @@ def test_rows_with_lists_of_sentences(model_dir, rows, tmp_path, expected):
     data_dir = write_data(tmp_path / "plain", plain, datasets.Features(features))
     run(model_dir, data_dir, tmp_path / "out", "--image_column", "photo")
     masks = read_masks(tmp_path / "out")
-    assert masks.column_names == ["row", "text_index", "text", "score", "mask"]
+    names = ["row", "text_index", "text", "score", "mask", "unknown_words", "truncated"]
+    assert masks.column_names == names
     wanted = [{name: mask[name] for name in ("row", "text", "score", "mask")} for mask in expected]
     assert largest_difference(masks, wanted) <= 0.005
 

@@ -196,6 +196,14 @@ def test_lost_words_do_not_depend_on_earlier_calls(processor):
     assert lost == {"unknown_words": [], "cut_words": ["man"]}
 
 
+def test_finding_lost_words_leaves_the_tokenizer_as_calls_do(processor):
+    """Threads share it."""
+    processor(text="dog")
+    before = processor.tokenizer.backend_tokenizer.to_str()
+    processor.find_lost_words(["dog " * 30, "xyzzy"])
+    assert processor.tokenizer.backend_tokenizer.to_str() == before
+
+
 def test_a_warning_names_the_first_words_once(processor):
     lost = processor.find_lost_words([f"dog{number} dog{number + 1}" for number in range(29)])
     warning = processor.describe_lost_words(lost)

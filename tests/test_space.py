@@ -214,6 +214,25 @@ def test_words_carry_the_seeds_attention(fusion_type, share):
     np.testing.assert_allclose([word.attention for word in words], np.mean(rows, axis=0)[-4:-1], atol=1e-6)
 
 
+def test_words_that_are_not_read_are_named(tmp_path, recwarn):
+    segmenter = make_tiny_segmenter()
+    Image.fromarray(make_photo()).save(tmp_path / "photo.png")
+    answer = app.ask(segmenter, tmp_path / "photo.png", "the <i>zzz\nthe red red red red red Cafe\u0301\nblue thing")
+    records = app.make_records(answer, segmenter.segment(answer, 0.5))
+    unknown = [record["unknown_words"] for record in records]
+    assert "zzz" in unknown[0] and unknown[1:] == [[], []]
+    assert [record["truncated"] for record in records] == [False, True, False]
+    warnings = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+    assert len(warnings) == 2 and "zzz" in warnings[0] and "Café" in warnings[1]
+    assert not any("<" in warning for warning in warnings)
+
+
+def test_known_words_warn_of_nothing(tmp_path, recwarn):
+    Image.fromarray(make_photo()).save(tmp_path / "photo.png")
+    app.ask(make_tiny_segmenter(), tmp_path / "photo.png", "the red square")
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+
+
 def test_words_beyond_the_models_are_said_to_be():
     (words,) = make_tiny_segmenter().ask(make_photo(), ["the red box, that is Blue"]).words
     assert [word.text for word in words] == ["the", "red", "box", ",", "that", "is", "Blue"]

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import os
 import re
+import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def refuse(message: str) -> gr.Error:
 
 def read_sentences(text: Any) -> list[str]:
     """The sentences of the text, one a line; blank lines do not count."""
-    lines = text.splitlines() if isinstance(text, str) else []
+    lines = unicodedata.normalize("NFC", text).splitlines() if isinstance(text, str) else []
     sentences = [" ".join(line.split()) for line in lines if line.strip()]
     if not sentences:
         raise refuse("There is no sentence yet: write what to look for, one sentence a line.")
@@ -380,13 +381,15 @@ def pack_masks(answer: Answer, segmentations: list[Segmentation]) -> bytes:
 
 
 def make_records(answer: Answer, segmentations: list[Segmentation]) -> list[dict[str, Any]]:
-    """What the API says of each sentence, beside its mask."""
+    """What the API says of each sentence, next to its mask."""
     return [
         {
             "label": sentence,
             "score": round(segmentation.score, 4),
             "share": round(float(segmentation.mask.mean()), 4),
             "words": [{"word": word.text, "known": word.is_known, "attention": word.attention} for word in words],
+            "unknown_words": list_unknown(words),
+            "truncated": bool(list_cut(words)),
         }
         for sentence, words, segmentation in zip(answer.sentences, answer.words, segmentations)
     ]
@@ -400,9 +403,27 @@ def describe_model(segmenter: Segmenter, model_id: str) -> str:
     return f"Model: **{name}**, {size:.1f} M parameters, {width}x{height} pixels. {LIMITS}"
 
 
+def list_unknown(words: list[Word]) -> list[str]:
+    """The words that the model reads as unknown, each once."""
+    return list(dict.fromkeys(word.text for word in words if not word.is_known))
+
+
+def list_cut(words: list[Word]) -> list[str]:
+    """The words that are beyond those that the model reads, each once."""
+    return list(dict.fromkeys(word.text for word in words if word.attention is None))
+
+
 def ask(segmenter: Segmenter, path: str, text: str) -> Answer:
-    """Checks what the user gave, and runs the model."""
-    return segmenter.ask(read_photo(path, segmenter.processor.image_processor), read_sentences(text))
+    """Checks what the user gave, runs the model, and warns of the words that it could not read."""
+    answer = segmenter.ask(read_photo(path, segmenter.processor.image_processor), read_sentences(text))
+    words = [word for words in answer.words for word in words]
+    for names, problem in (
+        (list_unknown(words), "The model does not know {}: use other words."),
+        (list_cut(words), "The sentence is too long, and {} was not read: use fewer words."),
+    ):
+        if names:
+            gr.Warning(problem.format(html.escape(", ".join(map(repr, names)))))
+    return answer
 
 
 class View(NamedTuple):
