@@ -290,9 +290,9 @@ def _is_integer(value: Any) -> bool:
 def _check_options(options: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: for options that are no numbers or switches, are not finite, or would make every pixel the same.
+        ValueError: for options that are no numbers or switches, or that make pixels infinite or NaN.
     """
-    for name, lowest in (("rescale_factor", 0), ("image_mean", -math.inf), ("image_std", 0)):
+    for name, lowest in (("rescale_factor", -math.inf), ("image_mean", -math.inf), ("image_std", 0)):
         value = options.get(name)
         numbers: Any = list(value) if isinstance(value, Iterable) and name != "rescale_factor" else [value]
         are_numbers = bool(numbers) and all(isinstance(n, Real) and not isinstance(n, bool) for n in numbers)

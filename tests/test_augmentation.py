@@ -51,6 +51,13 @@ def test_mirror_turns_image_masks_and_words():
     assert turned_texts == ["man on the right", "left dog"]
 
 
+def test_texts_that_share_a_mask_share_the_changed_one():
+    first, second = make_masks()
+    augmentation = Augmentation(mirror=1, crop=1, scale=1)
+    _, masks, _ = augmentation(make_image(), [first, second, first], ["dog"] * 3, np.random.default_rng(0))
+    assert masks[0] is masks[2] and masks[0].shape != first.shape and masks[0] is not masks[1]
+
+
 def test_no_mirror_for_an_image_with_one_sentence_in_doubt():
     image, masks = make_image(), make_masks()
     same, same_masks, texts = Augmentation(mirror=1)(

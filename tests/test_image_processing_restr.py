@@ -317,7 +317,6 @@ BAD_OPTIONS = [
     ],
     *[{name: [0.5, value, 0.5]} for name in ("image_mean", "image_std") for value in (NAN, INF, "0.5", None, [1])],
     *[
-        {"rescale_factor": 0},
         {"rescale_factor": [1]},
         {"image_std": [1, 0, 1]},
         {"image_mean": []},

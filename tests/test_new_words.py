@@ -14,7 +14,7 @@ from modeling_restr.hub import save_bundle
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MINI = REPOSITORY / "examples" / "restr-mini"
+MINI = REPOSITORY / "examples" / "restr_mini"
 BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "new_words.md").read_text(), flags=re.DOTALL)
 
 

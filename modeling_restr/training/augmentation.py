@@ -8,7 +8,7 @@ drawn for it true, as `expression_rules.py` judges by the words.
     image, masks, texts = augment(image, masks, texts, np.random.default_rng((seed, epoch, index)))
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,7 +99,7 @@ class Augmentation:
             image = self._change_color(image, any(names_color(text) for text in texts), rng)
         if mirror:
             image = ImageOps.mirror(image)
-            masks = [np.ascontiguousarray(mask[:, ::-1]) for mask in masks]  # tensors have no negative strides
+            masks = _change_each(masks, lambda mask: mask[:, ::-1].copy())  # tensors have no negative strides
             texts = [text for text in mirrored if text is not None]
         if crop:
             image, masks = self._crop(image, masks, rng)
@@ -125,7 +125,8 @@ class Augmentation:
             covered |= mask
         top, bottom = _draw_interval(np.flatnonzero(covered.any(axis=1)), image.height, share, rng)
         left, right = _draw_interval(np.flatnonzero(covered.any(axis=0)), image.width, share, rng)
-        return image.crop((left, top, right, bottom)), [mask[top:bottom, left:right].copy() for mask in masks]
+        cut = _change_each(masks, lambda mask: mask[top:bottom, left:right].copy())
+        return image.crop((left, top, right, bottom)), cut
 
     def _shrink(
         self, image: Image.Image, masks: list[np.ndarray], rng: np.random.Generator
@@ -136,7 +137,7 @@ class Augmentation:
         canvas = Image.new("RGB", (width, height))
         canvas.paste(image, (left, top))
         margins = ((top, height - image.height - top), (left, width - image.width - left))
-        return canvas, [np.pad(mask, margins) for mask in masks]
+        return canvas, _change_each(masks, lambda mask: np.pad(mask, margins))
 
 
 @cache
@@ -148,6 +149,13 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     """The image as the processor reads it. It loses its EXIF data, which would turn it once more."""
     channels = _get_image_processor().process_image(image, do_convert_rgb=True, do_rescale=True)
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(channels, 0, -1)))
+
+
+def _change_each(masks: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    """The changed masks: one that several texts share is changed once, and shared."""
+    distinct = {id(mask): mask for mask in masks}
+    changed = {key: change(mask) for key, mask in distinct.items()}
+    return [changed[id(mask)] for mask in masks]
 
 
 def _check_masks(masks: list[np.ndarray], image: Image.Image) -> None:
