@@ -63,8 +63,8 @@ class StraightforwardReSTR(nn.Module):
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def measure(variants: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, float]:
@@ -82,11 +82,15 @@ def measure(variants: dict[str, Callable[[], object]], device: torch.device, run
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:
-    """Peak GiB of the device during one call; on a CPU that of the process, weights of all variants included."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """
+    Peak GiB of the device during one call; where it counts none, as on a CPU and MPS, that of the process, weights of
+    all variants included.
+    """
+    backend = torch.get_device_module(device)
+    if hasattr(backend, "reset_peak_memory_stats"):
+        backend.reset_peak_memory_stats(device)
         function()
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return backend.max_memory_allocated(device) / 2**30
     with contextlib.suppress(OSError):  # on Linux the peak starts again, elsewhere it is the peak so far
         Path("/proc/self/clear_refs").write_text("5")
     function()
@@ -174,8 +178,9 @@ def benchmark_training(dtype: torch.dtype, device: torch.device, image_size: int
 
 
 def describe_hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    backend = torch.get_device_module(device)
+    if hasattr(backend, "get_device_name"):
+        return backend.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:

@@ -2,7 +2,7 @@
 Measure what an exported model costs and gains beside the model that it was made of: overall IoU, mean IoU, size and
 CPU time of PyTorch, of ONNX Runtime in float32 and, where the folder has it, in int8:
 
-    python examples/evaluate_onnx.py examples/restr_mini restr-onnx --data data/photos --split val --output results.json
+    python examples/evaluate_onnx.py examples/restr_mini restr-onnx --data data/photos --split val --output_dir runs/onnx
 
 All run in turn on each image, with one thread, so that a noisy machine slows all of them alike; times are CPU time,
 medians over the images.
@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
-from evaluate_refcoco import find_revision, positive_int, write_text
+from evaluate_refcoco import find_revision, write_text
 from PIL import Image
 from tqdm import tqdm
 from transformers import pipeline
@@ -30,6 +30,7 @@ from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.loading import load_prepared
 from modeling_restr.export.restr_onnx import ReSTROnnxPipeline
 from modeling_restr.metrics import ReferringIoU
+from modeling_restr.options import ArgumentParser, add_options
 
 
 class Annotated(NamedTuple):
@@ -41,13 +42,14 @@ class Annotated(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare an exported model with the model that it was made of.")
+    parser = ArgumentParser(description="Compare an exported model with the model that it was made of.")
     parser.add_argument("model", help="folder or Hub id of the model")
     parser.add_argument("folder", type=Path, help="what examples/export_onnx.py wrote")
     parser.add_argument("--data", required=True, help="folder or Hub id of prepared data")
     parser.add_argument("--split", default="val", help="of the prepared data (default: val)")
-    parser.add_argument("--max_images", type=positive_int, default=200, metavar="N", help="(default: 200)")
-    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    max_images = {"default": 200, "help": "the first N images only (default: 200)"}
+    output_dir = {"help": "folder for results.json"}
+    add_options(parser, "revision", "data_revision", max_images=max_images, output_dir=output_dir)
     return parser.parse_args()
 
 
@@ -122,14 +124,15 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     task: Any = "referring-image-segmentation"  # transformers types its own tasks only
-    pipe: Any = pipeline(task, model=args.model, device="cpu")
-    dataset = load_prepared(args.data, args.split, max_images=args.max_images)
+    pipe: Any = pipeline(task, model=args.model, revision=args.revision, device="cpu")
+    dataset = load_prepared(args.data, args.split, max_images=args.max_images, revision=args.data_revision)
     results = measure(load_runners(args, pipe), read_rows(dataset), len(dataset))
     add_ratios(results, args.folder)
     print(json.dumps(results, indent=2))
-    if args.output:
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         record = {
-            "model": {"name": Path(args.model).name, "revision": find_revision(args.model, None)},
+            "model": {"name": Path(args.model).name, "revision": find_revision(args.model, args.revision)},
             "data": f"{len(dataset)} images of {Path(args.data).name}, {args.split}",
             "results": results,
             "versions": {
@@ -138,7 +141,7 @@ def main() -> None:
                 "transformers": transformers.__version__,
             },
         }
-        write_text(args.output, json.dumps(record, indent=2) + "\n")
+        write_text(args.output_dir / "results.json", json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -505,9 +505,9 @@ def test_costs_are_measured(folder, tmp_path):
         {"val": images},
         tmp_path / "data",
     )
-    options = ["--data", tmp_path / "data", "--split", "val", "--output", tmp_path / "results.json"]
+    options = ["--data", tmp_path / "data", "--split", "val", "--output_dir", tmp_path / "results"]
     run_example("evaluate_onnx.py", folder.parent / "model", folder, *options)
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    results = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
     assert list(results) == ["torch", "float32", "int8"]
     intersection = union = sentences = 0
     for row in load_prepared(tmp_path / "data", "val"):

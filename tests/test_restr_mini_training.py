@@ -85,17 +85,17 @@ def test_training_resumes_and_its_model_is_evaluated(folder, tmp_path, capsys):
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]  # it did not begin again
     assert any("eval_mean_iou" in entry for entry in history)
 
-    files = ["--output", str(tmp_path / "results.json"), "--sheet", str(tmp_path / "sheet.png")]
+    files = ["--output_dir", str(tmp_path / "results")]
     wordings = [{"image_id": 10, "instance": 0, "wordings": ["left one", "the left thing"]}]
     (tmp_path / "wordings.json").write_text(json.dumps(wordings))
     model = str(tmp_path / "run" / "model")
     evaluation.main([model, "--photos", str(folder), "--wordings", str(tmp_path / "wordings.json"), *files])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results" / "evaluation.json").read_text())
     sentences = results["results"]["model"]["all"]["sentences"]
     assert sentences > 0 and f"| all | {sentences} |" in capsys.readouterr().out
     assert set(results["results"]) == {"model", "other sentence", "bare category", "constant box"}
     assert results["wordings"]["wordings"] == 2 and results["data"].startswith("1 test photograph")
-    assert Image.open(tmp_path / "sheet.png").width > 0
+    assert Image.open(tmp_path / "results" / "sheet.png").width > 0
 
 
 def test_a_batch_is_what_the_processor_makes_of_it(folder):

@@ -2,7 +2,7 @@
 Evaluate a model on the photographs that restr-mini's training held out, with generated sentences, at 352 pixels:
 
     python examples/restr_mini/evaluation.py examples/restr_mini --photos PHOTOS [MORE_PHOTOS ...] \\
-        --output evaluation.json --sheet sheet.png
+        --output_dir runs/evaluation
 
 PHOTOS are folders with `instances.json` (COCO's layout) and `images/`. What is reported, on the test's photographs:
 
@@ -36,6 +36,7 @@ import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.data.refer import read_json
 from modeling_restr.metrics import ReferringIoU
 from modeling_restr.metrics.evaluation import predict_masks
+from modeling_restr.options import ArgumentParser, add_options, choose_device, positive_int
 from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, save_image
 
 
@@ -86,17 +87,21 @@ class Answer(NamedTuple):
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a model on held-out photographs.")
+    parser = ArgumentParser(description="Evaluate a model on held-out photographs.")
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument(
         "--photos", type=Path, nargs="+", required=True, help="folders with instances.json and images/"
     )
     parser.add_argument(
-        "--expressions_per_image", type=int, default=8, metavar="N", help="at most N sentences per image (default: 8)"
+        "--expressions_per_image",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="at most N sentences per image (default: 8)",
     )
     parser.add_argument("--wordings", type=Path, default=WORDINGS, help="JSON file of wordings (default: ours)")
-    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--sheet", type=Path, help="PNG file for a picture of the first photographs that may be shown")
+    output_dir = {"help": "folder for evaluation.json and sheet.png, the first photographs that may be shown"}
+    add_options(parser, "revision", "device", "num_threads", output_dir=output_dir)
     return parser.parse_args(arguments)
 
 
@@ -375,9 +380,9 @@ def draw_sheet(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = AutoModelForImageSegmentation.from_pretrained(args.model).eval().to(device)
-    processor = AutoProcessor.from_pretrained(args.model)
+    options = {"revision": args.revision} if args.revision else {}
+    model = AutoModelForImageSegmentation.from_pretrained(args.model, **options).eval().to(choose_device(args))
+    processor = AutoProcessor.from_pretrained(args.model, **options)
     parts = {part: Photographs.load(args.photos, part) for part in ("test", "validation", "train")}
     described = {part: describe(photographs, args.expressions_per_image) for part, photographs in parts.items()}
     threshold = choose_score_threshold(evaluate(model, processor, described["validation"], None).scores)
@@ -401,11 +406,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(format_table(groups))
     print(json.dumps({name: value for name, value in content.items() if name != "results"}, indent=2))
-    if args.output:
-        args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if args.sheet:
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         sheet, credits = draw_sheet(args.photos, described["test"], parts["test"], model, processor)
-        save_image(sheet, args.sheet)
+        save_image(sheet, args.output_dir / "sheet.png")
         print("The sheet's photographs, row by row:", *credits, sep="\n")
 
 

@@ -215,7 +215,7 @@ class Segmenter:
         # Eager attention returns its weights; the vision encoder's, which has most of the work, are not asked for.
         attention = {"": "eager", "text_config": "eager", "vision_config": "sdpa"}
         model = AutoModelForImageSegmentation.from_pretrained(model_id, attn_implementation=attention, **options)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         return cls(model.to(device), AutoProcessor.from_pretrained(model_id, **options))
 
     def encode(self, photo: np.ndarray) -> torch.Tensor:
