@@ -1,15 +1,15 @@
 """
-Train ReSTR on prepared data, one row an image, as examples/prepare_refcoco.py writes it. The defaults are the paper's
+Train ReSTR on prepared data, one row per image, as examples/prepare_refcoco.py writes it. The defaults are the paper's
 recipe; `--help` says which choice is the paper's.
 
     python examples/run_referring_segmentation.py --dataset_name data/refcoco --word_vectors glove.840B.300d.txt \\
         --output_dir runs/refcoco
 
-starts from a pretrained ViT and GloVe, as the paper does; `--model_name_or_path` goes on from a trained model. With
+starts from a pretrained ViT and GloVe, as the paper does; `--model_name_or_path` starts from a trained model. With
 `torchrun` or `accelerate launch` it runs on many devices and machines; divide `--per_device_train_batch_size` by their
 number to keep the paper's step of 8 pairs.
 
-Whenever it is stopped, the same command goes on from the last whole checkpoint. On SIGTERM it saves one and exits with
+Whenever it is stopped, the same command resumes from the last whole checkpoint. On SIGTERM it saves one and exits with
 code 143 (`torchrun`, when it is sent the signal itself, then exits with 1). A run ends in OUTPUT_DIR/model, a folder
 that `pipeline` loads, with a card; `--push_to_hub` uploads it. Every other option of transformers' TrainingArguments
 works, too: `--bf16`, `--gradient_accumulation_steps`, `--gradient_checkpointing`, `--torch_compile`, `--report_to
@@ -147,7 +147,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
     set_seed(args.seed + args.process_index)  # drop path differs between the processes
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopped:
-        print("Stopped by SIGTERM, with a checkpoint: the same command goes on from there.", file=sys.stderr)
+        print("Stopped by SIGTERM, with a checkpoint: the same command resumes from there.", file=sys.stderr)
         sys.exit(EXIT_CODE_TERMINATED)
     finish_run(
         trainer.accelerator,

@@ -6,10 +6,10 @@ recipe (the paper's), items and weights, in a loop to read from top to bottom an
         examples/run_referring_segmentation_no_trainer.py --dataset_name data/refcoco \\
         --word_vectors glove.840B.300d.txt --output_dir runs/refcoco
 
-How many devices and machines, and in what precision: the configuration files beside that one say it, or `accelerate
+How many devices and machines, and in what precision: the configuration files next to that one say it, or `accelerate
 launch`'s options; divide `--per_device_train_batch_size` by the number of devices to keep the paper's step of 8 pairs.
 
-Whenever it is stopped, the same command goes on from the last whole checkpoint. On SIGTERM it saves one and exits with
+Whenever it is stopped, the same command resumes from the last whole checkpoint. On SIGTERM it saves one and exits with
 code 143. (Where `accelerate launch` starts one process only, it does not pass the signal on: send it to the script.)
 A run ends in OUTPUT_DIR/model, a folder that `pipeline` loads, with a card; `--push_to_hub` uploads it.
 """
@@ -132,7 +132,7 @@ def prepare_run(
     if args.torch_compile:
         model.compile()
     optimizer = create_optimizer(model, recipe)
-    scheduler = create_scheduler(optimizer, recipe)  # not prepared: Accelerate would step it once a process
+    scheduler = create_scheduler(optimizer, recipe)  # not prepared: Accelerate would step it once per process
     accelerator.register_for_checkpointing(scheduler)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     set_seed(recipe.seed, device_specific=True)  # drop path differs between the processes
@@ -244,7 +244,7 @@ def log_panel(accelerator: Accelerator, panel: Image.Image, step: int) -> None:
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """All that the run needs to go on, whole or not there."""
+    """Write all that the run needs to resume, atomically."""
     accelerator = run.accelerator
     check_weights(run.model, step, run.optimizer, accelerator.gather)
     with write_checkpoint(
@@ -379,7 +379,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: LoopArgume
         finish(run, validation_data)
     accelerator.end_training()
     if not is_finished:
-        print("Stopped by SIGTERM, with a checkpoint: the same command goes on from there.", file=sys.stderr)
+        print("Stopped by SIGTERM, with a checkpoint: the same command resumes from there.", file=sys.stderr)
         sys.exit(EXIT_CODE_TERMINATED)
 
 

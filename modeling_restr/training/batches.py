@@ -42,7 +42,7 @@ class ReferringDataset(torch.utils.data.Dataset):
 
     Args:
         dataset (`datasets.Dataset`): In the canonical form.
-        expressions_per_image: K, at most so many sentences of an image in an item.
+        expressions_per_image: K, the maximum number of sentences per item.
         seed: Of the order, of the sentences that come together, and of the augmentation.
         augmentation: What to do to each item, see `augmentation.py`.
         num_items: Length of the stream; by default one epoch.
@@ -110,7 +110,7 @@ class ReferringStream(torch.utils.data.IterableDataset):
     Each worker of each process reads its own share: its own files where their number is a multiple of the workers',
     else every n-th image. Files and items are shuffled as far as the buffer reaches. What is read follows from the
     seed and from the numbers of processes and workers and the batch size; with the same ones a run that is resumed at
-    `first_batch` goes on exactly: what came before is read again, but not decoded. Give it to a `DataLoader` with that
+    `first_batch` resumes exactly: what came before is read again, but not decoded. Give it to a `DataLoader` with that
     `batch_size`, and do not shard it once more.
 
     Args:
@@ -220,7 +220,7 @@ def _check_arguments(features: datasets.Features | None, expressions_per_image: 
     missing = [name for name in FEATURES if name not in (features or ())]
     if missing:
         raise ValueError(
-            f"Expected a dataset with one row an image, as examples/prepare_refcoco.py writes it; it lacks {missing} and"
+            f"Expected a dataset with one row per image, as examples/prepare_refcoco.py writes it; it lacks {missing} and"
             f" has {list(features or ())}."
         )
     if expressions_per_image < 1 or seed < 0:

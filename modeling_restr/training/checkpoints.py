@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 _NAME = re.compile(r"checkpoint-[0-9]{1,18}")
 MARKER = "complete.json"  # the checkpoint's files and their sizes in bytes
-# As a shell reports SIGTERM (128 + 15), so that nobody takes the run for finished: it saved, and is to be resumed.
+# As a shell reports SIGTERM (128 + 15): the run is not finished, but saved and to be resumed.
 EXIT_CODE_TERMINATED = 143
 
 
@@ -116,12 +116,12 @@ def _flush(path: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint so that a half removed one never has its name."""
-    condemned = checkpoint.parent / UNFINISHED / f"removed-{checkpoint.name}"
-    condemned.parent.mkdir(exist_ok=True)
-    shutil.rmtree(condemned, ignore_errors=True)
-    os.replace(checkpoint, condemned)
-    shutil.rmtree(condemned, ignore_errors=True)
-    _remove_if_empty(condemned.parent)
+    to_delete = checkpoint.parent / UNFINISHED / f"removed-{checkpoint.name}"
+    to_delete.parent.mkdir(exist_ok=True)
+    shutil.rmtree(to_delete, ignore_errors=True)
+    os.replace(checkpoint, to_delete)
+    shutil.rmtree(to_delete, ignore_errors=True)
+    _remove_if_empty(to_delete.parent)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from ..visualization import add_legend, arrange_in_grid, draw_masks
 
 
-MAX_SENTENCES = 3  # of an image
+MAX_SENTENCES = 3  # per image
 TILE_SIZE = 320  # pixels, the longer side of an image in the panel
 TILES_PER_ROW = 4
 
@@ -18,11 +18,11 @@ TILES_PER_ROW = 4
 @torch.no_grad()
 def draw_overlays(model: Any, processor: Any, rows: Iterable[Mapping[str, Any]]) -> Image.Image | None:
     """
-    One tile an image: the masks of its first few sentences, about different objects as far as there are any. None
+    One tile per image: the masks of its first few sentences, about different objects as far as there are any. None
     where no image has a sentence.
 
     Args:
-        model: Called once an image, so that it may be a wrapped one; in evaluation mode.
+        model: Called once per image, so that it may be a wrapped one; in evaluation mode.
         processor: Its [`ReSTRProcessor`].
         rows: Of a dataset in the canonical form; those without sentences are left out.
     """

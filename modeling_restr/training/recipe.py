@@ -57,7 +57,7 @@ class Recipe:
     dataset: str = ""
     split: str = "train"
     num_expressions: int | None = None  # in the split; None for a stream
-    data_fingerprint: str | None = None  # of `fingerprints.py`; None where nobody took it
+    data_fingerprint: str | None = None  # of `fingerprints.py`; None where it was not taken
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -109,7 +109,9 @@ class Recipe:
         earlier, now = _read_recipe(Path(folder, RECIPE_NAME)), asdict(self)
         names = {field.name: field.default for field in fields(self)}
         if unknown := sorted(earlier.keys() - names.keys()):
-            logger.warning(f"{folder} was written by a later version of this package, which knows {unknown} besides.")
+            logger.warning(
+                f"{folder} was written by a later version of this package, with {unknown}, which this one ignores."
+            )
         there = {name: earlier.get(name, default) for name, default in names.items()}
         if None in (there["data_fingerprint"], now["data_fingerprint"]):
             logger.warning(f"Whether {folder} is of a run on the same data is not known: no fingerprint was taken.")
@@ -120,7 +122,7 @@ class Recipe:
         if different:
             listing = "\n".join(f"  {name}: {there[name]} there, {now[name]} now" for name in different)
             raise ValueError(
-                f"Expected the recipe and data that {folder} was begun with, got others. Resume with the same ones, or"
+                f"Expected the recipe and data that of {folder}, got others. Resume with the same ones, or"
                 f" choose another output_dir and start from its weights:\n{listing}"
             )
 
@@ -183,7 +185,7 @@ def create_optimizer(model: nn.Module, recipe: Recipe | None = None) -> torch.op
 def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe | None = None) -> LambdaLR:
     """
     Linear warm-up from 0, then `learning_rate * (1 - (step - warmup_steps) / (max_steps - warmup_steps)) ** power`,
-    alike in every group of the optimizer. It is stepped once an optimizer step, however many processes there are.
+    alike in every group of the optimizer. It is stepped once per optimizer step, however many processes there are.
     """
     recipe = recipe or Recipe()
     return get_polynomial_decay_schedule_with_warmup(

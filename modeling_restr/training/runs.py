@@ -55,18 +55,18 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
 class ModelArguments:
     """What to start from: a trained ReSTR, or a new one."""
 
-    model_name_or_path: str | None = option(None, "Folder or Hub id of a ReSTR to go on from.")
+    model_name_or_path: str | None = option(None, "Folder or Hub id of a ReSTR to start from, instead of a new one.")
     revision: str = option("main", "Branch, tag or commit of the model on the Hub.", aliases=["--model_revision"])
-    vision_model_name_or_path: str = option(PAPER.start, "Of a new model: the ViT to start from. The paper's.")
+    vision_model_name_or_path: str = option(PAPER.start, "Pretrained ViT that a new model starts from. The paper's.")
     word_vectors: str | None = option(
-        None, "Of a new model: file in GloVe's text format, as the paper starts from. Random word vectors without it."
+        None, "Word vectors of a new model, a file in GloVe's text format, as the paper's. Random by default."
     )
     vocabulary_file: str | None = option(
-        None, "Of a new model: its words, one a line. The words of the training expressions by default."
+        None, "Words of a new model, one per line. The words of the training expressions by default."
     )
-    image_size: int = option(PAPER.image_size, "Of a new model: side of the input in pixels. The paper's.")
-    max_words: int = option(PAPER.max_words, "Of a new model: words of an expression that count. The paper's.")
-    fusion_type: str = option("coupled", "Of a new model. The paper's; its ablation: independent, vanilla.")
+    image_size: int = option(PAPER.image_size, "Side of a new model's input in pixels. The paper's.")
+    max_words: int = option(PAPER.max_words, "Maximum words per expression of a new model. The paper's.")
+    fusion_type: str = option("coupled", "Fusion of a new model. The paper's; its ablations: independent, vanilla.")
     patch_loss_weight: float = option(PAPER.patch_loss_weight, "Weight of the patch loss. The paper's.")
 
 
@@ -74,14 +74,14 @@ class ModelArguments:
 class DataArguments:
     """The data, and what becomes of it."""
 
-    dataset_name: str = field(metadata={"help": "Folder or Hub id of prepared data, one row an image."})
+    dataset_name: str = field(metadata={"help": "Folder or Hub id of prepared data, one row per image."})
     data_revision: str | None = option(
         None, "Branch, tag or commit of the data on the Hub; main by default.", aliases=["--dataset_revision"]
     )
     train_split: str = option("train", "Split to train on.")
     validation_split: str = option("val", "Split to evaluate on; '' for none.")
     expressions_per_image: int = option(
-        1, "Up to so many sentences of an image in an item of a batch share its encoding. 1 is the paper's batch."
+        1, "Maximum sentences per image in a batch, which share its encoding. 1 is the paper's batch."
     )
     streaming: bool = option(False, "Read the training data as a stream: nothing is downloaded or held as a whole.")
     shuffle_buffer_size: int = option(1000, "Items of a stream in memory to draw from.")
@@ -102,10 +102,12 @@ class RecipeArguments:
     max_steps: int = option(PAPER.max_steps, "Steps in all. The paper's.")
     num_train_epochs: float = option(0.0, "If above 0, the length of the run instead of `max_steps`.")
     per_device_train_batch_size: int = option(
-        PAPER.images_per_step, "Images a step on each device; the paper's is 8 in all, with one sentence each."
+        PAPER.images_per_step, "Images per device and batch; the paper's step has 8 in all, with one sentence each."
     )
-    gradient_accumulation_steps: int = option(1, "Batches of each device in a step; gradients are the large batch's.")
-    per_device_eval_batch_size: int = option(4, "Images a step of the evaluation, with up to 8 sentences each.")
+    gradient_accumulation_steps: int = option(1, "Batches per device and step; gradients are the large batch's.")
+    per_device_eval_batch_size: int = option(
+        4, "Images per device and batch of the evaluation, with up to 8 sentences each."
+    )
     learning_rate: float = option(PAPER.learning_rate, "Of fusion, decoder and language encoder. The paper's.")
     vision_learning_rate_ratio: float = option(
         PAPER.vision_learning_rate_ratio, "The vision encoder's learning rate, as a share of it. The paper's."
@@ -119,11 +121,9 @@ class RecipeArguments:
     power: float = option(PAPER.power, "Power of the polynomial in which the learning rate falls to 0. The paper's.")
     max_grad_norm: float = option(PAPER.max_grad_norm, "Largest norm of the gradient, 0 for any. The paper's.")
     eval_steps: int = option(10_000, "Steps between evaluations.")
-    save_steps: int = option(2_000, "Steps between checkpoints: what a kill can cost.")
+    save_steps: int = option(2_000, "Steps between checkpoints, the most that a kill can cost.")
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
-    resume_from_checkpoint: str | None = option(
-        None, "Checkpoint to go on from, each time the command runs; by default the last one, if any."
-    )
+    resume_from_checkpoint: str | None = option(None, "Checkpoint to resume from; by default the last one, if any.")
     logging_steps: int = option(50, "Steps between two lines of the log.")
     dataloader_num_workers: int = option(4, "Processes that decode images, for each device.")
     seed: int = option(PAPER.seed, "Of new weights, the order of the data, and drop path.")
@@ -236,7 +236,7 @@ def count_steps(
     train_data: datasets.Dataset | datasets.IterableDataset, args: DataArguments, epochs: float, images_per_step: int
 ) -> int:
     """
-    Steps of so many epochs, each of which has every expression once.
+    Steps of `epochs` epochs, each of which has every expression once.
 
     Raises:
         ValueError: the data is a stream.
@@ -326,7 +326,7 @@ def create_train_dataset(
 
 
 def create_eval_dataset(data: datasets.Dataset) -> ReferringDataset:
-    """All expressions in their order, with several of an image in an item."""
+    """All expressions in their order, with several per item."""
     return ReferringDataset(data, EXPRESSIONS_PER_IMAGE_IN_EVALUATION, shuffle=False)
 
 
@@ -371,7 +371,7 @@ def prepare_push(args: RecipeArguments, repo_id: str | None) -> None:
     Make the repository before the training, so that it does not fail after it for want of a token or a valid name.
 
     Raises:
-        ValueError: there is no connection, nobody is logged in who may push to it, or its name is no repository's.
+        ValueError: there is no connection, the login may not push to it, or its name is not valid.
     """
     if repo_id is not None:
         try:

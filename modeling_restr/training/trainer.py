@@ -37,7 +37,7 @@ _PADDING = -100  # what Trainer fills up with when batches have different sizes
 
 def use_one_device(args: TrainingArguments) -> None:
     """
-    One device a process, also where several GPUs are seen: Trainer would spread a batch over them with `DataParallel`,
+    One device per process, also where several GPUs are seen: Trainer would spread a batch over them with `DataParallel`,
     which splits images and sentences alike and knows nothing of `image_indices`. `torchrun` uses all of them.
     """
     if args.n_gpu > 1:
@@ -59,7 +59,7 @@ class ReferringTrainer(Trainer):
 
     Args:
         processor ([`ReSTRProcessor`]): The model's; it is saved with each checkpoint.
-        recipe ([`Recipe`]): What the run was begun with; it is saved with each checkpoint.
+        recipe ([`Recipe`]): The run's; it is saved with each checkpoint.
         overlay_rows: Rows of the validation data, drawn after each evaluation.
         (all others): See `transformers.Trainer`; the training data is a [`ReferringDataset`] or [`ReferringStream`].
     """
