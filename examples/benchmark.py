@@ -1,19 +1,17 @@
 """
 Measure ReSTR at the paper's size (ViT-B/16, 480x480, random weights): its answers against what it is made of, and
-what a training step of 8 (image, expression) pairs costs with 1, 4 and 8 sentences an image:
+what a training step of 8 (image, expression) pairs costs with 1, 4 and 8 sentences per image:
 
     python examples/benchmark.py
     python examples/benchmark.py --what training
+    python examples/benchmark.py --what gpu --output_dir runs/gpu
 
+The last is for a GPU, takes four minutes, and writes `gpu.json` and `gpu.md`; `--tiny --device cpu` rehearses it.
 All variants run alternately in one process, so that a noisy machine slows all of them alike; medians are compared.
 """
 
-import contextlib
 import copy
-import platform
-import resource
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -23,16 +21,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from measuring import VOCAB_SIZE, create_model, describe_hardware, measure, peak_memory
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+from modeling_restr import ReSTRForImageSegmentation
 from modeling_restr.options import ArgumentParser, add_options, choose_device
 from modeling_restr.training.recipe import create_optimizer
 
 
 NUM_EXPRESSIONS = 8
-VOCAB_SIZE = 12112
 
 
 def upsample_then_map(self: Any, visual_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
@@ -60,52 +58,6 @@ class StraightforwardReSTR(nn.Module):
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         logits = [self.model(pixel_values=pixel_values, input_ids=words[None]).logits for words in input_ids]
         return torch.cat(logits)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def measure(variants: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, float]:
-    """Median seconds of each variant over `runs` alternated runs, after one run that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for run in range(runs + 1):
-        for name, function in variants.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if run > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def peak_memory(function: Callable[[], object], device: torch.device) -> float:
-    """
-    Peak GiB of the device during one call; where it counts none, as on a CPU and MPS, that of the process, weights of
-    all variants included.
-    """
-    backend = torch.get_device_module(device)
-    if hasattr(backend, "reset_peak_memory_stats"):
-        backend.reset_peak_memory_stats(device)
-        function()
-        return backend.max_memory_allocated(device) / 2**30
-    with contextlib.suppress(OSError):  # on Linux the peak starts again, elsewhere it is the peak so far
-        Path("/proc/self/clear_refs").write_text("5")
-    function()
-    try:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def create_model(image_size: int) -> ReSTRForImageSegmentation:
-    config = ReSTRConfig(
-        vision_config=ReSTRVisionConfig(image_size=image_size), text_config=ReSTRTextConfig(vocab_size=VOCAB_SIZE)
-    )
-    return ReSTRForImageSegmentation(config)
 
 
 def create_models(dtype: torch.dtype, device: torch.device, image_size: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -177,31 +129,28 @@ def benchmark_training(dtype: torch.dtype, device: torch.device, image_size: int
         )
 
 
-def describe_hardware(device: torch.device) -> str:
-    backend = torch.get_device_module(device)
-    if hasattr(backend, "get_device_name"):
-        return backend.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = ArgumentParser(description="Time ReSTR at the paper's size against a bare ViT and plain ReSTR.")
-    parser.add_argument("--what", default="inference", choices=["inference", "training"])
+    parser.add_argument("--what", default="inference", choices=["inference", "training", "gpu"])
     parser.add_argument("--image_size", type=int, default=480)
     parser.add_argument("--runs", type=int, default=5, help="alternated runs of every variant (default: 5)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     add_options(parser, "device", "num_threads")
+    gpu = parser.add_argument_group("--what gpu")
+    add_options(gpu, output_dir={"default": Path("runs/gpu"), "help": "for gpu.json and gpu.md (default: runs/gpu)"})
+    gpu.add_argument("--time_limit", type=float, default=220, help="seconds, without the imports (default: 220)")
+    gpu.add_argument("--tiny", action="store_true", help="a tiny model, measured for an instant: a rehearsal")
+    gpu.add_argument("--compile_backend", default="inductor", help="of torch.compile (default: inductor)")
     args = parser.parse_args()
     try:
         device = choose_device(args)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    if args.what == "gpu":
+        from benchmark_gpu import benchmark_gpu
+
+        failures = benchmark_gpu(device, args.output_dir, args.time_limit, args.tiny, args.compile_backend)
+        sys.exit("\n".join(failures) or None)
     now = datetime.now(UTC)
     print(
         f"{describe_hardware(device)}; torch {torch.__version__}, transformers {transformers.__version__}; {now:%Y-%m-%d}"

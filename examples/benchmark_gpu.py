@@ -1,0 +1,543 @@
+"""
+What `examples/benchmark.py --what gpu` measures: the same numbers as on a CPU, no wait for the device in forward, how
+fast the model answers and trains, and what that takes of the card.
+
+It imports neither data nor metrics. Every section has a time limit, and so has the whole; each row is printed and
+written as soon as it is known, and a section that fails is reported and left behind.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import math
+import platform
+import signal
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import describe_hardware, peak_memory, synchronize
+from safetensors import safe_open
+
+from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+from modeling_restr.convert_restr_original_to_hf import model_from_original_state_dict
+from modeling_restr.training.recipe import create_parameter_groups
+
+
+logger = logging.getLogger(__name__)
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "fixtures" / "coupled.safetensors"
+PAPER_STEPS, PAPER_PAIRS = 400_000, 8
+# Another device adds the same numbers in another order, so it may be as many times as far from float64 as the CPU is;
+# or this share of the largest value, where the CPU happens to be nearly exact.
+TIMES_CPU_ERROR, LEAST_ERROR = 8, 1e-6
+GOLDEN_ERROR = 1e-5  # what the tests allow next to the original implementation
+# The kinds of kernels by parts of their names, the first that fits. The compiler's carry the names of what they fuse.
+KERNELS = {
+    "fused by the compiler": ("triton_poi", "triton_red", "triton_per", "triton_for"),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "xmma", "conv", "addmm", "::mm", "::bmm"),
+    "upsampling": ("upsample",),
+    "optimizer": ("adam", "multi_tensor"),
+    "copies": ("memcpy", "memset", "copy", "nchwtonhwc", "nhwctonchw"),
+}
+PARITY = "parity with the CPU, float32"
+TRAINING = "training, bfloat16 by autocast, fused AdamW"
+Results = dict[str, torch.Tensor]
+
+
+class TimeIsUp(BaseException):
+    """Raised in a section that has had its time; no `except Exception` of a library on the way holds it up."""
+
+
+@dataclass
+class Report:
+    """Rows of measurements by section, printed as they come and kept in `gpu.json` and `gpu.md` of a folder."""
+
+    folder: Path
+    facts: dict[str, Any]
+    sections: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, section: str, what: str, **values: Any) -> None:
+        values = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
+        self.sections.setdefault(section, []).append({"what": what, **values})
+        print(f"[{section}] {what}: {', '.join(f'{name} {value}' for name, value in values.items())}", flush=True)
+        self.write()
+
+    def check(self, section: str, what: str, error: float, bound: float, **values: Any) -> None:
+        """A row for an error, which is a failure beyond its bound."""
+        is_within = error <= bound  # NaN is not
+        self.add(section, what, error=error, bound=bound, **values, ok=is_within)
+        if not is_within:
+            self.failures.append(f"{section}: {what}: expected an error of {bound:.2g} at most, got {error:.2g}")
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"facts": self.facts, "failures": self.failures, "sections": self.sections}
+        (self.folder / "gpu.json").write_text(json.dumps(content, indent=2) + "\n")
+        lines = [", ".join(f"{name} {value}" for name, value in self.facts.items())]
+        for section, rows in self.sections.items():
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            lines += ["", f"### {section}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            lines += [f"| {' | '.join(str(row.get(name, '')) for name in columns)} |" for row in rows]
+        (self.folder / "gpu.md").write_text("\n".join(lines) + "\n")
+
+
+@dataclass
+class Setup:
+    """What is measured, on which device, and for how long."""
+
+    device: torch.device
+    config: ReSTRConfig
+    report: Report
+    backend: str  # of torch.compile
+    batch_sizes: tuple[int, int, int] = (1, 8, 64)
+    images_per_step: int = 16
+    sentences_per_image: int = 4
+    matrix_side: int = 8192
+    seconds: float = 1.0  # per measurement
+    matmul_rate: float = math.nan  # FLOP/s, measured first
+
+    def time(self, function: Callable[[], object]) -> float:
+        """Median seconds per call of five blocks of calls, each waited for once, after two calls that warm up."""
+        for _ in range(2):
+            function()
+        num_calls = max(1, int(self.seconds / 5 / self.time_block(function, 1)))
+        return statistics.median(self.time_block(function, num_calls) for _ in range(5))
+
+    def time_block(self, function: Callable[[], object], num_calls: int) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            function()
+        synchronize(self.device)
+        return (time.perf_counter() - start) / num_calls
+
+
+def tiny_config(**values: Any) -> ReSTRConfig:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return ReSTRConfig(
+        vision_config=ReSTRVisionConfig(**sizes, image_size=64),
+        text_config=ReSTRTextConfig(**sizes, vocab_size=50, projection_dim=32),
+        num_attention_heads=2,
+        **values,
+    )
+
+
+def create_model(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> ReSTRForImageSegmentation:
+    torch.manual_seed(0)
+    with device:
+        model: Any = ReSTRForImageSegmentation(config)
+    return model.to(dtype).eval()
+
+
+def create_batch(
+    config: Any,
+    device: torch.device,
+    num_images: int,
+    sentences_per_image: int,
+    dtype: torch.dtype = torch.float32,
+    labels: bool = False,
+) -> dict[str, torch.Tensor]:
+    size, num_words = config.vision_config.image_size, config.text_config.max_position_embeddings
+    count = num_images * sentences_per_image
+    with device:
+        batch = {
+            "pixel_values": torch.randn(num_images, 3, size, size, dtype=dtype),
+            "input_ids": torch.randint(4, config.text_config.vocab_size, (count, num_words)),
+            "image_indices": torch.arange(num_images).repeat_interleave(sentences_per_image),
+        }
+        if labels:
+            batch["labels"] = torch.randint(0, 2, (count, size, size), dtype=torch.uint8)
+    return batch
+
+
+def describe(num_images: int, sentences_per_image: int) -> str:
+    return f"images: {num_images}, sentences per image: {sentences_per_image}"
+
+
+def count_macs(config: Any, num_images: int, num_expressions: int) -> dict[str, int]:
+    """
+    Multiply-accumulates of the matrix products of a forward pass. A block over L tokens of width D, whose MLP has width
+    M, takes 4 L D^2 (queries, keys, values, output) + 2 L^2 D (scores, weighted sums) + 2 L D M. In the decoder every
+    map runs before its upsampling, and the first is split into a part per image and a part per sentence. At the paper's
+    size: 92 G per image, and 0.14 G (language) + 17 G (fusion) + 4.3 G (decoder) per sentence.
+
+    A multiply-accumulate is two FLOPs. A backward pass takes two products for each of the forward pass: one for the
+    gradient of the weights, one for that of the inputs.
+    """
+    vision, text, dim = config.vision_config, config.text_config, config.hidden_size
+    side, num_words = vision.image_size // vision.patch_size, text.max_position_embeddings
+    num_patches = side**2
+
+    def block(length: int, part: Any) -> int:
+        width = part.hidden_size
+        return 4 * length * width**2 + 2 * length**2 * width + 2 * length * width * part.intermediate_size
+
+    image = num_patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
+    image += vision.num_hidden_layers * block(num_patches + 1, vision)
+    words = text.num_hidden_layers * block(num_words, text) + num_words * text.hidden_size * text.projection_dim
+    fusion = num_words * text.projection_dim * dim  # projection of the words
+    fusion += config.num_fusion_layers * (block(num_patches + num_words, config) + block(num_words + 1, config))
+    fusion += (num_patches + 1) * dim**2 + num_patches * dim  # patches, classifier, their scalar products
+    widths = [max(1, dim // 2**index) for index in range(max(1, math.ceil(math.log2(vision.patch_size))))]
+    decoder = num_patches * dim**2 + vision.image_size**2 * widths[-1]  # the first map's part, the last map
+    decoder += sum((side * 2**index) ** 2 * old * new for index, (old, new) in enumerate(pairwise(widths), start=1))
+    return {
+        "vision": num_images * image,
+        "language": num_expressions * words,
+        "fusion": num_images * num_patches * vision.hidden_size * dim + num_expressions * fusion,
+        "decoder": num_images * num_patches * dim**2 + num_expressions * decoder,
+    }
+
+
+def measure_card(setup: Setup) -> None:
+    """The card's rates of products and copies, against which the rest is held."""
+    side = setup.matrix_side
+    with setup.device:
+        left, right = torch.randn(2, side, side, dtype=torch.bfloat16)
+        source = torch.randn(2 * side**2)
+    setup.matmul_rate = 2 * side**3 / setup.time(lambda: left @ right)
+    setup.report.add("card", f"bfloat16 product of two {side}x{side} matrices", tflops=setup.matmul_rate / 1e12)
+    target = torch.empty_like(source)
+    seconds = setup.time(lambda: target.copy_(source))
+    setup.report.add("card", "copy, bytes read and written", gb_per_s=2 * source.nbytes / seconds / 1e9)
+
+
+def run_golden(
+    device: str | torch.device, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> Results:
+    """Loss, logits and gradients of the small golden model; "golden" are the original implementation's logits."""
+    with safe_open(GOLDEN, "pt") as file:
+        settings = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    model: Any = model_from_original_state_dict(
+        {name.removeprefix("sd."): tensor for name, tensor in tensors.items() if name.startswith("sd.")},
+        image_size=settings["image_size"],
+        num_attention_heads=settings["num_attention_heads"],
+        text_num_attention_heads=settings["text_heads"],
+        num_fusion_layers=settings["fusion_layers"],
+    )
+    model.to(device, dtype).set_attn_implementation(attn_implementation)
+    outputs = model(
+        pixel_values=tensors["pixel_values"].to(device, dtype),
+        input_ids=tensors["input_ids"].to(device),
+        labels=tensors["labels"][:, 0].to(device),
+    )
+    outputs.loss.backward()
+    results = {"golden": tensors["pixel_logits"][:, 0], "loss": outputs.loss, "logits": outputs.logits}
+    # A key's bias shifts all scores of a query alike: its gradient is rounding and nothing else.
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if not name.endswith("k_proj.bias")}
+    return {name: tensor.detach().cpu().double() for name, tensor in {**results, **gradients}.items()}
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products without TF32, which has 10 bits for float32's 23."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    allowed = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, is_allowed in zip(backends, allowed):
+            backend.allow_tf32 = is_allowed
+
+
+def check_parity(setup: Setup, attn_implementation: str) -> None:
+    """Forward and backward of the golden model in float32, on the device and on the CPU, against float64."""
+    with full_float32():
+        exact, cpu = run_golden("cpu", torch.float64), run_golden("cpu")
+        device = run_golden(setup.device, attn_implementation=attn_implementation)
+    gradients = exact.keys() - {"golden", "loss", "logits"}
+    for what, names in (("loss", {"loss"}), ("logits", {"logits"}), ("gradients, the worst parameter", gradients)):
+        cpu_error, error = (max(distance(each[name], exact[name]) for name in names) for each in (cpu, device))
+        bound = max(TIMES_CPU_ERROR * cpu_error, LEAST_ERROR)
+        setup.report.check(PARITY, f"{attn_implementation}, {what}", error, bound, cpu_error=cpu_error)
+    error = distance(device["logits"], device["golden"])
+    setup.report.check(PARITY, f"{attn_implementation}, the original's logits", error, GOLDEN_ERROR)
+
+
+@contextlib.contextmanager
+def waiting_is_an_error(device: torch.device) -> Iterator[None]:
+    """Let PyTorch raise where the program waits for a GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_waits(setup: Setup) -> None:
+    """Forward must not wait for the device, and neither does backward."""
+    cases: dict[str, dict[str, Any]] = {
+        "coupled": {},
+        "vanilla": {"fusion_type": "vanilla"},
+        "padding kept out of the attention": {"attend_to_padding": False},
+        "patch logits only": {"use_pixel_decoder": False},
+    }
+    losses, outcome = {}, {"ok": True if setup.device.type == "cuda" else "not checked on a CPU"}
+    for what, values in cases.items():
+        config = tiny_config(**values)
+        model = create_model(config, setup.device).train()
+        batch = create_batch(config, setup.device, 2, 3, labels=True)
+        for attn_implementation in ("eager", "sdpa"):
+            model.set_attn_implementation(attn_implementation)
+            model(**batch).loss.backward()  # the first call sets up what the next ones find
+            with waiting_is_an_error(setup.device):
+                losses[f"{what}, {attn_implementation}"] = model(**batch).loss
+            setup.report.add("no wait for the device", f"forward, {what}, {attn_implementation}", **outcome)
+    for what, loss in losses.items():
+        with waiting_is_an_error(setup.device):
+            loss.backward()
+        setup.report.add("no wait for the device", f"backward, {what}", **outcome)
+
+
+def check_flex_attention(setup: Setup) -> None:
+    if setup.device.type == "cpu":
+        setup.report.add(PARITY, "flex_attention", note="has no backward pass on a CPU")
+    else:
+        check_parity(setup, "flex_attention")
+
+
+def time_attention(setup: Setup, attn_implementation: str) -> None:
+    """Milliseconds of a batch in bfloat16, without torch.compile."""
+    model, count = create_model(setup.config, setup.device, torch.bfloat16), setup.batch_sizes[1]
+    model.set_attn_implementation(attn_implementation)
+    batch = create_batch(setup.config, setup.device, count, 1, torch.bfloat16)
+    with torch.inference_mode():
+        seconds = setup.time(lambda: model(**batch))
+    setup.report.add("attention, bfloat16", f"{attn_implementation}, {describe(count, 1)}", ms=seconds * 1e3)
+
+
+def time_answers(setup: Setup, compiled: bool) -> None:
+    """Images and sentences per second in bfloat16, of n images with a sentence each, and of one with n sentences."""
+    section = f"answers, bfloat16, {'torch.compile' if compiled else 'eager'}"
+    one, *others = setup.batch_sizes
+    # In this order one dynamic program serves several sizes; each number of 1 is a program of its own.
+    sizes = [*((n, 1) for n in others), (one, 1), *((1, n) for n in others)]
+    model = create_model(setup.config, setup.device, torch.bfloat16)
+    forward = torch.compile(model, dynamic=True, backend=setup.backend) if compiled else model
+    for num_images, sentences_per_image in sizes:
+        batch = create_batch(setup.config, setup.device, num_images, sentences_per_image, torch.bfloat16)
+        with torch.inference_mode():
+            first = setup.time_block(lambda: forward(**batch), 1)  # noqa: B023  (called at once)
+            seconds = setup.time(lambda: forward(**batch))  # noqa: B023
+        setup.report.add(
+            section,
+            describe(num_images, sentences_per_image),
+            ms=seconds * 1e3,
+            images_per_s=num_images / seconds,
+            sentences_per_s=num_images * sentences_per_image / seconds,
+            first_call_s=first,
+        )
+
+
+def create_step(
+    setup: Setup, model: ReSTRForImageSegmentation, forward: Callable[..., Any], batch: dict[str, torch.Tensor]
+) -> Callable[[], None]:
+    """A training step in bfloat16 by autocast, with weights in float32 and fused AdamW."""
+    optimizer = torch.optim.AdamW(create_parameter_groups(model), fused=True)
+
+    def step() -> None:
+        with torch.autocast(setup.device.type, torch.bfloat16):
+            loss = forward(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure_memory(setup: Setup) -> None:
+    """MiB per pair, of 16 pairs over 8: weights, optimizer and whatever else does not grow drop out."""
+    model, memory = create_model(setup.config, setup.device), {}
+    for sentences in (1, 4, 8):
+        for num_pairs in (8, 16):
+            batch = create_batch(setup.config, setup.device, num_pairs // sentences, sentences, labels=True)
+            step = create_step(setup, model.train(), model, batch)
+            step()
+            memory["training", num_pairs] = peak_memory(step, setup.device)
+            model.eval()
+            with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16):
+                memory["answers", num_pairs] = peak_memory(lambda: model(**batch), setup.device)  # noqa: B023
+        per_pair = {what: (memory[what, 16] - memory[what, 8]) / 8 * 1024 for what in ("training", "answers")}
+        setup.report.add(
+            "memory per pair, eager, bfloat16 by autocast",
+            f"sentences per image: {sentences}",
+            training_mib=per_pair["training"],
+            answers_mib=per_pair["answers"],
+            step_of_16_pairs_gib=memory["training", 16],
+        )
+
+
+def train(setup: Setup, compiled: bool) -> None:
+    """A step of several sentences per image against the card's rate, where its time goes, and the paper's run."""
+    kind = "torch.compile" if compiled else "eager"
+    num_images, sentences = setup.images_per_step, setup.sentences_per_image
+    model = create_model(setup.config, setup.device).train()
+    forward = torch.compile(model, dynamic=False, backend=setup.backend) if compiled else model
+    step = create_step(
+        setup, model, forward, create_batch(setup.config, setup.device, num_images, sentences, labels=True)
+    )
+    first = setup.time_block(step, 1)
+    seconds, peak = setup.time(step), peak_memory(step, setup.device)
+    rate = 6 * sum(count_macs(setup.config, num_images, num_images * sentences).values()) / seconds
+    setup.report.add(
+        TRAINING,
+        f"{describe(num_images, sentences)}, {kind}",
+        ms=seconds * 1e3,
+        tflops=rate / 1e12,
+        share_of_matmul_rate=rate / setup.matmul_rate,
+        pairs_per_s=num_images * sentences / seconds,
+        peak_gib=peak,
+        first_step_s=first,
+    )
+    pairs = PAPER_STEPS * PAPER_PAIRS
+    setup.report.add(
+        TRAINING,
+        f"the paper's {pairs:,} pairs in such steps, {kind}",
+        hours=pairs / (num_images * sentences) * seconds / 3600,
+    )
+    profile_step(setup, step, seconds, f"where a training step goes, {kind}")
+
+
+def train_as_in_the_paper(setup: Setup) -> None:
+    """The paper's 400,000 steps of 8 pairs, extrapolated."""
+    model = create_model(setup.config, setup.device).train()
+    step = create_step(setup, model, model, create_batch(setup.config, setup.device, PAPER_PAIRS, 1, labels=True))
+    seconds = setup.time(step)
+    setup.report.add(
+        TRAINING, f"{describe(PAPER_PAIRS, 1)}, eager", ms=seconds * 1e3, pairs_per_s=PAPER_PAIRS / seconds
+    )
+    setup.report.add(TRAINING, f"the paper's {PAPER_STEPS:,} steps, eager", hours=PAPER_STEPS * seconds / 3600)
+
+
+def profile_step(setup: Setup, step: Callable[[], None], seconds: float, section: str) -> None:
+    """Milliseconds per step by kind of kernel, and of the longest ones; what is left of the step the device idles."""
+    is_cuda = setup.device.type == "cuda"
+    num_steps = 3 if is_cuda else 1
+    with torch.profiler.profile() as profile:
+        for _ in range(num_steps):
+            step()
+        synchronize(setup.device)
+    times: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        if event.device_type.name == ("CUDA" if is_cuda else "CPU") and not event.is_user_annotation:
+            microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+            times[event.key] += microseconds / 1e3 / num_steps
+    kinds: dict[str, float] = defaultdict(float)
+    for name, milliseconds in times.items():
+        fitting = [kind for kind, parts in KERNELS.items() if any(part in name.lower() for part in parts)]
+        kinds[fitting[0] if fitting else "other elementwise and reductions"] += milliseconds
+    kinds["idle"] = max(0.0, seconds * 1e3 - sum(times.values()))
+    for kind, milliseconds in sorted(kinds.items(), key=lambda item: -item[1]):
+        setup.report.add(section, kind, ms=milliseconds, share=milliseconds / (seconds * 1e3))
+    for name, milliseconds in sorted(times.items(), key=lambda item: -item[1])[:12]:
+        setup.report.add(f"{section}: longest kernels", name[:100].replace("|", "/"), ms=milliseconds)
+
+
+# In order, with the seconds that each may take. What the compiler needs time for comes last.
+SECTIONS: tuple[tuple[str, Callable[[Setup], None], float], ...] = (
+    ("card", measure_card, 20),
+    ("parity", lambda setup: check_parity(setup, "eager"), 20),
+    ("parity", lambda setup: check_parity(setup, "sdpa"), 20),
+    ("waits", check_waits, 20),
+    ("attention", lambda setup: time_attention(setup, "eager"), 15),
+    ("attention", lambda setup: time_attention(setup, "sdpa"), 15),
+    ("answers", lambda setup: time_answers(setup, compiled=False), 25),
+    ("training", lambda setup: train(setup, compiled=False), 30),
+    ("training", train_as_in_the_paper, 15),
+    ("memory", measure_memory, 20),
+    ("training, compiled", lambda setup: train(setup, compiled=True), 100),
+    ("answers, compiled", lambda setup: time_answers(setup, compiled=True), 80),
+    ("flex attention", check_flex_attention, 40),
+    ("flex attention", lambda setup: time_attention(setup, "flex_attention"), 40),
+)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise `TimeIsUp` in the main thread when the time is up."""
+
+    def stop(*_: Any) -> None:
+        raise TimeIsUp
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def run_sections(setup: Setup, time_limit: float) -> None:
+    start = time.monotonic()
+    for name, measure, seconds in SECTIONS:
+        begin = time.monotonic()
+        limit = min(seconds, time_limit - (begin - start))
+        try:
+            if limit < 1:
+                raise TimeIsUp
+            with at_most(limit):
+                measure(setup)
+            outcome = "done"
+        except TimeIsUp:
+            outcome = f"stopped after {max(0.0, limit):.0f} s"
+        except Exception as error:
+            logger.exception(f"The section {name!r} failed.")
+            outcome = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            setup.report.failures.append(f"{name}: {outcome}")
+        setup.report.add("sections", name, seconds=time.monotonic() - begin, outcome=outcome)
+        gc.collect()
+        torch.compiler.reset()
+        if setup.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def benchmark_gpu(device: torch.device, output_dir: Path, time_limit: float, is_tiny: bool, backend: str) -> list[str]:
+    """
+    Run all sections within `time_limit` seconds; a tiny model, for a rehearsal on a CPU, is measured for an instant.
+    Returns what failed: errors beyond their bounds, waits for the device, sections that raised.
+    """
+    facts = {
+        "device": describe_hardware(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "model": "tiny" if is_tiny else "ViT-B/16 at 480x480, random weights",
+    }
+    report = Report(output_dir, facts)
+    if is_tiny:
+        sizes: dict[str, Any] = {"batch_sizes": (1, 2, 3), "images_per_step": 2, "matrix_side": 64, "seconds": 0.01}
+        setup = Setup(device, tiny_config(), report, backend, **sizes)
+    else:
+        setup = Setup(device, ReSTRConfig(), report, backend)
+    run_sections(setup, time_limit)
+    return report.failures
