@@ -340,6 +340,10 @@ BAD_REQUESTS = {
     "a bomb": ({"inputs": to_base64(claim_size(60_000, 60_000))}, "1 to 10000 pixels, got a larger one"),
     "an animation": ({"inputs": to_base64(to_bytes(make_image(), "GIF", **FRAMES))}, "several frames or pages"),
     "an animated PNG": ({"inputs": to_base64(to_bytes(make_image(), "PNG", **FRAMES))}, "several frames or pages"),
+    "pixels that are no numbers": (
+        {"inputs": to_base64(to_bytes(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"))},
+        "cannot be read: expected values in 0..1 or 0..255",
+    ),
     "several pages": ({"inputs": to_base64(to_bytes(make_image(), "TIFF", **FRAMES))}, "several frames or pages"),
 }
 

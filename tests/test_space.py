@@ -11,7 +11,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -474,11 +473,10 @@ class Page:
         return self.driver.find_elements("css selector", selector)
 
     def wait(self, condition, what):
-        end = time.monotonic() + WAIT
-        while not (found := condition()):
-            assert time.monotonic() < end, f"{what} did not come: {self.text}"
-            time.sleep(0.1)
-        return found
+        WebDriverWait = importlib.import_module("selenium.webdriver.support.ui").WebDriverWait
+        return WebDriverWait(self.driver, WAIT, poll_frequency=0.1).until(
+            lambda _: condition(), f"{what} did not come"
+        )
 
     @property
     def text(self):
