@@ -9,7 +9,6 @@ import os
 import string
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from .image_processing_restr import ReSTRImageProcessorKwargs
 from .image_reading_restr import list_images
 
 
-# A warning names so many words of a kind.
-_MAX_NAMED_WORDS = 20
+# A warning names this many words of a kind, and this many characters of a word.
+_MAX_NAMED_WORDS, _MAX_NAMED_CHARACTERS = 20, 50
 
 
 class ReSTRProcessorKwargs(ProcessingKwargs, total=False):
@@ -194,7 +193,7 @@ def _name_words(words: Iterable[str]) -> str:
     """The first of the words, each once, and how many there are besides."""
     distinct = list(dict.fromkeys(words))
     others = f" and {len(distinct) - _MAX_NAMED_WORDS} more" if len(distinct) > _MAX_NAMED_WORDS else ""
-    return ", ".join(map(repr, islice(distinct, _MAX_NAMED_WORDS))) + others
+    return ", ".join(repr(word[:_MAX_NAMED_CHARACTERS]) for word in distinct[:_MAX_NAMED_WORDS]) + others
 
 
 def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list[int] | None]:

@@ -208,6 +208,7 @@ def test_a_warning_names_the_first_words_once(processor):
     lost = processor.find_lost_words([f"dog{number} dog{number + 1}" for number in range(29)])
     warning = processor.describe_lost_words(lost)
     assert warning.count("'dog0'") == warning.count("'dog1'") == warning.count("'dog19'") == 1
+    assert len(processor.describe_lost_words(processor.find_lost_words(["x" * 100_000]))) < 200
     assert "'dog20'" not in warning and "and 10 more" in warning and "<unk>" in warning
 
 

@@ -40,8 +40,8 @@ from tokenizers import Encoding, Tokenizer
 logger = logging.getLogger(__name__)
 
 _UNKNOWN = "<unk>"
-# A warning names so many words of a kind.
-_MAX_NAMED_WORDS = 20
+# A warning names this many words of a kind, and this many characters of a word.
+_MAX_NAMED_WORDS, _MAX_NAMED_CHARACTERS = 20, 50
 _CHANNELS = (1, 3, 4)
 # How far a float image may overshoot its range, as resampling filters do, before it counts as another range.
 _OVERSHOOT = 1e-3
@@ -378,7 +378,7 @@ def _name_words(words: Iterable[str]) -> str:
     """The first of the words, each once, and how many there are besides."""
     distinct = list(dict.fromkeys(words))
     others = f" and {len(distinct) - _MAX_NAMED_WORDS} more" if len(distinct) > _MAX_NAMED_WORDS else ""
-    return ", ".join(map(repr, islice(distinct, _MAX_NAMED_WORDS))) + others
+    return ", ".join(repr(word[:_MAX_NAMED_CHARACTERS]) for word in distinct[:_MAX_NAMED_WORDS]) + others
 
 
 def _read_image(source: Any) -> Image.Image | np.ndarray:
