@@ -699,7 +699,8 @@ def test_labels_of_any_dtype(dtype):
 def test_save_and_load(tmp_path, values):
     model = tiny_model(**values)
     model.save_pretrained(tmp_path)
-    code = {f"{name}_restr.py" for name in ("configuration", "modeling", "pipeline", "requirements", "vision_encoder")}
+    parts = ("configuration", "image_reading", "modeling", "pipeline", "requirements", "vision_encoder")
+    code = {f"{name}_restr.py" for name in parts}
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
     reloaded = ReSTRForImageSegmentation.from_pretrained(tmp_path)
     inputs = {"pixel_values": images(1), "input_ids": words(2)}
