@@ -140,7 +140,7 @@ def test_photographs_outside_of_their_folder_are_not_opened(tmp_path):
     content["images"][0]["file_name"] = "../up.png"
     path.write_text(json.dumps(content))
     with pytest.raises(FileNotFoundError, match=r"images/up\.png"):
-        Photographs.load(path, tmp_path / "images", held_out=False, progress=False)
+        Photographs.load([tmp_path], "train", progress=False)
 
 
 def test_no_photographs_is_an_error(tmp_path):
