@@ -1,8 +1,12 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_restr" / "__init__.py").read_text(), re.MULTILINE)
 
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=4.0", "evaluate>=0.4", "pycocotools>=2.0.8", "scipy>=1.11"],
@@ -38,9 +42,9 @@ class BuildWithModelCard(build_py):
 
 setup(
     name="modeling-restr",
-    version="0.1.0",
+    version=VERSION[1],
     description="ReSTR, referring image segmentation: a photo and a sentence in, a mask out",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -56,6 +60,7 @@ setup(
     packages=find_packages(include=["modeling_restr", "modeling_restr.*"]),
     python_requires=">=3.11",
     install_requires=[
+        "filelock>=3.12",
         "huggingface-hub>=1.0",
         "jinja2>=3.0",
         "numpy>=1.26",
@@ -66,6 +71,8 @@ setup(
         "torch>=2.6",
         "tqdm>=4.60",
         "transformers>=5.17,<6",
+        "typer>=0.29",
     ],
+    entry_points={"console_scripts": ["restr = modeling_restr.cli:main"]},
     extras_require=EXTRAS,
 )

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from modeling_restr import ReSTRForImageSegmentation
-from modeling_restr.options import ArgumentParser, add_options, choose_device
+from modeling_restr.arguments import ArgumentParser, add_options, choose_device
 from modeling_restr.training.recipe import create_optimizer
 
 

@@ -26,11 +26,11 @@ from tqdm import tqdm
 from transformers import pipeline
 
 import modeling_restr  # noqa: F401  (makes `pipeline` know ReSTR)
+from modeling_restr.arguments import ArgumentParser, add_options
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.loading import load_prepared
 from modeling_restr.export.restr_onnx import ReSTROnnxPipeline
 from modeling_restr.metrics import ReferringIoU
-from modeling_restr.options import ArgumentParser, add_options
 
 
 class Annotated(NamedTuple):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
+from modeling_restr.arguments import ArgumentParser, add_options, positive_int, start_processes
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.loading import load_prepared, name_rows
 from modeling_restr.data.published_counts import Counts, compare_counts, published_counts
@@ -47,7 +48,6 @@ from modeling_restr.metrics.evaluation import (
     fingerprint_rows,
     predict_masks,
 )
-from modeling_restr.options import ArgumentParser, add_options, positive_int, start_processes
 from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, save_image
 
 

@@ -13,8 +13,8 @@ import logging
 from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
+from modeling_restr.arguments import ArgumentParser, add_options
 from modeling_restr.export import save_onnx
-from modeling_restr.options import ArgumentParser, add_options
 
 
 def parse_args() -> argparse.Namespace:

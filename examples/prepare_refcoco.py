@@ -22,12 +22,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+from modeling_restr.arguments import ArgumentParser, add_options
 from modeling_restr.data.canonical import AnnotatedImage
 from modeling_restr.data.dataset_card import ORIGINS, OTHER, PreparedSplit, Source
 from modeling_restr.data.preparation import IMAGES_PER_SHARD, prepare, push_to_hub, read_source
 from modeling_restr.data.published_counts import PUBLISHED_COUNTS, format_counts
 from modeling_restr.data.records import Problems
-from modeling_restr.options import ArgumentParser, add_options
 
 
 class Task(NamedTuple):

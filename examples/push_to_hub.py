@@ -17,8 +17,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+from modeling_restr.arguments import ArgumentParser
 from modeling_restr.hub import Example, push_to_hub, write_model_card
-from modeling_restr.options import ArgumentParser
 
 
 def parse_args() -> argparse.Namespace:

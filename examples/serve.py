@@ -20,8 +20,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import modeling_restr  # noqa: F401  (so that a folder without code can be served)
+from modeling_restr.arguments import ArgumentParser, add_options, choose_device
 from modeling_restr.hub.handler import EndpointHandler, RequestError
-from modeling_restr.options import ArgumentParser, add_options, choose_device
 
 
 CHECKPOINT = Path(__file__).parent / "restr_mini"

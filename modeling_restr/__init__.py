@@ -20,6 +20,8 @@ from .registration import register
 from .tokenization_restr import build_tokenizer
 
 
+__version__ = "0.2.0"
+
 register()
 
 __all__ = [
@@ -35,5 +37,6 @@ __all__ = [
     "ReSTRVisionConfig",
     "ReSTRVisionModel",
     "UnreadableImageError",
+    "__version__",
     "build_tokenizer",
 ]

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from .arguments import ArgumentParser, add_options
 from .configuration_restr import ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
 from .image_processing_restr import ReSTRImageProcessor
 from .modeling_restr import ReSTRForImageSegmentation
-from .options import ArgumentParser, add_options
 from .processing_restr import ReSTRProcessor
 from .tokenization_restr import build_tokenizer, read_vocabulary
 

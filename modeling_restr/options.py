@@ -1,112 +1,150 @@
-"""Options that mean the same in every command of this project."""
+"""Options that every command shares, with one name and one meaning each, and how commands report errors."""
 
-import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import torch
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Takes `--output-dir` for `--output_dir`, too, as transformers' HfArgumentParser does."""
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        words = sys.argv[1:] if args is None else [*args]
-        end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(_with_underscores, words[:end]), *words[end:]], namespace)
+import typer
 
 
-def _with_underscores(word: str) -> str:
-    return re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+if TYPE_CHECKING:
+    import torch
+
+# Typer shows dashes; words with underscores, as transformers' scripts spell them, mean the same.
+SETTINGS = {"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+WHERE_MODELS_ARE = (
+    "A model is a folder or a Hub id. The project's repository ships restr-mini, a small model of photographs, in "
+    "examples/restr_mini; models that people share are at https://huggingface.co/models?other=restr."
+)
 
 
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
-def any_device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"expected a device such as cpu, cuda:0, mps or xpu, got {text!r}") from None
+def _check_folder_or_id(name: str) -> str:
+    is_id = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and not Path(name).is_file()
+    if not is_id and not Path(name).is_dir():
+        raise typer.BadParameter(f"Expected a folder or a Hub id such as you/restr, got {name}.")
+    return name
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "output_dir": {"type": Path, "help": "folder to write to"},
-    "revision": {"help": "branch, tag or commit of the model on the Hub (default: main)"},
-    "data_revision": {"help": "branch, tag or commit of the data on the Hub (default: main)"},
-    "device": {
-        "type": any_device,
-        "help": "such as cpu, cuda:0, mps or xpu (default: an accelerator if there is one)",
-    },
-    "num_threads": {
-        "type": positive_int,
-        "metavar": "N",
-        "help": "CPU threads of a process that PyTorch computes with (default: its own choice)",
-    },
-    "dtype": {"choices": ["float32", "bfloat16", "float16"], "default": "float32", "help": "(default: float32)"},
-    "threshold": {"type": float, "default": 0.5, "help": "probability above which a pixel is inside (default: 0.5)"},
-    "expressions_per_batch": {
-        "type": positive_int,
-        "default": 16,
-        "metavar": "N",
-        "help": "expressions that the model decodes at a time (default: 16)",
-    },
-    "max_images": {"type": positive_int, "metavar": "N", "help": "the first N images only (default: all)"},
-}
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or Hub id of the model.", callback=_check_folder_or_id)
+]
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="Folder or Hub id of prepared data.", callback=_check_folder_or_id)
+]
+OutputDir = Annotated[Path, typer.Option(help="Folder to write to.", rich_help_panel="Output")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the model on the Hub.", show_default="main", rich_help_panel="Model"),
+]
+DataRevision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the data on the Hub.", show_default="main", rich_help_panel="Data"),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Device such as cpu, cuda:0, mps or xpu.", show_default="an accelerator if any", rich_help_panel="Machine"
+    ),
+]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="CPU threads of each process.", show_default="PyTorch's choice", rich_help_panel="Machine"
+    ),
+]
+ModelDType = Annotated[
+    DType, typer.Option("--dtype", help="Floating-point type of the model.", rich_help_panel="Model")
+]
+Threshold = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Probability above which a pixel is in the mask.", rich_help_panel="Model"),
+]
+ExpressionsPerBatch = Annotated[
+    int, typer.Option(min=1, help="Expressions that the model decodes at a time.", rich_help_panel="Machine")
+]
+MaxImages = Annotated[
+    int | None, typer.Option(min=1, help="Use the first N images only.", show_default="all", rich_help_panel="Data")
+]
 
 
-def add_options(parser: Any, *names: str, **changes: dict[str, Any]) -> None:
-    """Add options by their names; `changes` are what differs in this command, such as `output_dir={"required": True}`."""
-    for name in (*names, *changes):
-        parser.add_argument(f"--{name}", **_OPTIONS[name] | changes.get(name, {}))
-
-
-def choose_device(args: argparse.Namespace) -> torch.device:
+def run(command: Any) -> NoReturn:
     """
-    The device of `--device`, or else an accelerator, or else the CPU; `--num_threads` takes effect with it.
+    Run a Typer app, or a function as one, on the words of the command line. What users can mend is reported in one
+    line without a traceback; lists below that line are indented. The exit code is 2 for wrong usage, otherwise 1.
+    """
+    app = command
+    if not isinstance(command, typer.Typer):
+        app = typer.Typer(add_completion=False, context_settings=SETTINGS)
+        app.command()(command)
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        hint = f" {WHERE_MODELS_ARE}" if getattr(getattr(error, "param", None), "name", None) == "model" else ""
+        _fail(error.format_message() + hint, error.exit_code)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("Stopped.", 130)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    in_one_line = re.sub(r"\n+(?! )", " ", message.strip())
+    print(f"Error: {in_one_line}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def choose_device(device: str | None = None, num_threads: int | None = None) -> "torch.device":
+    """
+    The device named, or else an accelerator, or else the CPU. A number of threads takes effect, too.
 
     Raises:
-        ValueError: This machine has no such device.
+        ValueError: There is no such device on this machine.
     """
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
+    import torch
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = args.device or accelerator or torch.device("cpu")
-    there = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
-    if device.type != "cpu" and f"{device.type}:{device.index or 0}" not in there:
-        raise ValueError(f"Expected --device to be one of {', '.join(['cpu', *there])}, got {device}.")
-    return device
+    found = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
+    try:
+        chosen = torch.device(device or accelerator or "cpu")
+    except RuntimeError:
+        chosen = None
+    if chosen is None or (chosen.type != "cpu" and f"{chosen.type}:{chosen.index or 0}" not in found):
+        raise ValueError(f"Expected --device to be one of {', '.join(['cpu', *found])}, got {device}.")
+    return chosen
 
 
-def start_processes(args: argparse.Namespace, timeout: timedelta) -> tuple[Any, torch.device]:
+def start_processes(device: str | None, num_threads: int | None, timeout: timedelta) -> tuple[Any, "torch.device"]:
     """
-    This process among those that `torchrun` or `accelerate launch` started with it (accelerate's `PartialState`), and
-    its device: an accelerator for each of them, or CPUs where there is none or `--device cpu` says so.
+    This process among those that `torchrun` or `accelerate launch` started (accelerate's `PartialState`), and its
+    device: an accelerator for each process, or CPUs where there is none or `--device cpu` says so.
 
     Args:
         timeout: How long processes wait for one another.
 
     Raises:
-        ValueError: This machine has no such device, it has a number where several processes share the work, or not all
-            processes found one another.
+        ValueError: There is no such device on this machine, the device has a number although several processes share
+            the work, or not all processes found one another.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    device, num_started = choose_device(args), int(os.environ.get("WORLD_SIZE", "1"))
-    if args.device is not None and device.index is not None and num_started > 1:
+    chosen, num_started = choose_device(device, num_threads), int(os.environ.get("WORLD_SIZE", "1"))
+    if device is not None and chosen.index is not None and num_started > 1:
         raise ValueError(f"Expected --device without a number with {num_started} processes, got {device}.")
-    on_cpu = device.type == "cpu" or (args.device is None and parse_flag_from_env("ACCELERATE_USE_CPU"))
+    on_cpu = chosen.type == "cpu" or (device is None and parse_flag_from_env("ACCELERATE_USE_CPU"))
     state = PartialState(cpu=on_cpu, timeout=timeout)
     if state.num_processes != num_started:
-        raise ValueError(f"{num_started} processes were started, {state.num_processes} can work together here.")
-    return state, state.device if args.device is None or num_started > 1 else device
+        raise ValueError(f"Expected {num_started} processes, as were started, got {state.num_processes} that connect.")
+    return state, state.device if device is None or num_started > 1 else chosen

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -25,6 +26,12 @@ OPACITY = 0.5
 def get_color(index: int) -> tuple[int, int, int]:
     """RGB colour of the expression `index`; after the last one they start again."""
     return COLORS[index % len(COLORS)]
+
+
+def read_photo(path: Path, image_processor: Any) -> Image.Image:
+    """The photo as the model sees it before it is resized: upright, 8-bit RGB, transparency on white."""
+    pixels = image_processor.process_image(path, do_convert_rgb=True, do_rescale=True)  # (3, height, width)
+    return Image.fromarray(np.moveaxis(pixels, 0, -1))
 
 
 def draw_masks(image: Image.Image, masks: Sequence[np.ndarray | Image.Image]) -> Image.Image:

@@ -1,7 +1,11 @@
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from modeling_restr.cli import main
 
 
 pytest.register_assert_rewrite("numerics")
@@ -14,3 +18,18 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def restr(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
+    """Runs the command `restr` in this process. Returns its exit `code` and what it printed, `out` and `err`."""
+
+    def call(*words: object) -> SimpleNamespace:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["restr", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=caught.value.code or 0, out=printed.out, err=printed.err)
+
+    return call

@@ -20,7 +20,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 
 def test_one_run_at_a_time_holds_a_folder(tmp_path):
     with hold_folder(tmp_path / "new", "run"):
-        with pytest.raises(ValueError, match="Another process writes to"), hold_folder(tmp_path / "new", "run"):
+        with pytest.raises(ValueError, match="Another process is writing to"), hold_folder(tmp_path / "new", "run"):
             pass
         with hold_folder(tmp_path / "new", "other"):
             pass

@@ -1,0 +1,126 @@
+"""The console command `restr`: its help, its errors, and `restr segment` on the checkpoint that ships."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from modeling_restr.cli import app
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MODEL = EXAMPLES / "restr_mini"
+PHOTO = EXAMPLES / "photos" / "held_out" / "000000173350.jpg"
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+
+def test_segment_writes_masks_and_an_overlay(tmp_path):
+    sentences = ["the upper dog", "the lower dog"]
+    words = ["segment", MODEL, PHOTO, *sentences, "--output_dir", "out"]
+    command = [sys.executable, "-m", "modeling_restr.cli", *map(str, words)]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == [
+        "000000173350_mask1_the-upper-dog.png",
+        "000000173350_mask2_the-lower-dog.png",
+        "000000173350_overlay.png",
+    ]
+    size = Image.open(PHOTO).size
+    masks = [np.asarray(Image.open(tmp_path / "out" / name)) for name in files[:2]]
+    for mask, sentence in zip(masks, sentences):
+        assert mask.shape == size[::-1] and set(np.unique(mask)) <= {0, 255}
+        line = next(line for line in done.stdout.splitlines() if sentence in line)
+        assert f"{(mask > 0).mean():.1%}" in line  # the printed share
+    overlay = np.asarray(Image.open(tmp_path / "out" / files[2]))
+    assert overlay.shape[0] > size[1] and overlay.shape[1] == size[0]  # the legend is below
+    changed = (overlay[: size[1]] != np.asarray(Image.open(PHOTO).convert("RGB"))).any(axis=2)
+    assert changed[(masks[0] > 0) | (masks[1] > 0)].all()
+
+
+def test_segment_names_the_words_that_are_lost(restr, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    logging.enable_propagation()  # transformers' logger has its own handler, on the first stderr
+    long = "the " * 19 + "clock quux"
+    done = restr("segment", MODEL, EXAMPLES / "photos" / "clock.jpg", "the xyzzy clock", long, "the clock")
+    assert done.code == 0, done.err
+    (warning,) = (message for message in caplog.messages if "xyzzy" in message)
+    assert "'xyzzy'" in warning and "'quux'" in warning and "'clock'" not in warning
+
+
+def test_segment_shows_the_photo_as_the_model_sees_it(restr, tmp_path):
+    """A 16-bit picture is scaled in the overlay, too, not clipped."""
+    ramp = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    options = ["--threshold", 0.999999, "--output-dir", tmp_path]
+    done = restr("segment", MODEL, tmp_path / "ramp.png", "the dog", *options)
+    assert done.code == 0, done.err
+    overlay = np.asarray(Image.open(tmp_path / "ramp_overlay.png"))[:48].astype(int)
+    untouched = np.asarray(Image.open(next(tmp_path.glob("*mask1*")))) == 0
+    assert untouched.all()
+    assert np.abs(overlay - ramp[..., None] / 257).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["segment", MODEL, "absent.jpg", "the dog"], "Expected an image file as PHOTO, got absent.jpg"),
+        (["segment", MODEL, __file__, "the dog"], "test_cli.py' cannot be read: "),
+        (["segment", MODEL, PHOTO, "  "], "sentence"),
+        (["segment", MODEL, PHOTO], "Missing argument"),
+        (
+            ["segment"],
+            "examples/restr_mini; models that people share are at https://huggingface.co/models?other=restr",
+        ),
+        (["segment", PHOTO, "the dog", "the cat"], "Expected a folder or a Hub id such as you/restr, got "),
+        (["segment", "./absent", PHOTO, "the dog"], "such as you/restr, got ./absent"),
+        (["segment", MODEL, PHOTO, "the dog", "--threshold", "2"], "--threshold"),
+        (["segment", MODEL, PHOTO, "the dog", "--device", "gpu"], "Expected --device to be one of cpu"),
+        (["segment", MODEL, PHOTO, "the dog", "--num_threads", "0"], "--num-threads"),
+        (["segment", MODEL, PHOTO, "the dog", "--output", "here"], "--output-dir"),
+        (["segmnt"], "segmnt"),
+    ],
+)
+def test_errors_are_one_line(restr, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    done = restr(*words)
+    assert done.code == (2 if "Missing" in done.err or "Invalid" in done.err or "o such" in done.err else 1)
+    line = done.err.splitlines()[-1]  # after the progress of loading weights
+    assert line.startswith("Error: ") and message in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(restr, command):
+    done = restr(command, "--help")
+    assert done.code == 0
+    assert "Example" in done.out and "│ *" in done.out
+
+
+def test_every_option_is_explained_and_means_the_same_everywhere(restr):
+    assert restr("--help").code == 0
+    meanings: dict[str, set] = {}
+    for command in app.registered_commands:
+        hints = command.callback.__annotations__
+        for name, hint in hints.items():
+            if name != "return":
+                (option,) = hint.__metadata__
+                assert option.help and option.help[0].isupper() and option.help.endswith(".")
+                meanings.setdefault(name, set()).add(option.help)
+    shared = {"revision", "data_revision", "device", "num_threads", "threshold", "dtype", "expressions_per_batch"}
+    assert not {name: helps for name, helps in meanings.items() if name in shared and len(helps) > 1}
+
+
+def test_dashes_and_underscores_are_the_same(restr, tmp_path):
+    for option in ("--output_dir", "--output-dir"):
+        folder = tmp_path / option[-5:]
+        assert (
+            restr("segment", MODEL, PHOTO, "the dog", option, folder, "--num-threads", torch.get_num_threads()).code
+            == 0
+        )
+        assert len(list(folder.iterdir())) == 2
