@@ -236,7 +236,7 @@ def test_goes_on_where_it_was_killed(tmp_path, model_folder, evaluate, evaluated
 
 
 def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, evaluate, evaluated):
-    with hold_folder(tmp_path, "evaluation"), pytest.raises(SystemExit, match="Another process writes to"):
+    with hold_folder(tmp_path, "evaluation"), pytest.raises(SystemExit, match="Another process is writing to"):
         evaluate(tmp_path)
     assert not evaluated and [path.name for path in tmp_path.iterdir()] == [".evaluation.lock"]
 
