@@ -3,6 +3,8 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -101,6 +103,16 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     in_one_line = re.sub(r"\n+(?! )", " ", message.strip())
     print(f"Error: {in_one_line}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around the imports of a command: name the extra to install where one of its packages is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f'The package {error.name} is missing: pip install "modeling-restr[{extra}]"'
+        raise ImportError(message) from error
 
 
 def choose_device(device: str | None = None, num_threads: int | None = None) -> "torch.device":

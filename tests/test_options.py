@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
-from modeling_restr.options import choose_device, start_processes
+from modeling_restr.options import choose_device, needs_extra, start_processes
 from modeling_restr.training.runs import DataArguments, ModelArguments
 
 
@@ -50,6 +50,12 @@ def test_a_device_with_a_number_is_for_one_process(accelerators, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without a number with 2 processes"):
         start_processes(f"{accelerators}:1", None, timedelta(minutes=1))
+
+
+def test_a_missing_package_names_its_extra():
+    message = r'^The package absent is missing: pip install "modeling-restr\[train\]"$'
+    with pytest.raises(ImportError, match=message), needs_extra("train"):
+        import absent  # noqa: F401
 
 
 def test_the_training_scripts_name_revisions_as_the_commands_do():
