@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -30,16 +31,12 @@ from PIL import Image
 from tiny_training import make_model, make_processor
 
 from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline, ReSTRProcessor
-from modeling_restr.hub import save_bundle
+from modeling_restr.hub import save_bundle, serve as server_module
 from modeling_restr.hub.handler import EndpointHandler, RequestError
+from modeling_restr.hub.serve import DeadlineReader, Server
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "examples"))
-import serve as serve_script
-from serve import DeadlineReader, Server
-
-
 WAIT = 600  # seconds, of a busy machine
 BOUNDS = {
     "RESTR_MAX_IMAGE_BYTES": 30_000,
@@ -492,7 +489,7 @@ def test_head_gets_no_body(url):
 
 def test_a_request_has_a_deadline_however_slowly_it_comes(monkeypatch):
     moments = iter([0, 4, 8, 12])
-    monkeypatch.setattr(serve_script, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: next(moments)))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b"dripping")
@@ -506,7 +503,7 @@ def test_a_request_has_a_deadline_however_slowly_it_comes(monkeypatch):
 
 def test_a_client_that_drips_is_dropped(url, monkeypatch):
     moments = iter([0, 1])  # of the first line
-    monkeypatch.setattr(serve_script, "time", SimpleNamespace(monotonic=lambda: next(moments, 61)))
+    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: next(moments, 61)))
     assert send(url, b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n" + b"a" * 4000) == b""
 
 
@@ -545,6 +542,20 @@ def test_fresh_process_without_the_package_answers_from_the_folder(folder, pipe,
     done = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same(json.loads(done.stdout.splitlines()[-1]), pipe(make_image(), text=TEXTS))
+
+
+def test_the_command_serves_until_it_is_stopped(folder, pipe, tmp_path):
+    command = [sys.executable, "-m", "modeling_restr.cli", "serve", folder, "--port", "0", "--num-threads", "1"]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        line = process.stdout.readline()
+        assert line.startswith(f"Serving {folder} at http://"), process.stderr.read()
+        status, results = post(f"http://127.0.0.1:{line.rpartition(':')[2].strip()}", make_request(text=TEXTS))
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT)
+    assert status == 200 and [result["label"] for result in results] == TEXTS
+    assert process.returncode == 130 and "Traceback" not in errors
 
 
 def test_page_on_serving_shows_what_happens(monkeypatch, capsys):

@@ -253,12 +253,14 @@ def test_example_shows_what_the_model_finds(folder):
     assert f"- `model.safetensors`: SHA-256 `{hash_weights(folder)['model.safetensors']}`" in card.text
 
 
-def test_the_script_does_not_write_results_away(folder, evaluation, tmp_path, monkeypatch):
+def test_the_command_checks_what_it_writes_on_the_card(folder, evaluation, tmp_path, restr):
     path = write_model_card(folder, evaluations=[write_json(tmp_path / "val.json", evaluation)])
     before = path.read_text()
-    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(folder), "a/b", "--space", "a/c"])
-    with pytest.raises(SystemExit, match="has results, and these options would write it without them"):
-        runpy.run_path(str(EXAMPLES / "push_to_hub.py"), run_name="__main__")
+    done = restr("push", folder, "a/b", "--space", "a/c")
+    assert done.code == 1 and f"because {path} has results that would be lost: pass its evaluation" in done.err
+    for options in (["--photo", PHOTO], ["--photo", PHOTO, "--sentence", "the dog"], ["--credit", "by me"]):
+        done = restr("push", folder, "a/b", *options)
+        assert done.code == 1 and "Expected a photo, at least one sentence and a credit together" in done.err
     assert path.read_text() == before
 
 

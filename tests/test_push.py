@@ -46,13 +46,14 @@ MODEL_FILES = {"config.json", "model.safetensors", "processor_config.json", "tok
 PICTURES = {"example.jpg", "example_overlay.png", "example_1.png", "example_2.png"}
 TEXTS = ["the red square", "blue thing"]
 
-# Pushes the folder argv[1] by a script in argv[2], part by part and by Trainer; each twice. Then trains the model and on
+# Pushes the folder argv[1] by the command, part by part and by Trainer; each twice. Then trains the model and on
 # the dataset that were pushed, by their ids, and pushes the result; trains with both scripts on a stream of it; and
 # predicts its masks. argv[3] is for files.
 PUSHES = """
 import runpy, sys
 from transformers import Trainer, TrainingArguments
 from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
+from modeling_restr.cli import app
 
 folder, examples, output = sys.argv[1:]
 model, processor = ReSTRForImageSegmentation.from_pretrained(folder), ReSTRProcessor.from_pretrained(folder)
@@ -60,8 +61,7 @@ trainer = Trainer(
     model, TrainingArguments(f"{output}/by-trainer", use_cpu=True, report_to="none"), processing_class=processor
 )
 for _ in range(2):
-    sys.argv = ["push_to_hub.py", folder, "by-script", "--tag", "v1", "--private"]
-    runpy.run_path(f"{examples}/push_to_hub.py", run_name="__main__")
+    app(["push", folder, "by-command", "--tag", "v1", "--private"], standalone_mode=False)
     model.push_to_hub("by-parts")
     processor.push_to_hub("by-parts")
     trainer.push_to_hub()
@@ -176,7 +176,7 @@ def names(pushed) -> dict[str, Path]:
     """What to load, and the folder that is behind it."""
     first, second, third = pushed.folders
     revisions = {"tester/restr": second, "tester/restr@v1": first, f"tester/restr@{pushed.shas[0]}": first}
-    others = {f"tester/by-{way}": third for way in ("script", "parts", "trainer")}
+    others = {f"tester/by-{way}": third for way in ("command", "parts", "trainer")}
     return {**revisions, **others, "tester/trained": pushed.root / "trained" / "model"}
 
 
@@ -237,7 +237,7 @@ def test_snippet_of_the_card_finds_what_the_pipeline_finds(loaded):
         assert np.array_equal(np.asarray(Image.open(loaded / f"mask{number}.png")), mask)
 
 
-@pytest.mark.parametrize("name", ["restr", "by-script", "by-parts", "by-trainer", "trained"])
+@pytest.mark.parametrize("name", ["restr", "by-command", "by-parts", "by-trainer", "trained"])
 def test_code_is_the_package_s_to_the_byte(pushed, name):
     files = pushed.hub.repositories["model", f"tester/{name}"].files()
     assert {path for path in files if path.endswith(".py")} - SERVING_FILES == CODE_FILES
@@ -256,8 +256,8 @@ def test_folder_is_pushed_whole_in_one_commit_and_the_second_time_not_at_all(pus
         assert repository.files(revision) == expected
 
 
-def test_script_pushes_a_folder_without_code_with_it_and_the_weights_as_they_are(pushed):
-    repository = pushed.hub.repositories["model", "tester/by-script"]
+def test_command_pushes_a_folder_without_code_with_it_and_the_weights_as_they_are(pushed):
+    repository = pushed.hub.repositories["model", "tester/by-command"]
     folder = read_files(pushed.folders[2])
     assert folder.keys() == MODEL_FILES  # the folder itself is left alone
     assert repository.titles == ["Upload ReSTR"] and repository.private
@@ -267,7 +267,7 @@ def test_script_pushes_a_folder_without_code_with_it_and_the_weights_as_they_are
         assert files[name] == folder[name]
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-segmentation"
-    assert 'pipeline("image-segmentation", model="tester/by-script", trust_remote_code=True)' in card.text
+    assert 'pipeline("image-segmentation", model="tester/by-command", trust_remote_code=True)' in card.text
 
 
 def test_push_to_hub_of_model_and_processor_changes_nothing_the_second_time(pushed):

@@ -4,16 +4,26 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from .bundle import WEIGHT_PATTERNS, add_code, save_bundle
-from .model_card import MODEL_ID_PLACEHOLDER, build_model_card, check_card, find_card, is_boilerplate
+from .model_card import (
+    MODEL_ID_PLACEHOLDER,
+    Example,
+    build_model_card,
+    check_card,
+    find_card,
+    is_boilerplate,
+    write_model_card,
+)
 
 
 # What of a folder belongs to the model; not what a training left there for itself.
@@ -81,6 +91,46 @@ def push_to_hub(
     if tag is not None:
         _add_tag(api, repo_id, tag, commit.oid)
     return commit
+
+
+def rewrite_card(
+    folder: str | os.PathLike,
+    *,
+    recipe: str | os.PathLike | None = None,
+    photo: str | os.PathLike | None = None,
+    sentences: Sequence[str] = (),
+    credit: str | None = None,
+    evaluations: Sequence[str | os.PathLike] = (),
+    **options: Any,
+) -> Path:
+    """
+    Write a folder's card again, from the files that a training leaves.
+
+    Args:
+        folder (`str` or `os.PathLike`): The model's folder.
+        recipe (`str` or `os.PathLike`, *optional*): JSON file with the settings of the training.
+        photo (`str` or `os.PathLike`, *optional*): Photo that shows the model's work on `sentences`, with its `credit`.
+        evaluations (`Sequence[str | os.PathLike]`), options: Further arguments of [`write_model_card`].
+
+    Raises:
+        `ValueError`: Only some of `photo`, `sentences` and `credit` are given, or the card has results that would be
+            lost because there is no evaluation; besides, as [`write_model_card`] says.
+    """
+    if len({bool(photo), bool(sentences), bool(credit)}) > 1:
+        raise ValueError("Expected a photo, at least one sentence and a credit together, or none of them.")
+    card = Path(folder) / "README.md"
+    if not evaluations and card.exists() and ModelCard.load(card).data.eval_results:
+        raise ValueError(
+            f"Expected an evaluation, because {card} has results that would be lost: pass its evaluation and recipe "
+            "again, or remove it first."
+        )
+    return write_model_card(
+        folder,
+        training=None if recipe is None else json.loads(Path(recipe).read_text(encoding="utf-8")),
+        example=Example(photo, sentences, credit) if photo and credit else None,
+        evaluations=evaluations,
+        **options,
+    )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -172,4 +222,4 @@ def _add_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
         )
 
 
-__all__ = ["push_to_hub"]
+__all__ = ["push_to_hub", "rewrite_card"]

@@ -379,7 +379,7 @@ def prepare_push(args: RecipeArguments, repo_id: str | None) -> None:
         except Exception as error:
             raise ValueError(
                 f"Cannot push to {repo_id} at the end: {error}. Log in (`hf auth login`), choose another --hub_model_id, or"
-                " train without --push_to_hub and push OUTPUT_DIR/model with examples/push_to_hub.py."
+                " train without --push_to_hub and run `restr push OUTPUT_DIR/model` afterwards."
             ) from error
 
 

@@ -1,10 +1,6 @@
 """
-Serve a model on this machine, over HTTP as an Inference Endpoint does:
-
-    python examples/serve.py --port 8080
-
-POST / takes a request as JSON, or a photo as it is with the sentences in the query; GET /health says that it is there.
-For trying things out: it has neither TLS nor any idea of who is asking. docs/serving.md has requests and answers.
+An HTTP server that answers on this machine as an Inference Endpoint does (`restr serve`). It is for trials: it has
+neither TLS nor authentication. docs/serving.md has requests and answers.
 """
 
 import io
@@ -15,37 +11,31 @@ import sys
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import modeling_restr  # noqa: F401  (so that a folder without code can be served)
-from modeling_restr.arguments import ArgumentParser, add_options, choose_device
-from modeling_restr.hub.handler import EndpointHandler, RequestError
-
-
-CHECKPOINT = Path(__file__).parent / "restr_mini"
+from .handler import EndpointHandler, RequestError
 
 
 class Server(ThreadingHTTPServer):
-    """A thread per connection, all of which ask one handler."""
+    """One thread per connection; all threads share one handler."""
 
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: EndpointHandler) -> None:
         super().__init__(address, RequestHandler)
         self.handler = handler
-        # An image in base64, and the sentences, of which a character takes at most twelve bytes in JSON.
+        # An image in base64, and sentences in JSON, where a character takes up to 12 bytes.
         self.max_body = handler.max_bytes * 4 // 3 + handler.max_sentences * handler.max_sentence_length * 12 + 10_000
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the traceback, unless the client has left, which is no fault."""
+        """Print the traceback, unless the client has closed the connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class DeadlineReader(io.RawIOBase):
-    """What comes over a connection until a deadline, however little of it comes at a time."""
+    """Reads from a connection until a deadline, however slowly the bytes arrive."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -64,7 +54,7 @@ class DeadlineReader(io.RawIOBase):
 
 class RequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds in which the whole request has to arrive, and in which the answer has to be taken
+    timeout = 60  # seconds for the whole request to arrive, and for the client to take the answer
     server: Server
     raw_requestline: bytes
 
@@ -80,18 +70,17 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         words = self.raw_requestline.split()
-        # HTTP/0.9 has no headers, neither to wait for nor to send. Later versions than 1.1 are answered as RFC 9110
-        # (2.5) wants it: by the highest version that the server knows.
         self.default_request_version = "HTTP/0.9" if len(words) == 2 else "HTTP/1.1"
-        if len(words) == 2:
+        if len(words) == 2:  # HTTP/0.9 has no headers to wait for
             self.rfile = io.BufferedReader(io.BytesIO())
         elif words and re.fullmatch(rb"HTTP/([2-9]|[1-9]\d+)(\.\d+)?", words[-1]):
+            # The answer has the highest version that the server knows (RFC 9110, 2.5).
             self.raw_requestline = b" ".join([*words[:-1], b"HTTP/1.1"])
         return super().parse_request()
 
     def do_GET(self) -> None:
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-            self.close_connection = True  # what else it sends is not read
+            self.close_connection = True  # the body is not read
         if self.path.partition("?")[0] in ("/", "/health"):
             self._answer(HTTPStatus.OK, {"status": "ok"})
         else:
@@ -110,17 +99,15 @@ class RequestHandler(BaseHTTPRequestHandler):
         if len(body) < int(length):
             self.close_connection = True  # the client has left
             return
-        answer: Any
         try:
-            status, answer = HTTPStatus.OK, self.server.handler(self._read_request(body))
+            self._answer(HTTPStatus.OK, self.server.handler(self._read_request(body)))
         except RequestError as error:
-            status, answer = HTTPStatus.BAD_REQUEST, _error(error)
+            self._answer(HTTPStatus.BAD_REQUEST, _error(error))
         except RuntimeError as error:
-            status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, _error(error)
-        self._answer(status, answer)
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, _error(error))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer in JSON, too, and read nothing more of this connection."""
+        """Answer in JSON and close the connection."""
         self.close_connection = True
         self._answer(HTTPStatus(code), _error(message or HTTPStatus(code).phrase))
 
@@ -134,7 +121,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"Expected JSON, or an image with its own Content-Type: {error}") from None
         query = dict(parse_qsl(self.path.partition("?")[2]))
-        # As an Inference Endpoint does it: beside the parameters of a body, a query says nothing.
+        # An Inference Endpoint, too, ignores the query if the body has parameters.
         if query and isinstance(request, dict) and "parameters" not in request:
             request["parameters"] = query
         return request
@@ -154,23 +141,3 @@ class RequestHandler(BaseHTTPRequestHandler):
 
 def _error(reason: object) -> dict[str, str]:
     return {"error": str(reason)}
-
-
-def main() -> None:
-    parser = ArgumentParser(description="Serve a model on this machine, as an Inference Endpoint does.")
-    parser.add_argument("model", nargs="?", default=str(CHECKPOINT), help="folder or Hub id (the shipped checkpoint)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (this machine alone)")
-    parser.add_argument("--port", type=int, default=8080, help="port to listen at (8080; 0 for any that is free)")
-    add_options(parser, "revision", "device", "num_threads")
-    args = parser.parse_args()
-    try:
-        handler = EndpointHandler(args.model, revision=args.revision, device=choose_device(args))
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-    with Server((args.host, args.port), handler) as server:
-        print(f"Serving {args.model} at http://{server.server_name}:{server.server_port}", flush=True)
-        server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()
