@@ -1,5 +1,5 @@
 """
-Evaluate a model on a split of prepared data, one row an image, as examples/prepare_refcoco.py writes it:
+Evaluate a model on a split of prepared data, one row an image, as `restr prepare` writes it:
 
     python examples/evaluate_refcoco.py path/or/id data/refcoco --split val --benchmark refcoco --output_dir runs/val
 

@@ -4,7 +4,7 @@ Predict the masks of a dataset of any size, with any number of processes and mac
     python examples/predict.py path/or/id data/photos --output_dir runs/masks
     accelerate launch --num_processes 8 examples/predict.py path/or/id data/photos --output_dir runs/masks
 
-The data is a folder of Parquet or a Hub id: rows as examples/prepare_refcoco.py writes them, or rows with an image and
+The data is a folder of Parquet or a Hub id: rows as `restr prepare` writes them, or rows with an image and
 a text or a list of texts. Or it is a .csv or .jsonl file of own sentences, with the columns image and sentence, and
 the photos in --image_dir. Each image is encoded once. The output folder gets data/SPLIT-00000-of-000NN.parquet with a
 row for each (image, expression): ids, text, score, mask (COCO RLE at the image's own size), unknown_words (those that the

@@ -1,5 +1,5 @@
 """
-Train ReSTR on prepared data, one row per image, as examples/prepare_refcoco.py writes it. The defaults are the paper's
+Train ReSTR on prepared data, one row per image, as `restr prepare` writes it. The defaults are the paper's
 recipe; `--help` says which choice is the paper's.
 
     python examples/run_referring_segmentation.py --dataset_name data/refcoco --word_vectors glove.840B.300d.txt \\

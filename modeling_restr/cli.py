@@ -1,14 +1,31 @@
 """The console command `restr`. Each command reads its options, calls the engine that does the work, and prints."""
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import __version__
-from .options import SETTINGS, Device, Model, NumThreads, OutputDir, Revision, Threshold, run
+from .options import (
+    SETTINGS,
+    DataRevision,
+    Device,
+    Model,
+    NumThreads,
+    OutputDir,
+    Revision,
+    Threshold,
+    needs_extra,
+    run,
+)
 
+
+if TYPE_CHECKING:
+    from .data.sources import Plan
 
 USE, DATA, SHARE = "Use a model", "Prepare data", "Share a model"  # the groups of commands in `restr --help`
 CARD = "Model card"
@@ -179,6 +196,212 @@ def push(
         print(f"Card: {rewrite_card(folder, **given)}")
     commit = push_to_hub(folder, repo_id, private=private or None, tag=tag)
     print(f"{commit.repo_url} is at {commit.oid}")
+
+
+# --- restr prepare ----------------------------------------------------------------------------------------------------
+
+prepare = typer.Typer()
+app.add_typer(prepare, name="prepare", rich_help_panel=DATA)
+
+SKIP_BAD = (
+    "Leave out and list images that cannot be used, instead of stopping: missing or damaged ones, and those of another "
+    "size than their annotations or with an object without a mask."
+)
+DataOption = functools.partial(typer.Option, rich_help_panel="Data")
+ExpressionOption = functools.partial(typer.Option, rich_help_panel="Expressions")
+AnnotationDir = Annotated[Path, DataOption(help="Folder of the annotations.")]
+ImageDir = Annotated[Path, DataOption(help="Folder of the images, or one above it.")]
+DataName = Annotated[str, DataOption(help="Short name of the data, of letters, digits and _.")]
+ValShare = Annotated[float, DataOption(min=0, max=1, help="Share of the images in the split val.")]
+
+
+@prepare.callback()
+def prepare_data() -> None:
+    """
+    Prepare referring expressions for training and evaluation.
+
+    Reads RefCOCO and its family, or your own photos. Writes a card and Parquet files with the images, one row per
+    image. Shows a table next to the published counts, and what was left out. Interrupted, the same command resumes.
+    """
+
+
+def _split_at_commas(words: list[str] | None) -> list[str] | None:
+    return ",".join(words).split(",") if words else None
+
+
+def _prepare(
+    plan: "Plan",
+    output_dir: OutputDir,
+    splits: Annotated[
+        list[str] | None,
+        DataOption(help="Splits such as val,testA.", show_default="all", callback=_split_at_commas),
+    ] = None,
+    skip_bad: Annotated[bool, DataOption("--skip-bad", help=SKIP_BAD)] = False,
+    images_per_shard: Annotated[
+        int, typer.Option(min=1, help="Rows per Parquet file.", rich_help_panel="Output")
+    ] = 1500,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO_ID", help="Dataset repository to upload to.", rich_help_panel="Output"),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel="Output")
+    ] = False,
+    num_proc: Annotated[
+        int, typer.Option(min=1, help="Processes that decode and write.", rich_help_panel="Machine")
+    ] = 1,
+) -> None:
+    """Prepare what a plan says. All commands of `restr prepare` have these options."""
+    from .data import preparation, sources
+
+    options: dict[str, Any] = {"skip_bad": skip_bad, "images_per_shard": images_per_shard, "num_proc": num_proc}
+    print(sources.prepare_plan(plan, output_dir, splits, **options))
+    if push_to_hub:
+        print(f"Uploaded: {preparation.push_to_hub(output_dir, push_to_hub, private=private or None)}")
+
+
+def _prepares(source: Callable[..., None]) -> Callable[..., None]:
+    """Register a command for `sources.plan_NAME`, with the parameters of this function and those of `_prepare`."""
+    own, shared = (dict(inspect.signature(function).parameters) for function in (source, _prepare))
+    del shared["plan"]
+
+    @functools.wraps(source)
+    def command(**values: Any) -> None:
+        with needs_extra("train"):
+            from .data import sources
+        plan = getattr(sources, f"plan_{source.__name__}")(**{name: values[name] for name in own})
+        _prepare(plan, **{name: values[name] for name in shared})
+
+    parameters = [option.replace(kind=option.KEYWORD_ONLY) for option in {**own, **shared}.values()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in parameters}
+    return prepare.command()(command)
+
+
+@_prepares
+def refer(
+    annotation_dir: AnnotationDir,
+    image_dir: ImageDir,
+    dataset: Annotated[
+        Literal["refcoco", "refcoco+", "refcocog", "refclef"], DataOption(help="Which of the datasets.")
+    ] = "refcoco",
+    split_by: Annotated[
+        Literal["unc", "umd", "google", "berkeley"] | None,
+        DataOption(help="Who split it.", show_default="unc, or umd for refcocog"),
+    ] = None,
+) -> None:
+    """
+    RefCOCO, RefCOCO+, RefCOCOg and RefCLEF in REFER's layout.
+
+    Example: restr prepare refer --annotation-dir refer/data --image-dir coco/train2014 --output-dir data/refcoco
+    """
+
+
+@_prepares
+def grefcoco(annotation_dir: AnnotationDir, image_dir: ImageDir) -> None:
+    """
+    gRefCOCO: several objects, or none, per expression.
+
+    Example: restr prepare grefcoco --annotation-dir grefcoco --image-dir coco --output-dir data/grefcoco
+    """
+
+
+@_prepares
+def referit(
+    annotation_dir: AnnotationDir,
+    mask_dir: Annotated[Path, DataOption(help="Folder of IMAGE_OBJECT.mat.")],
+    image_dir: ImageDir,
+) -> None:
+    """
+    ReferIt with MATLAB masks.
+
+    Example: restr prepare referit --annotation-dir referit --mask-dir mask --image-dir images --output-dir data/referit
+    """
+
+
+@_prepares
+def hub(
+    path_or_id: Annotated[str, typer.Argument(metavar="COPY", help="Folder or Hub id such as jxu124/refcoco.")],
+    image_dir: Annotated[
+        Path | None, DataOption(help="Folder of COCO's train2014 images, for copies without images.")
+    ] = None,
+    data_revision: DataRevision = None,
+) -> None:
+    """
+    A copy of RefCOCO, RefCOCO+ or RefCOCOg on the Hub.
+
+    Example: restr prepare hub jxu124/refcocoplus --image-dir coco --output-dir data/refcocoplus
+    """
+
+
+@_prepares
+def coco(
+    instances_file: Annotated[Path, DataOption(help="JSON file with images and annotations.")],
+    image_dir: ImageDir,
+    name: DataName = "coco",
+    val_share: ValShare = 0.1,
+    expressions_per_instance: Annotated[
+        int, ExpressionOption(min=1, max=100, help="Most expressions per object.")
+    ] = 3,
+    seed: Annotated[int, ExpressionOption(min=0, help="Seed of the generated expressions.")] = 0,
+    captions: Annotated[
+        bool, ExpressionOption("--captions", help="Take the captions of the annotations instead of generated ones.")
+    ] = False,
+    crowds_as_instances: Annotated[
+        bool,
+        ExpressionOption(
+            "--crowds-as-instances",
+            help="Read annotations marked as crowds (iscrowd 1), as CVAT's brush makes them, as one object each.",
+        ),
+    ] = False,
+) -> None:
+    """
+    Any COCO instances file, with generated expressions or the captions of its annotations.
+
+    Example: restr prepare coco --instances-file instances.json --image-dir photos --output-dir data/own
+    """
+
+
+@_prepares
+def sentences(
+    sentences_file: Annotated[
+        Path, DataOption(help="CSV or JSONL file: image, sentence and a mask, polygon, rle or box per line.")
+    ],
+    image_dir: Annotated[
+        Path | None, DataOption(help="Folder of the photos.", show_default="that of the file")
+    ] = None,
+    mask_dir: Annotated[Path | None, DataOption(help="Folder of the masks.", show_default="that of the file")] = None,
+    name: DataName = "own",
+    val_share: ValShare = 0.1,
+    boxes_as_masks: Annotated[
+        bool, DataOption("--boxes-as-masks", help="Take a box's rectangle as the mask.")
+    ] = False,
+) -> None:
+    """
+    Own photos, sentences and masks in a CSV or JSONL file.
+
+    Example: restr prepare sentences --sentences-file own.csv --image-dir photos --output-dir data/mine
+    """
+
+
+@_prepares
+def combine(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders that restr prepare wrote.")],
+    output_dir: OutputDir,
+    names: Annotated[
+        list[str] | None,
+        DataOption(
+            help="Names such as a,b, one per folder. Evaluation splits become NAME_SPLIT.",
+            show_default="those of the sources",
+            callback=_split_at_commas,
+        ),
+    ] = None,
+) -> None:
+    """
+    Several prepared folders in one, without training on images that are evaluated on.
+
+    Example: restr prepare combine data/refcoco data/refcocoplus --output-dir data/both
+    """
 
 
 def main() -> None:

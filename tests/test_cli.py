@@ -16,7 +16,10 @@ from modeling_restr.cli import app
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL = EXAMPLES / "restr_mini"
 PHOTO = EXAMPLES / "photos" / "held_out" / "000000173350.jpg"
-COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+COMMANDS = {command.callback.__name__: command.callback for command in app.registered_commands}
+for group in app.registered_groups:
+    commands = group.typer_instance.registered_commands
+    COMMANDS |= {f"{group.name} {command.callback.__name__}": command.callback for command in commands}
 
 
 def test_segment_writes_masks_and_an_overlay(tmp_path):
@@ -97,7 +100,7 @@ def test_errors_are_one_line(restr, tmp_path, monkeypatch, words, message):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(restr, command):
-    done = restr(command, "--help")
+    done = restr(*command.split(), "--help")
     assert done.code == 0
     assert "Example" in done.out and "│ *" in done.out
 
@@ -105,9 +108,8 @@ def test_every_command_explains_itself(restr, command):
 def test_every_option_is_explained_and_means_the_same_everywhere(restr):
     assert restr("--help").code == 0
     meanings: dict[str, set] = {}
-    for command in app.registered_commands:
-        hints = command.callback.__annotations__
-        for name, hint in hints.items():
+    for callback in COMMANDS.values():
+        for name, hint in callback.__annotations__.items():
             if name != "return":
                 (option,) = hint.__metadata__
                 assert option.help and option.help[0].isupper() and option.help.endswith(".")

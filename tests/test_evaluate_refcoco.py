@@ -40,7 +40,7 @@ configs:
 
 
 def write_data(folder: Path, rows: list[dict], num_shards: int = 1) -> Path:
-    """Rows as examples/prepare_refcoco.py writes them."""
+    """Rows as `restr prepare` writes them."""
     (folder / "data").mkdir(parents=True)
     for index in range(num_shards):
         shard = make_dataset(rows).shard(num_shards, index, contiguous=True)

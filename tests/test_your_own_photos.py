@@ -25,9 +25,15 @@ STEPS, FEWER_STEPS = "--max_steps 60", "--max_steps 2"
 RUN = """
 import runpy, sys
 
-def run(*command):
-    sys.argv = list(command)
-    runpy.run_path(command[0], run_name="__main__")
+def run(program, *words):
+    sys.argv = [program, *words] if program == "restr" else list(words)
+    try:
+        if program == "restr":
+            runpy.run_module("modeling_restr.cli", run_name="__main__")
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stopped:
+        assert not stopped.code, stopped.code
 
 """
 
@@ -60,9 +66,7 @@ def build_script() -> str:
             parts.append(text)
         elif language == "bash":
             for command in text.strip().split("\n"):
-                program, *arguments = shlex.split(command)
-                assert program == "python"
-                parts.append(f"run(*{arguments})\n")
+                parts.append(f"run(*{shlex.split(command)})\n")
     return "".join(parts).replace(f"'{STEPS.split()[1]}'", f"'{FEWER_STEPS.split()[1]}'")
 
 

@@ -228,7 +228,7 @@ for reference in row["references"]:
 `references` is a list of `ref_id`, `ann_id`, `category`, `bbox` ([x, y, width, height] in pixels), `mask` (COCO's
 compressed RLE, `pycocotools` decodes it) and `expressions` (`sent_id`, `text`)."""
 
-_PREPARATION = """By `examples/prepare_refcoco.py` of `modeling_restr`. Every image was decoded to its last pixel, and
+_PREPARATION = """By `restr prepare` of `modeling_restr`. Every image was decoded to its last pixel, and
 its masks are of the size that it decodes to. The files of the images are unchanged, but for those with an EXIF
 orientation that the annotations ignore: they were written anew without it. The parts of an object are united in one
 mask; ids are the source's."""

@@ -88,10 +88,7 @@ def read_refer(
         `ValueError`: The dataset, its file or the split does not exist (the message lists what does), or the files
             are not what they should be.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"Expected a dataset of {', '.join(DATASETS)}, got {dataset!r}.")
-    if split_by not in DATASETS[dataset]:
-        raise ValueError(f"{dataset} was split by {' and '.join(DATASETS[dataset])}, got split_by={split_by!r}.")
+    check_split_by(dataset, split_by)
     folder = find_annotation_dir(annotation_dir, [dataset])
     path = folder / f"refs({split_by}).p"
     if not path.is_file():
@@ -99,6 +96,20 @@ def read_refer(
         raise ValueError(f"Expected {path.name} in {folder}, got {present}.")
     refs = select_split(check_refs(load_plain_pickle(path), path), split, path)
     return group_by_image(refs, Instances.read(folder / "instances.json"), image_dir, _build_reference)
+
+
+def check_split_by(dataset: str, split_by: str | None = None) -> str:
+    """
+    Who split a dataset, by default the usual ones.
+
+    Raises:
+        `ValueError`: There is no such dataset, or it has no split of theirs.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"Expected a dataset of {', '.join(DATASETS)}, got {dataset!r}.")
+    if split_by not in (None, *DATASETS[dataset]):
+        raise ValueError(f"{dataset} was split by {' and '.join(DATASETS[dataset])}, got split_by={split_by!r}.")
+    return split_by or DATASETS[dataset][0]
 
 
 def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedReference:

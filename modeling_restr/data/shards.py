@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,13 @@ def make_shards(shards: Sequence[Shard], num_proc: int = 1, skip_bad: bool = Fal
     with tqdm(total=total, initial=done, desc="Images", unit="image") as bar:
         if num_proc == 1 or len(to_make) < 2:
             return _make_in_this_process(to_make, skip_bad, bar)
-        return _make_in_processes(to_make, skip_bad, bar, min(num_proc, len(to_make)))
+        try:
+            return _make_in_processes(to_make, skip_bad, bar, min(num_proc, len(to_make)))
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "A process that writes shards ended early, maybe for lack of memory: run again with a smaller num_proc. "
+                "Finished shards are kept."
+            ) from error
 
 
 def _make_in_this_process(shards: Sequence[Shard], skip_bad: bool, bar: tqdm) -> list[str]:

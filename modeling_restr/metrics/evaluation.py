@@ -135,7 +135,7 @@ def check_dataset(dataset: datasets.Dataset) -> None:
     missing += [f"references.{name}" for name in FEATURES["references"].feature if name not in references]
     if missing:
         raise ValueError(
-            f"Expected a dataset with one row an image, as examples/prepare_refcoco.py writes it; it lacks {missing}"
+            f"Expected a dataset with one row an image, as `restr prepare` writes it; it lacks {missing}"
             f" and has {list(dataset.features)}."
         )
     expressions = [

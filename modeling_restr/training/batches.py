@@ -220,7 +220,7 @@ def _check_arguments(features: datasets.Features | None, expressions_per_image: 
     missing = [name for name in FEATURES if name not in (features or ())]
     if missing:
         raise ValueError(
-            f"Expected a dataset with one row per image, as examples/prepare_refcoco.py writes it; it lacks {missing} and"
+            f"Expected a dataset with one row per image, as `restr prepare` writes it; it lacks {missing} and"
             f" has {list(features or ())}."
         )
     if expressions_per_image < 1 or seed < 0:
