@@ -57,14 +57,14 @@ class ReSTRFusionOutput(ModelOutput):
 
     patch_logits (`torch.Tensor` of shape `(N, P)`): <patch, classifier> of each patch.
     patch_embeds (`torch.Tensor` of shape `(N, P, hidden_size)`): The patches that the classifier is applied to.
-    visual_embeds (`torch.Tensor` of shape `(B, P, hidden_size)`): The projected visual tokens, once per image.
+    projected_vision_embeds (`torch.Tensor` of shape `(B, P, hidden_size)`): The projected visual tokens, once per image.
     hidden_states (`tuple[torch.Tensor]`, *optional*): The first block's input, then the output of every block.
     attentions (`tuple[torch.Tensor]`, *optional*): Attention weights of every block.
     """
 
     patch_logits: torch.Tensor | None = None
     patch_embeds: torch.Tensor | None = None
-    visual_embeds: torch.Tensor | None = None
+    projected_vision_embeds: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -77,7 +77,7 @@ class ReSTRModelOutput(ModelOutput):
         One logit per patch: does it belong to what the expression refers to?
     patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`):
         The patches after the fusion, as the adaptive classifier sees them.
-    visual_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`):
+    projected_vision_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`):
         The projected visual tokens that enter the fusion, once per image.
     vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
         The image features; pass them as `vision_embeds` to ask again without encoding the image.
@@ -98,7 +98,7 @@ class ReSTRModelOutput(ModelOutput):
 
     patch_logits: torch.Tensor | None = None
     patch_embeds: torch.Tensor | None = None
-    visual_embeds: torch.Tensor | None = None
+    projected_vision_embeds: torch.Tensor | None = None
     vision_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     image_indices: torch.Tensor | None = None
@@ -392,7 +392,7 @@ class ReSTRPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.initial_std)
 
 
-_OTHER_PARTS = [r"^model\.", r"^pixel_decoder\."]  # of a whole model's checkpoint, when one encoder is loaded
+_OTHER_PART_KEYS = [r"^model\.", r"^pixel_decoder\."]  # of a whole model's checkpoint, when one encoder is loaded
 
 
 def _load_part(from_pretrained: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -410,7 +410,7 @@ class ReSTRVisionModel(ReSTRPreTrainedModel):
     input_modalities = ["image"]
     _input_embed_layer = "patch_embedding"
     _no_split_modules = ["ReSTRVisionEmbeddings", "ReSTREncoderLayer"]
-    _keys_to_ignore_on_load_unexpected = _OTHER_PARTS
+    _keys_to_ignore_on_load_unexpected = _OTHER_PART_KEYS
 
     def __init__(self, config: ReSTRVisionConfig):
         super().__init__(config)
@@ -470,7 +470,7 @@ class ReSTRTextModel(ReSTRPreTrainedModel):
     input_modalities = ["text"]
     # Without the embeddings: FSDP wraps these layers, and the word vectors, which are in there, once more by themselves.
     _no_split_modules = ["ReSTRTextLayer"]
-    _keys_to_ignore_on_load_unexpected = _OTHER_PARTS
+    _keys_to_ignore_on_load_unexpected = _OTHER_PART_KEYS
     _can_record_outputs = {"hidden_states": ReSTRTextLayer, "attentions": ReSTRAttention}
 
     def __init__(self, config: ReSTRTextConfig):
@@ -603,9 +603,9 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         self, vision_embeds: torch.Tensor, text_embeds: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """L2-normalise and project both modalities, (B, P, hidden) and (N, T, hidden); padding slots become 0."""
-        visual_embeds = self.visual_projection(F.normalize(vision_embeds, dim=-1))
+        projected_vision_embeds = self.visual_projection(F.normalize(vision_embeds, dim=-1))
         word_embeds = self.text_projection(F.normalize(text_embeds, dim=-1))
-        return visual_embeds, word_embeds * attention_mask[..., None].to(word_embeds.dtype)
+        return projected_vision_embeds, word_embeds * attention_mask[..., None].to(word_embeds.dtype)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -625,8 +625,8 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
             image_indices (`torch.Tensor` of shape `(N,)`): Which image each expression is about.
         """
         num_patches, num_words = vision_embeds.shape[1], text_embeds.shape[1]
-        visual_embeds, words = self.project(vision_embeds, text_embeds, attention_mask)
-        patches = visual_embeds.index_select(0, image_indices)  # (N, P, hidden)
+        projected_vision_embeds, words = self.project(vision_embeds, text_embeds, attention_mask)
+        patches = projected_vision_embeds.index_select(0, image_indices)  # (N, P, hidden)
         seed = self.seed_embedding.expand(words.shape[0], -1, -1)  # (N, 1, hidden)
         patch_mask = seed_mask = None
         if not self.config.attend_to_padding:
@@ -651,7 +651,9 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         patches = self.patch_projection(patches)  # (N, P, hidden)
         classifier = self.classifier_projection(seed)  # (N, 1, hidden)
         patch_logits = (patches @ classifier.transpose(1, 2)).squeeze(2)  # (N, P)
-        return ReSTRFusionOutput(patch_logits=patch_logits, patch_embeds=patches, visual_embeds=visual_embeds)
+        return ReSTRFusionOutput(
+            patch_logits=patch_logits, patch_embeds=patches, projected_vision_embeds=projected_vision_embeds
+        )
 
 
 class ReSTRChannelMap(nn.Module):
@@ -671,7 +673,7 @@ class ReSTRChannelMap(nn.Module):
         return F.conv2d(hidden_states, self.weight[..., None, None])
 
 
-class ReSTRFirstChannelMap(ReSTRChannelMap):
+class ReSTRDecoderInputMap(ReSTRChannelMap):
     """
     The decoder's first map, of [projected visual tokens ; patches weighted with their logits]: the sum of a part that
     depends on the image alone, computed once per image, and a part that depends on the expression.
@@ -679,13 +681,13 @@ class ReSTRFirstChannelMap(ReSTRChannelMap):
 
     def forward(  # type: ignore[override]
         self,
-        visual_embeds: torch.Tensor,
+        projected_vision_embeds: torch.Tensor,
         patch_embeds: torch.Tensor,
         patch_logits: torch.Tensor,
         image_indices: torch.Tensor,
     ) -> torch.Tensor:
         visual_weight, masked_weight = self.weight.chunk(2, dim=1)  # (hidden, hidden) each
-        visual_part = F.linear(visual_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
+        visual_part = F.linear(projected_vision_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
         # There is one logit per patch, so it may scale the patch after the linear map.
         return F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
 
@@ -708,7 +710,7 @@ class ReSTRPixelDecoder(nn.Module):
         self.patch_size = as_pair(config.vision_config.patch_size)
         num_blocks = max(1, math.ceil(math.log2(max(self.patch_size))))
         widths = [max(1, dim // 2**index) for index in range(num_blocks)]
-        self.layers = nn.ModuleList([ReSTRFirstChannelMap(2 * dim, dim)])
+        self.layers = nn.ModuleList([ReSTRDecoderInputMap(2 * dim, dim)])
         self.layers.extend(ReSTRChannelMap(*sizes) for sizes in pairwise(widths))
         self.head = ReSTRChannelMap(widths[-1], 1)
         self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # 88 MB per expression at 480x480
@@ -722,14 +724,14 @@ class ReSTRPixelDecoder(nn.Module):
 
     def forward(
         self,
-        visual_embeds: torch.Tensor,
+        projected_vision_embeds: torch.Tensor,
         patch_embeds: torch.Tensor,
         patch_logits: torch.Tensor,
         image_indices: torch.Tensor,
     ) -> torch.Tensor:
         r"""
         Args:
-            visual_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`): Projected visual tokens.
+            projected_vision_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`): Projected visual tokens.
             patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`): Fused patches.
             patch_logits (`torch.Tensor` of shape `(N, h, w)`): Their logits.
             image_indices (`torch.Tensor` of shape `(N,)`): Which image each expression is about.
@@ -738,8 +740,9 @@ class ReSTRPixelDecoder(nn.Module):
             `torch.Tensor` of shape `(N, H, W)`: Pixel logits.
         """
         grid = (patch_logits.shape[1], patch_logits.shape[2])
-        hidden_states = self.layers[0](visual_embeds, patch_embeds, patch_logits, image_indices)  # (N, P, hidden)
-        hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)  # (N, hidden, h, w)
+        # (N, P, hidden) -> (N, hidden, h, w)
+        hidden_states = self.layers[0](projected_vision_embeds, patch_embeds, patch_logits, image_indices)
+        hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)
         hidden_states = self.activation_fn(self._upsample(hidden_states, 0, grid))
         for block, layer in enumerate(self.layers[1:], start=1):
             hidden_states = self.activation_fn(self._upsample(layer(hidden_states), block, grid))
@@ -1019,7 +1022,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         return ReSTRModelOutput(
             patch_logits=outputs.patch_logits.unflatten(1, vision_embeds.shape[1:3]),
             patch_embeds=outputs.patch_embeds,
-            visual_embeds=outputs.visual_embeds,
+            projected_vision_embeds=outputs.projected_vision_embeds,
             vision_embeds=vision_embeds,
             text_embeds=text_embeds,
             image_indices=image_indices,
@@ -1259,7 +1262,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         logits = outputs.patch_logits
         if self.pixel_decoder is not None:
             logits = self.pixel_decoder(
-                outputs.visual_embeds, outputs.patch_embeds, outputs.patch_logits, outputs.image_indices
+                outputs.projected_vision_embeds, outputs.patch_embeds, outputs.patch_logits, outputs.image_indices
             )
         loss = loss_pixel = loss_patch = None
         if labels is not None:

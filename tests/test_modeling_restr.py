@@ -130,16 +130,16 @@ def test_base_model_is_the_model_without_pixel_decoder():
     torch.testing.assert_close(base_outputs.patch_logits, outputs.patch_logits, rtol=0, atol=0)
     assert base_outputs.image_indices.tolist() == [1, 0, 1]
     assert base_outputs.patch_embeds.shape == (3, 16, 36)
-    assert base_outputs.visual_embeds.shape == (2, 16, 36)
+    assert base_outputs.projected_vision_embeds.shape == (2, 16, 36)
 
 
 # Pixel decoder
 
 
-def straightforward_decoder(decoder, visual_embeds, patch_embeds, patch_logits, image_indices, patch_size):
+def straightforward_decoder(decoder, projected_vision_embeds, patch_embeds, patch_logits, image_indices, patch_size):
     """Concatenate, then upsample before each map of the channels, as the specification has it."""
     masked = patch_logits.flatten(1)[..., None] * patch_embeds
-    hidden_states = torch.cat([visual_embeds[image_indices], masked], dim=2).transpose(1, 2)
+    hidden_states = torch.cat([projected_vision_embeds[image_indices], masked], dim=2).transpose(1, 2)
     hidden_states = hidden_states.reshape(len(patch_logits), -1, *patch_logits.shape[1:])
     target = [side * patch_size for side in patch_logits.shape[1:]]
     for block, layer in enumerate(decoder.layers):
@@ -342,7 +342,7 @@ def test_hidden_states_and_attentions_of_the_fusion():
     for weights in outputs.attentions:
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:3]))
     assert [state.shape[1] for state in outputs.hidden_states] == [num_tokens, *lengths]
-    projected = model.model(**inputs).visual_embeds
+    projected = model.model(**inputs).projected_vision_embeds
     torch.testing.assert_close(outputs.hidden_states[0][:, :16], projected.expand(2, -1, -1), rtol=0, atol=0)
     # The coupled patches get no LayerNorm: they are the second block's output.
     patches = model.model.fusion.patch_projection(outputs.hidden_states[2][:, :16])
