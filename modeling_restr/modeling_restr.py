@@ -1,12 +1,37 @@
-"""PyTorch ReSTR model: convolution-free referring image segmentation with transformers (arXiv 2203.16768)."""
+"""
+PyTorch ReSTR model: convolution-free referring image segmentation with transformers (arXiv 2203.16768).
+
+From pixels and words to logits and loss, for B images of P = h * w patches and N expressions of T words:
+
+    pixel_values (B, 3, H, W)                           input_ids (N, T)
+        | ReSTRVisionModel                                  | ReSTRTextModel
+    vision_embeds (B, h, w, vision_hidden_size)         text_embeds (N, T, projection_dim)
+        | ReSTRFusionEncoder normalises both and projects them to hidden_size
+    projected_vision_embeds (B, P, hidden_size)         words (N, T, hidden_size), 0 for padding
+        | image_indices (N,) give each expression the patches of its image
+    patches (N, P, hidden_size)
+        | visual-linguistic encoder over [patches ; words]
+    patches (N, P, hidden_size)                         words (N, T, hidden_size)
+        |                                                   | seed encoder over [words ; class seed]
+    patch_embeds (N, P, hidden_size)                    classifier (N, 1, hidden_size)
+        | scalar product of each patch and the classifier
+    patch_logits (N, h, w)
+        | ReSTRPixelDecoder of [projected_vision_embeds ; patch_embeds * patch_logits]
+    logits (N, H, W)
+        | labels (N, H, W)
+    loss = binary cross entropy of logits + patch_loss_weight * that of patch_logits
+
+An image is encoded once, however many expressions are about it. A plain ViT of transformers can replace
+ReSTRVisionModel. The checks of all inputs are at the end of the file: they look at shapes, never at values.
+"""
 
 if not __package__:  # where a saved model is the working directory, `import modeling_restr` finds its file
     raise ImportError(
-        f"Expected the package modeling_restr, but {__file__} is the code of a saved model, which hides it: run Python "
+        f"Expected the package modeling_restr, but {__file__} is the code of a saved model, which hides it. Run Python "
         "in another folder, or as `python -P`. transformers loads this file with `trust_remote_code=True`."
     )
 
-from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
 
 # isort: split
@@ -14,7 +39,6 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -34,33 +58,51 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_restr import MODEL_TAGS, ReSTRConfig, ReSTRTextConfig, ReSTRVisionConfig
-from .vision_encoder_restr import (
-    as_pair,
-    convert_vision_model,
-    find_unused_parameters,
-    load_vision_model,
-    patch_grid,
-    resize_position_embeddings,
-    resize_state_dict_positions,
-    set_image_size,
-)
+from .vision_encoder_restr import as_pair, fill_vision_model, load_vision_model, resize_positions, unused_parameters
 
 
-if TYPE_CHECKING:  # transformers saves and loads a model's code with all that it imports: so the pipeline comes along
+if TYPE_CHECKING:  # transformers saves a model's code with all that it imports: this brings the pipeline along
     from .pipeline_restr import ReSTRPipeline  # noqa: F401
 
 
-@dataclass
-class ReSTRFusionOutput(ModelOutput):
-    """
-    What the fusion encoders make of P patch tokens of each of B images and T words of each of N expressions.
+# What the fields of the outputs are. `auto_docstring` takes those that a class has.
+_OUTPUT_FIELDS = r"""
+loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
+    `loss_pixel + config.patch_loss_weight * loss_patch`.
+loss_pixel (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
+    Mean binary cross entropy of `logits`.
+loss_patch (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
+    Mean binary cross entropy of `patch_logits`; a patch is positive when any of its pixels is.
+logits (`torch.Tensor` of shape `(N, H, W)`):
+    One logit per pixel of the model's input. Without the pixel decoder these are the patch logits.
+patch_logits (`torch.Tensor` of shape `(N, h, w)`):
+    One logit per patch: does it belong to what the expression refers to?
+patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`):
+    The patches after the fusion, as the adaptive classifier sees them.
+projected_vision_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`):
+    The projected patch tokens that enter the fusion, once per image.
+vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
+    The image features. Pass them as `vision_embeds` to ask again without encoding the image.
+text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
+    The word features.
+image_indices (`torch.Tensor` of shape `(N,)`):
+    Which image each expression is about.
+hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `output_hidden_states=True` is passed):
+    Of the fusion encoders: the first block's input, then the output of every block.
+attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
+    Attention weights of every block of the fusion encoders. Those of the seed encoder have the shape
+    `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
+vision_model_output (`BaseModelOutputWithPooling`, *optional*):
+    What [`~ReSTRForImageSegmentation.get_image_features`] returned; None where `vision_embeds` was a tensor.
+text_model_output (`BaseModelOutputWithPooling`):
+    What [`~ReSTRForImageSegmentation.get_text_features`] returned.
+"""
 
-    patch_logits (`torch.Tensor` of shape `(N, P)`): <patch, classifier> of each patch.
-    patch_embeds (`torch.Tensor` of shape `(N, P, hidden_size)`): The patches that the classifier is applied to.
-    projected_vision_embeds (`torch.Tensor` of shape `(B, P, hidden_size)`): The projected visual tokens, once per image.
-    hidden_states (`tuple[torch.Tensor]`, *optional*): The first block's input, then the output of every block.
-    attentions (`tuple[torch.Tensor]`, *optional*): Attention weights of every block.
-    """
+
+@dataclass
+@auto_docstring(custom_intro="Output of [`ReSTRFusionEncoder`], in which patches have no grid: h * w is P.")
+class ReSTRFusionOutput(ModelOutput):
+    __doc__ = _OUTPUT_FIELDS
 
     patch_logits: torch.Tensor | None = None
     patch_embeds: torch.Tensor | None = None
@@ -69,32 +111,17 @@ class ReSTRFusionOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class _CompositeOutput(ModelOutput):
+    """An output that holds those of the encoders, which become tuples with it."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
 @dataclass
 @auto_docstring(custom_intro="Output of [`ReSTRModel`] for N expressions about B images of h x w patches.")
-class ReSTRModelOutput(ModelOutput):
-    r"""
-    patch_logits (`torch.Tensor` of shape `(N, h, w)`):
-        One logit per patch: does it belong to what the expression refers to?
-    patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`):
-        The patches after the fusion, as the adaptive classifier sees them.
-    projected_vision_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`):
-        The projected visual tokens that enter the fusion, once per image.
-    vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
-        The image features; pass them as `vision_embeds` to ask again without encoding the image.
-    text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
-        The word features.
-    image_indices (`torch.Tensor` of shape `(N,)`):
-        Which image each expression is about.
-    hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `output_hidden_states=True` is passed):
-        Of the fusion encoders: the first block's input, then the output of every block.
-    attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
-        Attention weights of every block of the fusion encoders, in order. The seed encoder's have the shape
-        `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
-    vision_model_output (`BaseModelOutputWithPooling`, *optional*):
-        What [`~ReSTRForImageSegmentation.get_image_features`] returned; None where `vision_embeds` was a tensor.
-    text_model_output (`BaseModelOutputWithPooling`):
-        What [`~ReSTRForImageSegmentation.get_text_features`] returned.
-    """
+class ReSTRModelOutput(_CompositeOutput):
+    __doc__ = _OUTPUT_FIELDS
 
     patch_logits: torch.Tensor | None = None
     patch_embeds: torch.Tensor | None = None
@@ -107,38 +134,11 @@ class ReSTRModelOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
 
-    def to_tuple(self) -> tuple:
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
 
 @dataclass
 @auto_docstring(custom_intro="Output of [`ReSTRForImageSegmentation`] for N expressions about B images.")
-class ReSTRImageSegmentationOutput(ModelOutput):
-    r"""
-    loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
-        `loss_pixel + config.patch_loss_weight * loss_patch`.
-    loss_pixel (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
-        Mean binary cross entropy of `logits`.
-    loss_patch (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
-        Mean binary cross entropy of `patch_logits`; a patch is positive when any of its pixels is.
-    logits (`torch.Tensor` of shape `(N, H, W)`):
-        One logit per pixel of the model's input. Without the pixel decoder these are the patch logits.
-    patch_logits (`torch.Tensor` of shape `(N, h, w)`):
-        One logit per patch.
-    vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
-        The image features; pass them as `vision_embeds` to ask again without encoding the image.
-    text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
-        The word features.
-    hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `output_hidden_states=True` is passed):
-        Of the fusion encoders: the first block's input, then the output of every block.
-    attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
-        Attention weights of every block of the fusion encoders, in order. The seed encoder's have the shape
-        `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
-    vision_model_output (`BaseModelOutputWithPooling`, *optional*):
-        What [`~ReSTRForImageSegmentation.get_image_features`] returned; None where `vision_embeds` was a tensor.
-    text_model_output (`BaseModelOutputWithPooling`):
-        What [`~ReSTRForImageSegmentation.get_text_features`] returned.
-    """
+class ReSTRImageSegmentationOutput(_CompositeOutput):
+    __doc__ = _OUTPUT_FIELDS
 
     loss: torch.Tensor | None = None
     loss_pixel: torch.Tensor | None = None
@@ -152,8 +152,25 @@ class ReSTRImageSegmentationOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
 
-    def to_tuple(self) -> tuple:
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+# What the arguments of the models are. `auto_docstring` takes those that a method has.
+_INPUTS = r"""
+pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+    Images, as the processor prepares them. Each is encoded once, however many expressions are about it.
+input_ids (`torch.Tensor` of shape `(N, T)`):
+    Word ids, padded on the left to `config.text_config.max_position_embeddings`.
+attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
+    0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
+image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
+    Which image each expression is about. By default 0 for a single image, or 0 to N - 1 for N images.
+vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
+    Image features instead of `pixel_values`: what [`~ReSTRForImageSegmentation.get_image_features`] returned, or a
+    tensor of shape `(B, h, w, vision_hidden_size)`.
+labels (`torch.Tensor` of shape `(N, height, width)`, *optional*):
+    Masks of 0 and 1, which the processor and the collator check. Logits of another size are resized to theirs.
+interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+    Whether images may have another size than the config's; the position embeddings are then resized.
+"""
 
 
 def eager_attention_forward(
@@ -177,10 +194,10 @@ def eager_attention_forward(
 
 
 def _expand_mask(config: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
-    """The mask that the attention of `config` takes, from a `(batch, length)` one that is 0 for keys to leave out."""
+    """Convert a `(batch, length)` mask, 0 for keys to leave out, to the one that the attention of `config` takes."""
     if attention_mask is None:
         return None
-    # To skip a mask of ones, transformers would read its values, and wait until the device has computed them.
+    # To skip a mask of ones, transformers would read its values and wait until the device has computed them.
     return create_bidirectional_mask(config, hidden_states, attention_mask, allow_is_bidirectional_skip=False)
 
 
@@ -198,29 +215,17 @@ class ReSTRAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (batch, heads, length, head_dim)
         key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attn_output, attn_weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (batch, length, hidden)
         return self.out_proj(attn_output), attn_weights
@@ -238,7 +243,7 @@ class ReSTRMLP(nn.Module):
 
 
 class ReSTRDropPath(nn.Module):
-    """Stochastic depth: in training, a sample's residual branch is dropped with probability `rate`, else rescaled."""
+    """Stochastic depth: training drops a sample's residual branch with probability `rate` and rescales the others."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -250,9 +255,6 @@ class ReSTRDropPath(nn.Module):
         keep = 1.0 - self.rate
         shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
         return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
 
 
 class ReSTREncoderLayer(GradientCheckpointingLayer):
@@ -267,10 +269,7 @@ class ReSTREncoderLayer(GradientCheckpointingLayer):
         self.drop_path = ReSTRDropPath(drop_path_rate)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.drop_path(attn_output)
@@ -288,10 +287,7 @@ class ReSTRTextLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         attn_output, _ = self.self_attn(hidden_states, attention_mask, **kwargs)
         hidden_states = self.layer_norm1(hidden_states + attn_output)
@@ -299,11 +295,10 @@ class ReSTRTextLayer(GradientCheckpointingLayer):
 
 
 class ReSTRVisionEmbeddings(nn.Module):
-    """Patch embedding behind one class token, plus learned positions."""
+    """One class token and the patch embeddings, plus learned positions."""
 
     def __init__(self, config: ReSTRVisionConfig):
         super().__init__()
-        self.patch_size = config.patch_size
         self.grid_size = config.image_size // config.patch_size
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embedding = nn.Conv2d(
@@ -313,22 +308,14 @@ class ReSTRVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values)  # (B, hidden, h, w)
-        positions = resize_position_embeddings(
-            self.position_embeddings, (self.grid_size, self.grid_size), (patches.shape[2], patches.shape[3])
-        )
+        new_grid = (patches.shape[2], patches.shape[3])
+        positions = resize_positions(self.position_embeddings, (self.grid_size, self.grid_size), new_grid)
         class_token = self.class_embedding.expand(patches.shape[0], -1, -1)
         return torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1) + positions  # (B, 1 + P, hidden)
 
 
-def _sinusoidal_positions(num_positions: int, dim: int) -> torch.Tensor:
-    """`(num_positions, dim)` table: sine on even, cosine on odd channels, base 10000 (Vaswani et al., 2017)."""
-    frequencies = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * (-math.log(10000.0) / dim))
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies  # (positions, ceil(dim / 2))
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
-
-
 class ReSTRTextEmbeddings(nn.Module):
-    """Word vectors plus fixed sinusoidal positions. Expressions are padded on the left: the last word has the last."""
+    """Word vectors plus fixed sinusoidal positions, which end with the last word: padding is on the left."""
 
     position_embeddings: torch.Tensor
 
@@ -339,7 +326,11 @@ class ReSTRTextEmbeddings(nn.Module):
         self.register_buffer("position_embeddings", self.create_position_embeddings(), persistent=False)
 
     def create_position_embeddings(self) -> torch.Tensor:
-        return _sinusoidal_positions(self.config.max_position_embeddings, self.config.hidden_size)
+        """`(positions, hidden)`: sine on even, cosine on odd channels, base 10000 (Vaswani et al., 2017)."""
+        num_positions, dim = self.config.max_position_embeddings, self.config.hidden_size
+        frequencies = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * (-math.log(10000.0) / dim))
+        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies  # (positions, ceil(dim / 2))
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         word_embeds = self.embed_tokens(input_ids)  # (N, T, hidden)
@@ -353,7 +344,7 @@ class ReSTRPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
     model_tags = list(MODEL_TAGS)
-    # Trainer says how many label values a step has, so that the loss is the mean over all of its batches.
+    # Trainer passes the number of label values of a step, so that the loss is the mean over all of its batches.
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -366,11 +357,11 @@ class ReSTRPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         config.validate_architecture()  # values may have been set since the config's own checks
-        self.model_tags = list(MODEL_TAGS)  # of its own: transformers adds what `push_to_hub(tags=...)` is given
+        self.model_tags = list(MODEL_TAGS)  # a copy per model: transformers adds the tags of `push_to_hub(tags=...)`
 
     def post_init(self) -> None:
         super().post_init()
-        # What a part may pass over when it is loaded alone, transformers would let the whole pass over, too.
+        # transformers merges those of the parts into the whole, which would then ignore names that it has to report.
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
     @torch.no_grad()
@@ -385,32 +376,35 @@ class ReSTRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ReSTRFusionEncoder):
             init.trunc_normal_(module.seed_embedding, std=std)
         elif isinstance(module, ReSTRScoreProjection):
-            # The scalar product is not scaled: this keeps its variance that of its inputs.
+            # The scalar product is not scaled. With this deviation it has the variance of its inputs.
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ReSTRChannelMap):
-            # A fixed deviation would shrink what passes through several narrow maps to nothing.
+            # With a fixed deviation, several narrow maps in a row would shrink their input to nothing.
             init.normal_(module.weight, std=module.initial_std)
 
 
-_OTHER_PART_KEYS = [r"^model\.", r"^pixel_decoder\."]  # of a whole model's checkpoint, when one encoder is loaded
+class ReSTREncoderModel(ReSTRPreTrainedModel):
+    """One of the two encoders, which also loads from the checkpoint of a whole ReSTR."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^model\.", r"^pixel_decoder\."]  # the other parts of a whole model
 
-def _load_part(from_pretrained: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """An encoder by `from_pretrained`, where its weights may have the names of the whole model's."""
-    loaded = from_pretrained(*args, **{"key_mapping": {rf"^model\.{name}\.": ""}, **kwargs})
-    model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
-    model.__dict__.pop("_weight_conversions", None)  # by which it would be saved under those names
-    return loaded
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As for every model. From the checkpoint of a whole ReSTR it takes its own part."""
+        key_mapping = {rf"^model\.{cls.base_model_prefix}\.": ""}
+        loaded = super().from_pretrained(*args, **{"key_mapping": key_mapping, **kwargs})
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.__dict__.pop("_weight_conversions", None)  # it would be saved under the names of the whole model's part
+        return loaded
 
 
 @auto_docstring(custom_intro="The vision encoder of ReSTR: a plain pre-norm ViT with one class token.")
-class ReSTRVisionModel(ReSTRPreTrainedModel):
+class ReSTRVisionModel(ReSTREncoderModel):
     config: ReSTRVisionConfig  # type: ignore[assignment]
     base_model_prefix = "vision_model"
     input_modalities = ["image"]
     _input_embed_layer = "patch_embedding"
     _no_split_modules = ["ReSTRVisionEmbeddings", "ReSTREncoderLayer"]
-    _keys_to_ignore_on_load_unexpected = _OTHER_PART_KEYS
 
     def __init__(self, config: ReSTRVisionConfig):
         super().__init__(config)
@@ -420,26 +414,13 @@ class ReSTRVisionModel(ReSTRPreTrainedModel):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every model, and also from the checkpoint of a whole ReSTR, of which it takes its part."""
-        return _load_part(super().from_pretrained, "vision_model", args, kwargs)
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring
+    @auto_docstring(custom_args=_INPUTS)
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-            Images, as the processor prepares them.
-        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            Whether images may have another size than the config's; the position embeddings are then resized.
-
         Returns:
             `last_hidden_state` of shape `(B, 1 + P, hidden_size)` with the class token first, and the class token
             as `pooler_output`.
@@ -463,14 +444,13 @@ class ReSTRVisionModel(ReSTRPreTrainedModel):
 
 
 @auto_docstring(custom_intro="The language encoder of ReSTR: word vectors, post-norm blocks, a projection.")
-class ReSTRTextModel(ReSTRPreTrainedModel):
+class ReSTRTextModel(ReSTREncoderModel):
     config: ReSTRTextConfig  # type: ignore[assignment]
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
     input_modalities = ["text"]
-    # Without the embeddings: FSDP wraps these layers, and the word vectors, which are in there, once more by themselves.
+    # Without the embeddings: FSDP wraps these classes, and the word vectors separately.
     _no_split_modules = ["ReSTRTextLayer"]
-    _keys_to_ignore_on_load_unexpected = _OTHER_PART_KEYS
     _can_record_outputs = {"hidden_states": ReSTRTextLayer, "attentions": ReSTRAttention}
 
     def __init__(self, config: ReSTRTextConfig):
@@ -481,19 +461,11 @@ class ReSTRTextModel(ReSTRPreTrainedModel):
         self.layer_norm = nn.LayerNorm(config.projection_dim, eps=config.layer_norm_eps)
         self.post_init()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every model, and also from the checkpoint of a whole ReSTR, of which it takes its part."""
-        return _load_part(super().from_pretrained, "text_model", args, kwargs)
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutput:
         r"""
         input_ids (`torch.Tensor` of shape `(N, T)`):
@@ -522,45 +494,17 @@ class ReSTRTextModel(ReSTRPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.layer_norm(self.projection(hidden_states)))
 
 
-def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos_encoding: bool) -> None:
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
-        raise ValueError(
-            f"`pixel_values` must have the shape (batch, {config.num_channels}, height, width), got "
-            f"{tuple(pixel_values.shape)}."
-        )
-    size, expected = (pixel_values.shape[2], pixel_values.shape[3]), as_pair(config.image_size)
-    if not interpolate_pos_encoding and size != expected:
-        raise ValueError(
-            f"`pixel_values` have {size[0]}x{size[1]} pixels, but the model expects {expected[0]}x{expected[1]}. "
-            f"Resize them with the processor, or pass `interpolate_pos_encoding=True`."
-        )
-    patch_size = as_pair(config.patch_size)
-    if size[0] % patch_size[0] or size[1] % patch_size[1]:
-        raise ValueError(
-            f"`pixel_values` have {size[0]}x{size[1]} pixels, which patches of {patch_size[0]}x{patch_size[1]} do not "
-            f"divide: use multiples of the patch size."
-        )
-
-
-def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig) -> None:
-    if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"`input_ids` must have the shape (expressions, words) with at least one expression and one to "
-            f"{config.max_position_embeddings} words, got {tuple(input_ids.shape)}."
-        )
-
-
 class ReSTRScoreProjection(nn.Linear):
-    """One side of the scalar product <patch, classifier>; a class of its own for its initialisation."""
+    """One side of the scalar product <patch, classifier>, which has an initialisation of its own."""
 
 
 class ReSTRFusionEncoder(ReSTRPreTrainedModel):
     """
-    Fuses P visual tokens with T word features and a learned class seed into patches and an adaptive classifier
-    (section 3.2 of the paper; the variants are those of its ablation).
+    Fuse P patch tokens with T word features and a learned class seed into patches and an adaptive classifier
+    (section 3.2 of the paper). The variants are those of its ablation:
 
-    - `"coupled"`: visual-linguistic encoder over [patches ; words], then seed encoder over [its words ; seed].
-    - `"independent"`: the same two, but the seed encoder sees the words that entered the first one.
+    - `"coupled"`: a visual-linguistic encoder over [patches ; words], then a seed encoder over [its words ; seed].
+    - `"independent"`: the same two, but the seed encoder gets the words that entered the first one.
     - `"vanilla"`: one encoder over [patches ; words ; seed].
     """
 
@@ -581,28 +525,25 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
 
     @staticmethod
     def _create_layers(config: ReSTRConfig) -> nn.ModuleList:
-        return nn.ModuleList(
-            [ReSTREncoderLayer(config) for _ in range(1 if config.share_fusion_layers else config.num_fusion_layers)]
-        )
+        num_layers = 1 if config.share_fusion_layers else config.num_fusion_layers
+        return nn.ModuleList([ReSTREncoderLayer(config) for _ in range(num_layers)])
 
     def _encode(
-        self,
-        layers: nn.ModuleList,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, layers: nn.ModuleList, tokens: torch.Tensor, word_mask: torch.Tensor | None, first_word: int, **kwargs
     ) -> torch.Tensor:
-        """Apply one encoder; the 2D `attention_mask` is 0 for keys to leave out."""
-        mask = _expand_mask(self.config, hidden_states, attention_mask)
-        repeats = self.config.num_fusion_layers // len(layers)
-        for layer in list(layers) * repeats:
-            hidden_states = layer(hidden_states, mask, **kwargs)
-        return hidden_states
+        """Encode tokens (N, length, hidden). `word_mask` (N, T) is 0 for words to leave out, from `first_word` on."""
+        if word_mask is not None:
+            num_after = tokens.shape[1] - first_word - word_mask.shape[1]
+            word_mask = F.pad(word_mask, (first_word, num_after), value=True)  # (N, length)
+        mask = _expand_mask(self.config, tokens, word_mask)
+        for layer in list(layers) * (self.config.num_fusion_layers // len(layers)):
+            tokens = layer(tokens, mask, **kwargs)
+        return tokens
 
     def project(
         self, vision_embeds: torch.Tensor, text_embeds: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """L2-normalise and project both modalities, (B, P, hidden) and (N, T, hidden); padding slots become 0."""
+        """Normalise and project patches to (B, P, hidden) and words to (N, T, hidden), with 0 for padding."""
         projected_vision_embeds = self.visual_projection(F.normalize(vision_embeds, dim=-1))
         word_embeds = self.text_projection(F.normalize(text_embeds, dim=-1))
         return projected_vision_embeds, word_embeds * attention_mask[..., None].to(word_embeds.dtype)
@@ -617,35 +558,27 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
         image_indices: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReSTRFusionOutput:
-        r"""
-        Args:
-            vision_embeds (`torch.Tensor` of shape `(B, P, vision_hidden_size)`): Image features.
-            text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`): Word features.
-            attention_mask (`torch.Tensor` of shape `(N, T)`): 0 for padding slots.
-            image_indices (`torch.Tensor` of shape `(N,)`): Which image each expression is about.
-        """
-        num_patches, num_words = vision_embeds.shape[1], text_embeds.shape[1]
+        """Fuse image features (B, P, vision_hidden), word features (N, T, projection_dim) and their mask (N, T)."""
+        num_patches = vision_embeds.shape[1]
         projected_vision_embeds, words = self.project(vision_embeds, text_embeds, attention_mask)
         patches = projected_vision_embeds.index_select(0, image_indices)  # (N, P, hidden)
         seed = self.seed_embedding.expand(words.shape[0], -1, -1)  # (N, 1, hidden)
-        patch_mask = seed_mask = None
-        if not self.config.attend_to_padding:
-            word_mask = attention_mask.to(torch.bool)
-            patch_mask = F.pad(word_mask, (num_patches, 0), value=True)  # (N, P + T)
-            seed_mask = F.pad(word_mask, (0, 1), value=True)  # (N, T + 1)
+        word_mask = None if self.config.attend_to_padding else attention_mask.to(torch.bool)
 
         if self.config.fusion_type == "vanilla":
-            mask = None if patch_mask is None else F.pad(patch_mask, (0, 1), value=True)  # (N, P + T + 1)
-            tokens = self._encode(self.layers, torch.cat([patches, words, seed], dim=1), mask, **kwargs)
-            tokens = self.layer_norm(tokens)
+            tokens = torch.cat([patches, words, seed], dim=1)  # (N, P + T + 1, hidden)
+            tokens = self.layer_norm(self._encode(self.layers, tokens, word_mask, num_patches, **kwargs))
             patches, seed = tokens[:, :num_patches], tokens[:, -1:]
         else:
-            tokens = self._encode(self.layers, torch.cat([patches, words], dim=1), patch_mask, **kwargs)
+            tokens = torch.cat([patches, words], dim=1)  # (N, P + T, hidden)
+            tokens = self._encode(self.layers, tokens, word_mask, num_patches, **kwargs)
+            patches = tokens[:, :num_patches]
             if self.config.fusion_type == "independent":
-                patches = self.layer_norm(tokens[:, :num_patches])
+                patches = self.layer_norm(patches)
             else:
-                patches, words = tokens.split([num_patches, num_words], dim=1)
-            tokens = self._encode(self.seed_layers, torch.cat([words, seed], dim=1), seed_mask, **kwargs)
+                words = tokens[:, num_patches:]
+            tokens = torch.cat([words, seed], dim=1)  # (N, T + 1, hidden)
+            tokens = self._encode(self.seed_layers, tokens, word_mask, first_word=0, **kwargs)
             seed = self.layer_norm(tokens[:, -1:])
 
         patches = self.patch_projection(patches)  # (N, P, hidden)
@@ -658,8 +591,8 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
 
 class ReSTRChannelMap(nn.Module):
     """
-    A linear map, without bias, of the channels of `(N, channels, height, width)`. It is no `nn.Linear`: what replaces
-    those (adapters, quantisers) would call it as one. It starts with the deviation of PyTorch's linear maps.
+    Linear map of the channels of `(N, channels, height, width)`, without bias. It is no `nn.Linear`, because adapters
+    and quantisers replace those and call them as such. Its initial deviation is that of PyTorch's linear maps.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -675,8 +608,8 @@ class ReSTRChannelMap(nn.Module):
 
 class ReSTRDecoderInputMap(ReSTRChannelMap):
     """
-    The decoder's first map, of [projected visual tokens ; patches weighted with their logits]: the sum of a part that
-    depends on the image alone, computed once per image, and a part that depends on the expression.
+    The decoder's first map, of [projected patch tokens ; fused patches weighted with their logits]. It is the sum of a
+    part that depends on the image alone, computed once per image, and a part that depends on the expression.
     """
 
     def forward(  # type: ignore[override]
@@ -688,20 +621,18 @@ class ReSTRDecoderInputMap(ReSTRChannelMap):
     ) -> torch.Tensor:
         visual_weight, masked_weight = self.weight.chunk(2, dim=1)  # (hidden, hidden) each
         visual_part = F.linear(projected_vision_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
-        # There is one logit per patch, so it may scale the patch after the linear map.
+        # There is one logit per patch, so it can scale the patch after the linear map.
         return F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
 
 
 class ReSTRPixelDecoder(nn.Module):
     """
-    Upsamples [projected visual tokens ; patches weighted with their logits] to pixels: each block is a bilinear x2
-    upsampling, a linear map of the channels without bias and a LeakyReLU; a last linear map leaves one channel.
+    Upsample [projected patch tokens ; fused patches weighted with their logits] to pixels. Each block is a bilinear x2
+    upsampling, a linear map of the channels without bias and a LeakyReLU. A last map leaves one channel. Maps run
+    before the upsampling, which gives the same numbers with a quarter of the work.
 
-    The channel map acts on channels alone and the upsampling on space alone, so the map comes first: the same numbers
-    with a quarter of the work.
-
-    There are `ceil(log2(patch_size))` blocks; the last one upsamples to exactly the input's size, so that patch sizes
-    that are no power of two (DINOv2 has 14) work as well.
+    There are `ceil(log2(patch_size))` blocks. The last one upsamples to exactly the input's size, so that any patch
+    size works (DINOv2 has 14).
     """
 
     def __init__(self, config: ReSTRConfig):
@@ -729,16 +660,7 @@ class ReSTRPixelDecoder(nn.Module):
         patch_logits: torch.Tensor,
         image_indices: torch.Tensor,
     ) -> torch.Tensor:
-        r"""
-        Args:
-            projected_vision_embeds (`torch.Tensor` of shape `(B, h * w, hidden_size)`): Projected visual tokens.
-            patch_embeds (`torch.Tensor` of shape `(N, h * w, hidden_size)`): Fused patches.
-            patch_logits (`torch.Tensor` of shape `(N, h, w)`): Their logits.
-            image_indices (`torch.Tensor` of shape `(N,)`): Which image each expression is about.
-
-        Returns:
-            `torch.Tensor` of shape `(N, H, W)`: Pixel logits.
-        """
+        """Decode patch tokens (B, P, hidden), fused patches (N, P, hidden) and their logits (N, h, w) to (N, H, W)."""
         grid = (patch_logits.shape[1], patch_logits.shape[2])
         # (N, P, hidden) -> (N, hidden, h, w)
         hidden_states = self.layers[0](projected_vision_embeds, patch_embeds, patch_logits, image_indices)
@@ -749,66 +671,40 @@ class ReSTRPixelDecoder(nn.Module):
         return self.head(hidden_states).squeeze(1)  # (N, H, W)
 
 
-def _check_vision_embeds(vision_embeds: Any, hidden_size: int) -> None:
-    shape = tuple(vision_embeds.shape) if isinstance(vision_embeds, torch.Tensor) else ()
-    if len(shape) != 4 or shape[3] != hidden_size or 0 in shape:
-        raise ValueError(
-            f"`vision_embeds` must be what `get_image_features` returned, or a tensor of shape (images, rows of "
-            f"patches, columns of patches, {hidden_size}), got {shape or type(vision_embeds).__name__}. A flat tensor "
-            f"of patches does not tell its grid: pass `vision_embeds.unflatten(1, (rows, columns))`."
-        )
-    if not vision_embeds.is_floating_point():
-        raise ValueError(f"`vision_embeds` must be floating-point numbers, got {vision_embeds.dtype}.")
-
-
-def _check_image_indices(image_indices: torch.Tensor, num_expressions: int) -> None:
-    if image_indices.shape != (num_expressions,):
-        raise ValueError(
-            f"`image_indices` must have one entry per expression, shape ({num_expressions},), got "
-            f"{tuple(image_indices.shape)}."
-        )
-    if image_indices.is_floating_point() or image_indices.dtype == torch.bool:
-        raise ValueError(f"`image_indices` must be integers, got {image_indices.dtype}.")
-
-
-@auto_docstring(
-    custom_intro="ReSTR up to its patch logits: image and language encoders and their fusion, no pixel decoder."
-)
+@auto_docstring(custom_intro="ReSTR up to its patch logits: two encoders and their fusion, without a pixel decoder.")
 class ReSTRModel(ReSTRPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^pixel_decoder\."]
-
-    _unused_vision_parameters: frozenset[str] = frozenset()  # those of ReSTR's own encoder are all used
+    _unused_vision_parameters: frozenset[str] = frozenset()  # ReSTR's own encoder has none
 
     def __init__(self, config: ReSTRConfig):
         super().__init__(config)
         if config.vision_config.model_type == ReSTRVisionConfig.model_type:
             self.vision_model = ReSTRVisionModel(config.vision_config)
         else:
-            self._unused_vision_parameters = find_unused_parameters(config.vision_config)
+            self._unused_vision_parameters = unused_parameters(config.vision_config)
             self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-            # Checkpoints of earlier versions lack some of them.
+            # Checkpoints of earlier versions may lack them.
             self._keys_to_ignore_on_load_missing = [
                 rf"^(model\.)?vision_model\.{re.escape(name)}$" for name in self._unused_vision_parameters
             ]
-        # Some encoders (DINOv2) interpolate their positions unasked and do not take the argument.
-        self._vision_model_takes_interpolate_pos_encoding = (
-            "interpolate_pos_encoding" in inspect.signature(self.vision_model.forward).parameters
-        )
+        # Some encoders (DINOv2) always interpolate their positions and do not take the argument.
+        vision_arguments = inspect.signature(self.vision_model.forward).parameters
+        self._can_interpolate_positions_on_request = "interpolate_pos_encoding" in vision_arguments
         self.text_model = ReSTRTextModel(config.text_config)
         self.fusion = ReSTRFusionEncoder(config)
         self.post_init()
-        # CLIP's vision encoder also names layers that its language encoder alone has, and FSDP looks for every one.
+        # CLIP's vision encoder also names layers that only its language encoder has, and FSDP needs to find each.
         self._no_split_modules = set(self._no_split_modules or ()) & {type(m).__name__ for m in self.modules()}
         self._freeze_unused_parameters()
 
     def _freeze_unused_parameters(self) -> None:
-        """Distributed training would wait for their gradients."""
+        """Exclude them from training: distributed training would wait for their gradients."""
         for name, weight in self.vision_model.named_parameters():
             if name in self._unused_vision_parameters:
                 weight.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ReSTRModel":
-        """As for every module. Loading, which ends in `eval()`, makes all parameters new ones, to be trained."""
+        """As for every module. Loading replaces the frozen parameters by trainable ones and ends in `eval()`."""
         self._freeze_unused_parameters()
         return super().train(mode)
 
@@ -819,48 +715,22 @@ class ReSTRModel(ReSTRPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=_INPUTS)
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-            Images, as the processor prepares them.
-        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            Whether images may have another size than the config's; the position embeddings are then resized.
-
         Returns:
-            The vision encoder's output with the patch tokens, without any prefix token, on their grid as
-            `pooler_output` of shape `(B, h, w, vision_hidden_size)`: what `vision_embeds` takes.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from modeling_restr import ReSTRConfig, ReSTRModel
-
-        >>> model = ReSTRModel(ReSTRConfig()).eval()
-        >>> model.get_image_features(torch.zeros(1, 3, 480, 480)).pooler_output.shape
-        torch.Size([1, 30, 30, 768])
-        ```"""
-        config = self.config.vision_config
-        _check_pixel_values(pixel_values, config, interpolate_pos_encoding)
-        options: dict[str, Any] = {"return_dict": True, **kwargs}
-        if self._vision_model_takes_interpolate_pos_encoding:
-            options["interpolate_pos_encoding"] = interpolate_pos_encoding
-        outputs = self.vision_model(pixel_values.to(self.dtype), **options)
-        patch_size = as_pair(config.patch_size)
+            The vision encoder's output. Its `pooler_output` of shape `(B, h, w, vision_hidden_size)` has the patch
+            tokens on their grid, without prefix tokens. `vision_embeds` takes the whole output.
+        """
+        _check_pixel_values(pixel_values, self.config.vision_config, interpolate_pos_encoding)
+        if self._can_interpolate_positions_on_request:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding  # type: ignore[typeddict-unknown-key]
+        outputs = self.vision_model(pixel_values.to(self.dtype), return_dict=True, **kwargs)
+        patch_size = as_pair(self.config.vision_config.patch_size)
         grid = (pixel_values.shape[2] // patch_size[0], pixel_values.shape[3] // patch_size[1])
-        num_patches = grid[0] * grid[1]
-        if outputs.last_hidden_state.shape[1] < num_patches:
-            raise ValueError(
-                f"A {config.model_type!r} encoder returned {outputs.last_hidden_state.shape[1]} tokens for "
-                f"{num_patches} patches: only plain ViTs can be the vision encoder."
-            )
-        patches = outputs.last_hidden_state[:, -num_patches:]  # prefix tokens come first
+        patches = outputs.last_hidden_state[:, -grid[0] * grid[1] :]  # prefix tokens come first
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=patches.unflatten(1, grid),  # (B, h, w, hidden)
@@ -869,33 +739,14 @@ class ReSTRModel(ReSTRPreTrainedModel):
         )
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=_INPUTS)
     def get_text_features(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
-        input_ids (`torch.Tensor` of shape `(N, T)`):
-            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
-        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
-            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
-
         Returns:
-            The language encoder's output with the word features as `pooler_output` of shape
-            `(N, T, projection_dim)`.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from modeling_restr import ReSTRConfig, ReSTRModel
-
-        >>> model = ReSTRModel(ReSTRConfig()).eval()
-        >>> model.get_text_features(torch.ones(1, 20, dtype=torch.long)).pooler_output.shape
-        torch.Size([1, 20, 768])
-        ```"""
+            The language encoder's output. Its `pooler_output` of shape `(N, T, projection_dim)` has the word features.
+        """
         attention_mask = self._prepare_attention_mask(input_ids, attention_mask)
         if self.config.attend_to_padding:
             attention_mask = None
@@ -908,22 +759,12 @@ class ReSTRModel(ReSTRPreTrainedModel):
         )
 
     def _prepare_attention_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Check the shape of the words; returns the mask of shape (N, T), 0 for padding slots."""
-        _check_input_ids(input_ids, self.config.text_config)
-        num_slots = self.config.text_config.max_position_embeddings
-        if self.config.attend_to_padding and input_ids.shape[1] != num_slots:
-            raise ValueError(
-                f"`input_ids` have {input_ids.shape[1]} word slots. With `config.attend_to_padding=True` padding is "
-                f"part of the computation, so every expression must be padded to {num_slots} slots, as the processor "
-                f"does."
-            )
+        """Check the words; return their mask of shape (N, T), 0 for padding slots."""
+        _check_input_ids(input_ids, self.config.text_config, all_slots=self.config.attend_to_padding)
         if attention_mask is None:
-            attention_mask = (input_ids != self.config.text_config.pad_token_id).long()
-        elif attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}."
-            )
+            return (input_ids != self.config.text_config.pad_token_id).long()
+        if attention_mask.shape != input_ids.shape:
+            raise _shape_error("attention_mask", attention_mask, f"of `input_ids`, {tuple(input_ids.shape)}")
         return attention_mask
 
     def _prepare_vision_embeds(
@@ -933,7 +774,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         interpolate_pos_encoding: bool,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None]:
-        """Image features of shape (B, h, w, vision_hidden_size), computed or checked, and the output they are from."""
+        """Compute or check image features (B, h, w, vision_hidden_size); return them and the output they are in."""
         if (pixel_values is None) == (vision_embeds is None):
             got = "neither" if pixel_values is None else "both"
             raise ValueError(f"Expected exactly one of `pixel_values` and `vision_embeds`, got {got}.")
@@ -954,7 +795,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         if image_indices is not None:
             image_indices = torch.as_tensor(image_indices)
             _check_image_indices(image_indices, num_expressions)
-            return image_indices.to(device=input_ids.device, dtype=torch.long)
+            return image_indices.to(input_ids.device, torch.long)
         if num_images == 1:
             return torch.zeros(num_expressions, dtype=torch.long, device=input_ids.device)
         if num_images == num_expressions:
@@ -965,7 +806,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         )
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=_INPUTS)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -977,21 +818,6 @@ class ReSTRModel(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReSTRModelOutput:
         r"""
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*):
-            Images; each is encoded once, however many expressions are about it.
-        input_ids (`torch.Tensor` of shape `(N, T)`):
-            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
-        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
-            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
-        image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
-            Which image each expression is about. By default all 0 for one image, and one expression per image for
-            as many expressions as images.
-        vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
-            Image features, instead of `pixel_values`: what [`~ReSTRModel.get_image_features`] returned, or a
-            tensor of shape `(B, h, w, vision_hidden_size)`.
-        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            Whether images may have another size than the config's; the position embeddings are then resized.
-
         Example:
 
         ```python
@@ -1005,9 +831,8 @@ class ReSTRModel(ReSTRPreTrainedModel):
         ```"""
         if input_ids is None:
             raise ValueError(
-                "Expected `input_ids`, the words of at least one expression, got none. The task of the pipeline that "
-                'passes them is "referring-image-segmentation": pipeline("referring-image-segmentation", model=...), '
-                "with `modeling_restr` imported."
+                "Expected `input_ids`, the words of at least one expression, got none. In a pipeline, import "
+                '`modeling_restr` and use its task: pipeline("referring-image-segmentation", model=...).'
             )
         attention_mask = self._prepare_attention_mask(input_ids, attention_mask)
         vision_embeds, vision_model_output = self._prepare_vision_embeds(
@@ -1033,38 +858,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         )
 
 
-def _check_trainers_batch(
-    pixel_values: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    image_indices: torch.Tensor | None,
-    num_items_in_batch: torch.Tensor | int,
-    is_training: bool,
-) -> None:
-    """Refuses what Trainer gets wrong with two leading dimensions, of images and of sentences."""
-    remedy = "modeling_restr.training.trainer.ReferringTrainer"
-    if image_indices is not None and torch.is_tensor(num_items_in_batch) and num_items_in_batch.ndim > 0:
-        raise ValueError(
-            f"Expected whole batches, got a share that DataParallel made: it splits images and sentences alike, and "
-            f"`image_indices` with them. Start one process per device with torchrun, and see {remedy}."
-        )
-    if is_training or pixel_values is None or input_ids is None or pixel_values.shape[0] == input_ids.shape[0]:
-        return
-    raise ValueError(
-        f"Expected one sentence per image in Trainer's evaluation, got {input_ids.shape[0]} sentences about "
-        f"{pixel_values.shape[0]} images: Trainer counts images and would drop sentences. Evaluate with {remedy}, or "
-        f"repeat the image for each of its sentences."
-    )
-
-
-def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
-    if labels.ndim != 3 or labels.shape[0] != num_expressions:
-        raise ValueError(
-            f"`labels` must have the shape (expressions, height, width) with {num_expressions} expressions, got "
-            f"{tuple(labels.shape)}."
-        )
-
-
-@auto_docstring(custom_intro="ReSTR for referring image segmentation: one mask for each expression about an image.")
+@auto_docstring(custom_intro="ReSTR for referring image segmentation: one mask per expression about an image.")
 class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
     def __init__(self, config: ReSTRConfig):
         super().__init__(config)
@@ -1081,69 +875,44 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         **kwargs: Any,
     ) -> "ReSTRForImageSegmentation":
         r"""
-        Start from the weights of a ViT; everything else is random. The paper starts from
-        `google/vit-base-patch16-384`. The model is returned in evaluation mode.
+        Create a model with the weights of a pretrained ViT and random ones for the rest, in evaluation mode.
 
-        A plain ViT (`model_type` `"vit"`) becomes ReSTR's own vision encoder, which computes the same and has drop
-        path. Any other encoder (DeiT, DINOv2, DINOv3, ...) keeps its class from transformers; of a model with two
-        encoders (CLIP, SigLIP, SigLIP 2 of fixed size) it is the vision encoder.
+        The paper starts from `google/vit-base-patch16-384`. A plain ViT (`model_type` `"vit"`) becomes ReSTR's own
+        vision encoder, which computes the same and has drop path. Other encoders (DeiT, DINOv2, DINOv3, ...) keep
+        their class. A model with two encoders (CLIP, SigLIP, SigLIP 2 of fixed size) gives its vision encoder.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id of the vision model.
             config (`ReSTRConfig`, *optional*):
-                All the rest of the model; its `vision_config` is replaced, and widths that were left open follow it.
+                The rest of the model. Its `vision_config` is replaced, and widths that were left open follow it.
             image_size (`int`, *optional*):
-                Side of the square input in pixels, when it is to differ from the checkpoint's: its position
-                embeddings are resized bilinearly, once.
+                Side of the square input in pixels, by default the checkpoint's. Positions are resized bilinearly.
             kwargs:
-                Passed to `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...);
-                `attn_implementation` and `dtype`, which is float32 by default, are set for the whole model.
+                `attn_implementation` and `dtype` (float32 by default) apply to the whole model. The others go to
+                `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
             `ValueError`: The checkpoint is not that of a plain ViT, lacks weights, or does not fit `image_size`.
         """
         attn_implementation, dtype = kwargs.pop("attn_implementation", None), kwargs.pop("dtype", torch.float32)
-        vision_model, unused = load_vision_model(pretrained_model_name_or_path, **kwargs)
-        old_grid = patch_grid(vision_model.config)
-        set_image_size(vision_model.config, image_size)
-        vision_config, state_dict = convert_vision_model(vision_model, unused)
-        if config is None:
-            num_heads = getattr(vision_config, "num_attention_heads", None)
-            config = ReSTRConfig(vision_config=vision_config, num_attention_heads=num_heads)
+        vision_config, state_dict, old_grid = load_vision_model(pretrained_model_name_or_path, image_size, **kwargs)
+        if config is not None:
+            model = cls(config.with_vision_config(vision_config))
         else:
-            config = config.with_vision_config(vision_config)
-        model = cls(config)
-        vision_model = model.model.vision_model
-        state_dict = resize_state_dict_positions(
-            state_dict, vision_model.state_dict(), old_grid, patch_grid(vision_config)
-        )
-        vision_model.load_state_dict(state_dict)
+            num_heads = getattr(vision_config, "num_attention_heads", None)
+            model = cls(ReSTRConfig(vision_config=vision_config, num_attention_heads=num_heads))
+        fill_vision_model(model.model.vision_model, state_dict, old_grid)
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         return model.to(dtype).eval()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    @auto_docstring
+    @auto_docstring(custom_args=_INPUTS)
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-            Images, as the processor prepares them.
-        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            Whether images may have another size than the config's; the position embeddings are then resized.
-
         Returns:
-            The vision encoder's output with the patch tokens, without any prefix token, on their grid as
-            `pooler_output` of shape `(B, h, w, vision_hidden_size)`: what `vision_embeds` takes.
+            What [`ReSTRModel.get_image_features`] returns: `vision_embeds` takes it.
 
         Example:
 
@@ -1158,39 +927,20 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         ```"""
         return self.model.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
 
-    @auto_docstring
+    @auto_docstring(custom_args=_INPUTS)
     def get_text_features(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
-        input_ids (`torch.Tensor` of shape `(N, T)`):
-            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
-        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
-            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
-
         Returns:
-            The language encoder's output with the word features as `pooler_output` of shape
-            `(N, T, projection_dim)`.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation
-
-        >>> model = ReSTRForImageSegmentation(ReSTRConfig()).eval()
-        >>> model.get_text_features(torch.ones(1, 20, dtype=torch.long)).pooler_output.shape
-        torch.Size([1, 20, 768])
-        ```"""
+            What [`ReSTRModel.get_text_features`] returns.
+        """
         return self.model.get_text_features(input_ids, attention_mask, **kwargs)
 
     def compute_losses(
         self, logits: torch.Tensor, patch_logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Total, pixel and patch loss (scalars) of (N, H, W) and (N, h, w) logits for (N, any, any) labels."""
+        """Total, pixel and patch loss (scalars) of logits (N, H, W) and (N, h, w), for labels (N, any, any)."""
         dtype = torch.promote_types(logits.dtype, torch.float32)
         labels = labels.to(logits.device, dtype)[:, None]  # (N, 1, height, width)
         logits, patch_logits = logits[:, None].to(dtype), patch_logits[:, None].to(dtype)
@@ -1202,7 +952,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         return loss_pixel + self.config.patch_loss_weight * loss_patch, loss_pixel, loss_patch
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=_INPUTS)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -1215,24 +965,6 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReSTRImageSegmentationOutput:
         r"""
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*):
-            Images; each is encoded once, however many expressions are about it.
-        input_ids (`torch.Tensor` of shape `(N, T)`):
-            Word ids, padded on the left to `config.text_config.max_position_embeddings`.
-        attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
-            0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
-        image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
-            Which image each expression is about. By default all 0 for one image, and one expression per image for
-            as many expressions as images.
-        vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
-            Image features, instead of `pixel_values`: what [`~ReSTRForImageSegmentation.get_image_features`] returned,
-            or a tensor of shape `(B, h, w, vision_hidden_size)`.
-        labels (`torch.Tensor` of shape `(N, height, width)`, *optional*):
-            Masks of 0 and 1. Where their size differs from that of the logits, the logits are resized. As for all
-            inputs, shapes are checked here and values are not: the processor and the collator do that.
-        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            Whether images may have another size than the config's; the position embeddings are then resized.
-
         Example:
 
         ```python
@@ -1248,17 +980,9 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             _check_labels(labels, input_ids.shape[0])
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if num_items_in_batch is not None:
-            _check_trainers_batch(pixel_values, input_ids, image_indices, num_items_in_batch, self.training)
-        outputs = self.model(
-            pixel_values=pixel_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            image_indices=image_indices,
-            vision_embeds=vision_embeds,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            return_dict=True,
-            **kwargs,
-        )
+            _check_trainer_batch(pixel_values, input_ids, image_indices, num_items_in_batch, self.training)
+        inputs = (pixel_values, input_ids, attention_mask, image_indices, vision_embeds, interpolate_pos_encoding)
+        outputs = self.model(*inputs, return_dict=True, **kwargs)
         logits = outputs.patch_logits
         if self.pixel_decoder is not None:
             logits = self.pixel_decoder(
@@ -1282,6 +1006,84 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
             vision_model_output=outputs.vision_model_output,
             text_model_output=outputs.text_model_output,
         )
+
+
+def _shape_error(name: str, tensor: torch.Tensor, expected: str) -> ValueError:
+    return ValueError(f"`{name}` must have the shape {expected}, got {tuple(tensor.shape)}.")
+
+
+def _check_pixel_values(pixel_values: torch.Tensor, config: Any, interpolate_pos_encoding: bool) -> None:
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+        raise _shape_error("pixel_values", pixel_values, f"(batch, {config.num_channels}, height, width)")
+    (height, width), expected, patch = pixel_values.shape[2:], as_pair(config.image_size), as_pair(config.patch_size)
+    if not interpolate_pos_encoding and (height, width) != expected:
+        raise ValueError(
+            f"`pixel_values` have {height}x{width} pixels, but the model expects {expected[0]}x{expected[1]}. "
+            f"Resize them with the processor, or pass `interpolate_pos_encoding=True`."
+        )
+    if height % patch[0] or width % patch[1]:
+        raise ValueError(
+            f"`pixel_values` have {height}x{width} pixels, which patches of {patch[0]}x{patch[1]} do not divide: use "
+            f"multiples of the patch size."
+        )
+
+
+def _check_input_ids(input_ids: torch.Tensor, config: ReSTRTextConfig, all_slots: bool = False) -> None:
+    num_slots = config.max_position_embeddings
+    if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.shape[1] > num_slots:
+        expected = f"(expressions, words) with at least one expression and one to {num_slots} words"
+        raise _shape_error("input_ids", input_ids, expected)
+    if all_slots and input_ids.shape[1] != num_slots:
+        raise ValueError(
+            f"`input_ids` have {input_ids.shape[1]} word slots. With `config.attend_to_padding=True` padding is part "
+            f"of the computation, so every expression must be padded to {num_slots} slots, as the processor does."
+        )
+
+
+def _check_vision_embeds(vision_embeds: Any, hidden_size: int) -> None:
+    shape = tuple(vision_embeds.shape) if isinstance(vision_embeds, torch.Tensor) else ()
+    if len(shape) != 4 or shape[3] != hidden_size or 0 in shape:
+        raise ValueError(
+            f"`vision_embeds` must be what `get_image_features` returned, or a tensor of shape (images, rows of "
+            f"patches, columns of patches, {hidden_size}), got {shape or type(vision_embeds).__name__}. A flat tensor "
+            f"of patches does not tell its grid: pass `vision_embeds.unflatten(1, (rows, columns))`."
+        )
+    if not vision_embeds.is_floating_point():
+        raise ValueError(f"`vision_embeds` must be floating-point numbers, got {vision_embeds.dtype}.")
+
+
+def _check_image_indices(image_indices: torch.Tensor, num_expressions: int) -> None:
+    if image_indices.shape != (num_expressions,):
+        raise _shape_error("image_indices", image_indices, f"({num_expressions},) with one entry per expression")
+    if image_indices.is_floating_point() or image_indices.dtype == torch.bool:
+        raise ValueError(f"`image_indices` must be integers, got {image_indices.dtype}.")
+
+
+def _check_labels(labels: torch.Tensor, num_expressions: int) -> None:
+    if labels.ndim != 3 or labels.shape[0] != num_expressions:
+        raise _shape_error("labels", labels, f"(expressions, height, width) with {num_expressions} expressions")
+
+
+def _check_trainer_batch(
+    pixel_values: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    image_indices: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int,
+    is_training: bool,
+) -> None:
+    """Refuse batches that Trainer would get wrong, because images and expressions have different numbers."""
+    remedy = "modeling_restr.training.trainer.ReferringTrainer"
+    if image_indices is not None and torch.is_tensor(num_items_in_batch) and num_items_in_batch.ndim > 0:
+        raise ValueError(
+            "Expected whole batches, got a share from DataParallel, which splits images, sentences and `image_indices` "
+            f"alike. Start one process per device with torchrun, and see {remedy}."
+        )
+    if is_training or pixel_values is None or input_ids is None or len(pixel_values) == len(input_ids):
+        return
+    raise ValueError(
+        f"Expected one sentence per image in Trainer's evaluation, got {len(input_ids)} sentences about "
+        f"{len(pixel_values)} images: Trainer would drop some. Evaluate with {remedy}, or repeat images."
+    )
 
 
 __all__ = [

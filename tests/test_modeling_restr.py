@@ -999,7 +999,7 @@ def test_bad_inputs_are_refused():
         ({"pixel_values": images(2), "input_ids": words(3)}, "2 images and 3 expressions: pass `image_indices`"),
         (
             {"pixel_values": images(2), "input_ids": words(3), "image_indices": torch.tensor([0, 1])},
-            r"one entry per expression, shape \(3,\), got \(2,\)",
+            r"shape \(3,\) with one entry per expression, got \(2,\)",
         ),
         (
             {"pixel_values": images(2), "input_ids": words(2), "image_indices": torch.tensor([0.0, 1.0])},
