@@ -1,4 +1,4 @@
-"""Augmentation: images and masks against NumPy, to the pixel; words kept true; chance from the generator alone."""
+"""Augmentation: pixels of images and masks against NumPy, sentences that stay true, and randomness from one generator."""
 
 import colorsys
 import pickle
@@ -26,7 +26,7 @@ def make_masks():
 
 
 def find(image, part):
-    """(top, left) of the only place where `part` lies in `image`, both (height, width, 3)."""
+    """(top, left) of the only place of `part` in `image`, both (height, width, 3)."""
     windows = np.lib.stride_tricks.sliding_window_view(image, part.shape)[:, :, 0]
     (place,) = np.argwhere((windows == part).all(axis=(2, 3, 4)))
     return tuple(place)
@@ -40,7 +40,7 @@ def test_off_by_default():
         assert all(mask is other for mask, other in zip(masks, same_masks, strict=True))
 
 
-def test_mirror_turns_image_masks_and_words():
+def test_mirror_flips_image_masks_and_words():
     image, masks = make_image(), make_masks()
     texts = ["man on the left", "right dog"]
     turned, turned_masks, turned_texts = Augmentation(mirror=1)(image, masks, texts, np.random.default_rng(0))
@@ -58,7 +58,7 @@ def test_texts_that_share_a_mask_share_the_changed_one():
     assert masks[0] is masks[2] and masks[0].shape != first.shape and masks[0] is not masks[1]
 
 
-def test_no_mirror_for_an_image_with_one_sentence_in_doubt():
+def test_one_ambiguous_sentence_prevents_mirroring():
     image, masks = make_image(), make_masks()
     same, same_masks, texts = Augmentation(mirror=1)(
         image, masks, ["left dog", "man right in front"], np.random.default_rng(0)
@@ -78,14 +78,14 @@ def test_crop_keeps_every_mask_whole_and_pixels_aligned():
         bottom, right = top + cropped.height, left + cropped.width
         assert np.array_equal(cropped_masks, np.array(masks)[:, top:bottom, left:right])
         assert [mask.sum() for mask in cropped_masks] == [150, 40]
-        # The targets span the columns 10 to 51 and the rows 20 to 44; a tenth of that is kept around them.
+        # The targets span columns 10 to 51 and rows 20 to 44. A margin of a tenth of that is kept.
         assert left <= 6 and right >= 56 and top <= 18 and bottom >= 47
         assert texts == TEXTS
         sizes.add(cropped.size)
         places.add((top, left))
     assert len(sizes) > 20 and len(places) > 20
     widths = [width for width, _ in sizes]
-    assert min(widths) == 50 and max(widths) <= 0.9 * WIDTH  # where the drawn share is too little, 42 and the margins
+    assert min(widths) == 50 and max(widths) <= 0.9 * WIDTH  # at least the targets' 42 columns and the margins
 
 
 def test_no_crop_where_a_sentence_needs_the_whole_image():
@@ -115,7 +115,7 @@ def test_crop_keeps_masks_at_the_edges():
 
 def test_scale_centres_the_untouched_image_on_black():
     image, masks = make_image(), make_masks()
-    texts = ["second from the left", "leftmost dog"]  # words of place stay true
+    texts = ["second from the left", "leftmost dog"]  # scaling keeps words of place true
     sizes = set()
     for seed in range(20):
         scaled, scaled_masks, same_texts = Augmentation(scale=1)(image, masks, texts, np.random.default_rng(seed))
@@ -160,10 +160,10 @@ def test_brightness_and_contrast_are_linear():
             shift, start = changed[inner] - origin, pixels[inner] - float(origin)
             factor = (shift @ start) / (start @ start)
             assert 0.7 <= factor <= 1.3 and factor != pytest.approx(1, abs=1e-3)
-            assert np.abs(shift - factor * start).max() < 1.6  # rounding, of the mean too
+            assert np.abs(shift - factor * start).max() < 1.6  # rounding, also of the mean
 
 
-def test_saturation_keeps_grey_and_moves_colors_from_it():
+def test_saturation_keeps_grey_and_scales_colors():
     pixels = np.full((4, 4, 3), (180, 100, 60), dtype=np.uint8)
     pixels[2:] = 128
     spreads = [np.ptp(change_color(pixels, seed, saturation=0.4)[0, 0]) / 120 for seed in range(10)]
@@ -171,7 +171,7 @@ def test_saturation_keeps_grey_and_moves_colors_from_it():
     assert (change_color(pixels, 0, saturation=0.4)[2:] == 128).all()
 
 
-def test_hue_turns_by_its_share_of_the_wheel():
+def test_hue_rotates_by_its_share_of_the_wheel():
     pixels = np.full((2, 2, 3), (180, 100, 60), dtype=np.uint8)
     before = colorsys.rgb_to_hsv(180, 100, 60)
     turns = []
@@ -182,7 +182,7 @@ def test_hue_turns_by_its_share_of_the_wheel():
     assert max(np.abs(turns)) < 0.11 and min(turns) < -0.03 and max(turns) > 0.03
 
 
-def test_hue_and_saturation_stay_where_a_color_is_named():
+def test_a_named_color_keeps_hue_and_saturation():
     pixels = np.asarray(make_image())
     for texts in (["dog", "man in a Reddish shirt"], ["grey cat"], ["multicolored kite"]):
         assert np.array_equal(change_color(pixels, 1, texts, saturation=0.9, hue=0.5), pixels)
@@ -191,7 +191,7 @@ def test_hue_and_saturation_stay_where_a_color_is_named():
 
 
 def test_everything_at_once_stays_aligned():
-    """Red where the masks are and nowhere else, before and after."""
+    """Only the masks are red, before and after."""
     masks = make_masks()
     pixels = np.full((HEIGHT, WIDTH, 3), 200, dtype=np.uint8)
     pixels[masks[0] | masks[1]] = (200, 0, 0)
@@ -213,10 +213,10 @@ def test_probabilities_are_shares_of_images():
 
 def test_equal_generators_give_equal_results():
     augment = Augmentation(scale=0.5, crop=0.5, color=0.5, mirror=0.5)
-    assert pickle.loads(pickle.dumps(augment)) == augment  # workers get a copy
+    assert pickle.loads(pickle.dumps(augment)) == augment  # workers receive a copy
 
     def fingerprint(seed):
-        np.random.seed(np.random.default_rng().integers(2**31))  # must not matter
+        np.random.seed(np.random.default_rng().integers(2**31))  # has no influence
         image, masks, texts = augment(make_image(), make_masks(), TEXTS, np.random.default_rng(seed))
         return image.tobytes(), image.size, [mask.tobytes() for mask in masks], texts
 
@@ -236,7 +236,7 @@ def test_images_are_mirrored_as_a_viewer_shows_them(tmp_path, orientation):
     with Image.open(tmp_path / "image.png") as stored:
         turned, masks, _ = Augmentation(mirror=1)(stored, [mask], ["dog"], np.random.default_rng(0))
     assert np.array_equal(np.asarray(turned), shown[:, ::-1]) and np.array_equal(masks[0], mask[:, ::-1])
-    assert turned.getexif().get(ExifTags.Base.Orientation, 1) == 1  # or the processor would turn it again
+    assert turned.getexif().get(ExifTags.Base.Orientation, 1) == 1  # else the processor would rotate it again
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16"])
@@ -250,10 +250,10 @@ def test_any_mode_becomes_rgb(mode):
     assert (pixels[masks[0]] > 250).all() and (pixels[0] == 0).all()
 
 
-def test_bad_input_is_told():
+def test_bad_masks_are_refused():
     rng = np.random.default_rng(0)
     augment = Augmentation(mirror=1)
-    with pytest.raises(ValueError, match="one mask a text, got 2 masks and 1 texts"):
+    with pytest.raises(ValueError, match="one mask per text, got 2 masks and 1 texts"):
         augment(make_image(), make_masks(), ["dog"], rng)
     with pytest.raises(ValueError, match=r"\(60, 80\), got bool of \(80, 60\)"):
         augment(make_image(), [make_masks()[0].T], ["dog"], rng)
@@ -266,7 +266,7 @@ def test_bad_input_is_told():
     [{"mirror": 1.5}, {"crop": -0.1}, {"color": float("nan")}, {"hue": 2}, {"scale_range": (0, 1)},
      {"scale_range": (0.9, 0.5)}, {"crop_range": (0.5, 1.2)}],
 )  # fmt: skip
-def test_bad_settings_are_told(arguments):
+def test_settings_out_of_bounds_are_refused(arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"Expected {name} "):
         Augmentation(**arguments)

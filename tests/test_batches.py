@@ -1,4 +1,4 @@
-"""The stream of items: what an epoch holds, that it depends on nothing but the seed, and that gradients add up."""
+"""The stream of items: content of an epoch, dependence on the seed alone, batches, and gradients that add up."""
 
 import pickle
 import random
@@ -29,7 +29,7 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def masks(dataset):
-    """sent_id -> (image_id, text, mask), straight from the rows."""
+    """sent_id -> (image_id, text, mask), read from the rows."""
     return {
         expression["sent_id"]: (row["image_id"], expression["text"], decode_mask(reference["mask"]))
         for row in dataset
@@ -43,7 +43,7 @@ def ids(items):
 
 
 def read_stream(dataset, num_workers=0, **kwargs):
-    """The batches of ids that a DataLoader makes of a stream."""
+    """Batches of ids that a DataLoader reads from a stream."""
     stream = ReferringStream(dataset, **kwargs)
     return list(DataLoader(stream, batch_size=kwargs["batch_size"], collate_fn=ids, num_workers=num_workers))
 
@@ -88,7 +88,7 @@ def test_an_item_depends_on_the_seed_and_its_position_alone(dataset):
     }  # other company
 
 
-def test_augmentation_is_drawn_anew_each_epoch_and_the_same_again(dataset):
+def test_augmentation_differs_between_epochs_and_is_reproducible(dataset):
     def note(image, masks, texts, rng):
         return image, masks, [f"{rng.random()} {text}" for text in texts]
 
@@ -99,7 +99,7 @@ def test_augmentation_is_drawn_anew_each_epoch_and_the_same_again(dataset):
     assert len(set(numbers)) == len(numbers)
 
 
-def test_a_batch_is_what_the_processor_makes_of_its_rows(dataset):
+def test_a_batch_agrees_with_the_processor(dataset):
     processor = make_processor()
     items = [ReferringDataset(dataset, 3)[position] for position in range(4)]
     inputs, item_ids = split_ids(ReferringCollator(processor)(items))
@@ -129,11 +129,11 @@ def test_neighbours_share_their_image_and_expressions_keep_their_order(dataset):
     for name in ("input_ids", "attention_mask", "labels"):
         torch.testing.assert_close(shared[name], apart[name], rtol=0, atol=0)
     torch.testing.assert_close(shared["pixel_values"][shared["image_indices"]], apart["pixel_values"], rtol=0, atol=0)
-    items[1]["image"] = items[1]["image"].convert("L").convert("RGB")  # as augmentation may change it
+    items[1]["image"] = items[1]["image"].convert("L").convert("RGB")  # as after augmentation
     assert len(ReferringCollator(processor, share_images=True)(items)["pixel_values"]) == 5
 
 
-def test_values_that_the_model_does_not_take_are_refused_with_their_sent_ids(dataset):
+def test_values_that_the_model_does_not_accept_are_refused_with_their_sent_ids(dataset):
     processor = make_processor()
     items = [ReferringDataset(dataset, 2, shuffle=False)[position] for position in range(2)]
     vocab_size = len(processor.tokenizer)
@@ -162,7 +162,7 @@ def test_weighted_gradients_of_small_batches_are_those_of_the_large_one(dataset)
     processor = make_processor()
     model, collate = make_model(processor), ReferringCollator(processor)
     items = [ReferringDataset(dataset, 4)[position] for position in range(6)]
-    assert len({len(item["texts"]) for item in items}) > 1  # else nothing is weighted
+    assert len({len(item["texts"]) for item in items}) > 1  # otherwise all weights are 1
 
     def add_up(*batches):
         num_pairs = sum(len(batch["input_ids"]) for batch in batches)
@@ -176,7 +176,7 @@ def test_weighted_gradients_of_small_batches_are_those_of_the_large_one(dataset)
     assert_same_gradients(small, large)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])  # 4 files: among 3 processes they cannot be dealt out
+@pytest.mark.parametrize("num_processes", [1, 2, 3])  # 4 files cannot be shared evenly by 3 processes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_processes_of_a_stream_share_an_epoch(num_processes, num_workers):
     iterable = make_dataset(12).to_iterable_dataset(num_shards=4)
@@ -191,16 +191,16 @@ def test_the_processes_of_a_stream_share_an_epoch(num_processes, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_goes_on_exactly_where_it_was(dataset, num_workers):
+def test_a_stream_resumes_exactly(dataset, num_workers):
     iterable = dataset.to_iterable_dataset(num_shards=4)
     options = {"expressions_per_image": 2, "batch_size": 2, "num_batches": 17, "buffer_size": 5, "seed": 3}
     whole = read_stream(iterable, num_workers, **options)
-    assert len(whole) == 17 and all(len(batch) == 2 for batch in whole)  # beyond the epoch of 16 items
+    assert len(whole) == 17 and all(len(batch) == 2 for batch in whole)  # more than an epoch of 16 items
     for first_batch in (1, 6, 16, 17):
         assert read_stream(iterable, num_workers, first_batch=first_batch, **options) == whole[first_batch:]
 
 
-def test_a_stream_shuffles_anew_each_epoch_and_by_seed(dataset):
+def test_the_order_of_a_stream_depends_on_epoch_and_seed(dataset):
     iterable = dataset.to_iterable_dataset(num_shards=2)
     options = {"batch_size": 26, "num_batches": 2, "buffer_size": 100}
     first, second = read_stream(iterable, **options)
@@ -225,7 +225,7 @@ def test_errors_say_what_was_expected(dataset):
         ReferringDataset(dataset, 0)
     with pytest.raises(ValueError, match="none in 1 images"):
         ReferringDataset(dataset.select([0]))
-    with pytest.raises(ValueError, match="fewer of them"):
+    with pytest.raises(ValueError, match="fewer processes or workers"):
         iterable = dataset.select([1]).to_iterable_dataset()
         read_stream(iterable, batch_size=1, num_batches=1, process_index=1, num_processes=2)
     stream = ReferringDataset(dataset)

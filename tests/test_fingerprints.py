@@ -1,4 +1,4 @@
-"""The fingerprint of data: the same for the same rows wherever they lie, another for any other rows."""
+"""The fingerprint of data: equal for equal rows wherever they are, different for any other rows."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from tiny_training import make_dataset, make_rows
 
 from modeling_restr.data.canonical import FEATURES, encode_mask
 from modeling_restr.training import fingerprints
-from modeling_restr.training.fingerprints import fingerprint_data, fingerprint_on_main_process
+from modeling_restr.training.fingerprints import fingerprint_data
 
 
 def save(dataset, folder, num_files=1):
@@ -21,11 +21,10 @@ def load(folder, **kwargs):
     return load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", **kwargs)
 
 
-def test_it_does_not_depend_on_where_the_rows_lie_and_in_how_many_files(tmp_path):
+def test_it_does_not_depend_on_place_and_number_of_files(tmp_path):
     expected = fingerprint_data(make_dataset(6))
     assert fingerprint_data(load(save(make_dataset(6), tmp_path / "one"))) == expected
     assert fingerprint_data(load(save(make_dataset(6), tmp_path / "other", num_files=3))) == expected
-    assert fingerprint_on_main_process(make_dataset(6), is_main_process=True) == expected
 
 
 def test_an_image_in_a_file_counts_by_its_content(tmp_path):
@@ -57,7 +56,7 @@ def change_id(rows):
 
 @pytest.mark.parametrize("change", [change_image, change_text, change_mask, change_id, list.reverse, list.pop])
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_any_other_rows_have_another(change, is_stream):
+def test_other_rows_have_another_one(change, is_stream):
     rows = make_rows(4)
     change(rows)
     data = [make_dataset(4), Dataset.from_list(rows, features=FEATURES)]
@@ -66,7 +65,7 @@ def test_any_other_rows_have_another(change, is_stream):
     assert fingerprint_data(data[0]) == fingerprint_data(data[0])
 
 
-def test_of_a_stream_the_first_rows_of_a_few_shards_are_read(tmp_path, monkeypatch):
+def test_the_first_rows_of_a_few_shards_represent_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "MAX_SHARDS", 2)
     monkeypatch.setattr(fingerprints, "ROWS_PER_SHARD", 1)
     read = []

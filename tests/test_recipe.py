@@ -1,4 +1,4 @@
-"""The recipe against the paper's formulas, and as a record of a run."""
+"""The recipe: the paper's formulas, and what it says about a run."""
 
 import copy
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def test_every_parameter_is_in_one_group_with_weight_decay(model):
     }
 
 
-def test_groups_of_wrapped_and_frozen_models(model):
+def test_parameter_groups_of_wrapped_and_frozen_models(model):
     wrapped = torch.nn.ModuleDict({"_orig_mod": model})
     count = [len(group["params"]) for group in create_parameter_groups(model)]
     assert [len(group["params"]) for group in create_parameter_groups(wrapped)] == count
@@ -72,7 +72,7 @@ def test_groups_of_wrapped_and_frozen_models(model):
 
 @pytest.mark.numerics
 def test_one_step_is_adamw_by_its_definition(model):
-    """Kingma and Ba; Loshchilov and Hutter: after one step both moments are the gradient's own."""
+    """As Kingma and Ba, and Loshchilov and Hutter define it. After one step both moments are those of the gradient."""
     recipe, model = Recipe(), copy.deepcopy(model).double()
     optimizer = create_optimizer(model, recipe)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -87,7 +87,7 @@ def test_one_step_is_adamw_by_its_definition(model):
         torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-12)
 
 
-def test_a_run_goes_on_with_its_own_recipe_only(tmp_path):
+def test_a_run_resumes_with_its_own_recipe_only(tmp_path):
     recipe = Recipe(max_steps=10, dataset="squares", expressions_per_image=4)
     recipe.save(tmp_path)
     Recipe(max_steps=10, dataset="squares", expressions_per_image=4).check_same(tmp_path)
@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path):
         Recipe(max_steps=10, dataset="squares", seed=7).check_same(tmp_path)
 
 
-def test_a_run_goes_on_with_its_own_data_only(tmp_path, caplog):
+def test_a_run_resumes_with_its_own_data_only(tmp_path, caplog):
     Recipe(dataset="squares", data_fingerprint="abc").save(tmp_path)
     Recipe(dataset="copy", split="all", data_fingerprint="abc").check_same(tmp_path)
     assert not caplog.records
@@ -123,7 +123,7 @@ def test_a_recipe_of_another_version_is_read(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", ["null", "[]", "1", '"x"', "", "{", "[" * 10**5, "\xff", None])
-def test_what_is_no_recipe_is_said(tmp_path, content):
+def test_a_damaged_recipe_is_reported(tmp_path, content):
     if content is not None:
         (tmp_path / "recipe.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"Expected a training script's recipe in .*recipe.json, got .*Choose"):
@@ -138,7 +138,7 @@ def test_deviations_from_the_paper():
     }
 
 
-def test_a_warm_up_takes_less_than_the_run():
+def test_a_warm_up_is_shorter_than_the_run():
     assert [Recipe(max_steps=25, warmup_steps=steps).num_warmup_steps for steps in (0, 0.1, 7)] == [0, 3, 7]
     for options in ({"max_steps": 1}, {"max_steps": 10, "warmup_steps": 10}, {"max_steps": 0, "warmup_steps": 0}):
         with pytest.raises(ValueError, match="fewer steps of warm-up"):

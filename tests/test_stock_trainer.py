@@ -1,4 +1,4 @@
-"""transformers' own Trainer: right with one sentence per image, refused in evaluation with several."""
+"""transformers' own Trainer: correct with one sentence per image, refused in evaluation with several."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from modeling_restr.training.batches import ReferringCollator, ReferringDataset,
 
 
 class Collator:
-    """A user's own."""
+    """A user's own collator."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -34,7 +34,7 @@ class Stream(IterableDataset):
 
 
 def make_trainer(folder, data, collator, seen, **options):
-    """It notes in `seen` how many predictions and labels the metrics are computed of."""
+    """A Trainer that appends the numbers of predictions and labels for its metrics to `seen`."""
     processor = make_processor()
 
     def compute_metrics(prediction):
@@ -84,7 +84,7 @@ def test_shared_images_are_refused_in_evaluation(tmp_path):
 
 
 def test_shares_of_data_parallel_are_refused():
-    """With which Trainer uses several GPUs in one process: it then gives each the number of items as (1, 1)."""
+    """With several GPUs in one process, Trainer uses it and passes the number of items as a (1, 1) tensor."""
     model, data = make_model(make_processor()), ReferringDataset(make_dataset(5), 1, shuffle=False)
     batch, _ = split_ids(ReferringCollator(make_processor())([data[0], data[1]]))
     number = torch.tensor([[2]])
@@ -95,7 +95,7 @@ def test_shares_of_data_parallel_are_refused():
 
 
 @pytest.mark.parametrize(("expressions_per_image", "codes"), [(1, [0, 0]), (4, [1, 1])])
-def test_on_two_processes_it_is_the_same(tmp_path, expressions_per_image, codes):
+def test_two_processes_behave_like_one(tmp_path, expressions_per_image, codes):
     code = f"""
 import sys
 sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
@@ -113,7 +113,7 @@ assert seen == [(11, 11)]
 
 @pytest.mark.parametrize("collator", [Collator, ReferringCollator])
 def test_a_training_step_follows_the_mean_over_its_sentences(tmp_path, collator):
-    """Of batches with unequal numbers of sentences."""
+    """Batches have unequal numbers of sentences."""
     data = ReferringDataset(make_dataset(5), 4, shuffle=False)
     options = {"max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
     options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}

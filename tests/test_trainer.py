@@ -1,4 +1,4 @@
-"""The trainer's parts: rates of both groups, pixel counts, overlays for the trackers."""
+"""Parts of the trainer: learning rates of both groups, evaluation, pictures for trackers, checks of numbers."""
 
 import io
 import sys
@@ -16,9 +16,8 @@ from transformers.integrations import TensorBoardCallback
 
 from modeling_restr.training.batches import ReferringCollator, ReferringDataset
 from modeling_restr.training.checkpoints import LossNotFiniteError, list_checkpoints
-from modeling_restr.training.overlays import draw_overlays
 from modeling_restr.training.recipe import Recipe
-from modeling_restr.training.trainer import ReferringTrainer, count_pixels, use_one_device
+from modeling_restr.training.trainer import ReferringTrainer, use_one_device
 
 
 @pytest.fixture
@@ -59,21 +58,7 @@ def test_both_groups_follow_the_papers_schedule(trainer):
     assert options == [(5e-4, (0.9, 0.999))] * 2
 
 
-def test_pixels_are_counted_one_row_an_image():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 8, 9, generator=generator)
-    labels = (torch.rand(6, 8, 9, generator=generator) < 0.4).long()
-    labels[4] = 0
-    counts = count_pixels(logits, labels, torch.tensor([0, 1, 1, 1, 2, 2])).numpy()
-    assert counts.shape == (3, 3, 2)
-    places = [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
-    for (image, place), logit, label in zip(places, logits.numpy(), labels.numpy(), strict=True):
-        predicted, target = logit > 0, label > 0
-        assert counts[image, place].tolist() == [(predicted & target).sum(), (predicted | target).sum()]
-    assert (counts == -100).sum() == 2 * (3 * 3 - 6)
-
-
-def test_quick_evaluation_is_what_the_model_answers(trainer):
+def test_evaluation_agrees_with_the_model(trainer):
     metrics = trainer.evaluate()
     intersections, unions = [], []
     for item in ReferringDataset(make_dataset(5), 4, shuffle=False):
@@ -87,7 +72,7 @@ def test_quick_evaluation_is_what_the_model_answers(trainer):
     assert metrics["eval_num_expressions"] == len(unions) == 11
 
 
-def test_overlays_are_written_and_shown_by_tensorboard(trainer, tmp_path, monkeypatch):
+def test_panels_are_written_and_shown_by_tensorboard(trainer, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="needs `pip install tensorboard`")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     trainer.add_callback(TensorBoardCallback())
@@ -101,23 +86,13 @@ def test_overlays_are_written_and_shown_by_tensorboard(trainer, tmp_path, monkey
         np.testing.assert_array_equal(Image.open(io.BytesIO(shown.encoded_image_string)), panel)
 
 
-def test_images_without_sentences_are_left_out_of_the_panel(trainer, tmp_path):
-    for row in trainer.overlay_rows[1:]:
-        row["references"] = []
-    trainer.evaluate()
-    with Image.open(tmp_path / "overlays" / "step-0000000.png") as panel:
-        first = draw_overlays(trainer.model, trainer.processor, trainer.overlay_rows[:1])
-        np.testing.assert_array_equal(panel, first)
-    assert draw_overlays(trainer.model, trainer.processor, trainer.overlay_rows[1:]) is None
-
-
 def test_one_of_several_gpus_is_used(caplog):
     args = SimpleNamespace(n_gpu=2, _n_gpu=2)
     use_one_device(args)
     assert args._n_gpu == 1 and "torchrun" in caplog.text
 
 
-def test_overlays_are_sent_to_trackio(trainer, tmp_path, monkeypatch):
+def test_panels_are_sent_to_trackio(trainer, tmp_path, monkeypatch):
     sent = []
     trackio = SimpleNamespace(Image=np.asarray, log=lambda values, step: sent.append((values, step)))
     monkeypatch.setitem(sys.modules, "trackio", trackio)
@@ -131,7 +106,7 @@ def test_overlays_are_sent_to_trackio(trainer, tmp_path, monkeypatch):
 
 @pytest.fixture
 def make_stream_trainer(trainer):
-    """A trainer of a model that reads no value, on 8 images a step in their order."""
+    """A trainer with SGD and 8 steps of 8 images."""
 
     def make(model, **options):
         args = replace(trainer.args, optim="sgd", max_steps=8, max_grad_norm=1.0, **options)
@@ -143,7 +118,7 @@ def make_stream_trainer(trainer):
 
 
 class ReadRecorder(TrainerCallback):
-    """How many values each step read, and each end of a step."""
+    """How many values were read during each step, and at its end."""
 
     def __init__(self, count):
         self.count, self.before, self.steps, self.ends = count, 0, [], []
@@ -159,7 +134,7 @@ class ReadRecorder(TrainerCallback):
         self.ends.append(self.count.number - self.before)
 
 
-def test_values_are_read_when_trainer_logs_and_saves_only(make_stream_trainer, tmp_path):
+def test_values_are_read_only_when_trainer_logs_and_saves(make_stream_trainer, tmp_path):
     trainer = make_stream_trainer(make_model(make_processor(), drop_path_rate=0.5), logging_steps=3, save_steps=4)
     with CountReads() as count:
         recorder = ReadRecorder(count)
@@ -170,7 +145,7 @@ def test_values_are_read_when_trainer_logs_and_saves_only(make_stream_trainer, t
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
 
 
-def test_a_broken_loss_is_found_at_the_next_look_and_before_a_checkpoint(make_stream_trainer, tmp_path):
+def test_a_broken_loss_is_found_at_the_next_check_and_before_a_checkpoint(make_stream_trainer, tmp_path):
     model = LinearModel()
     torch.nn.init.constant_(model.head.bias, float("inf"))
     trainer = make_stream_trainer(model, logging_steps=100, save_steps=4)
@@ -182,10 +157,10 @@ def test_a_broken_loss_is_found_at_the_next_look_and_before_a_checkpoint(make_st
 
 
 @pytest.mark.parametrize("save_strategy", ["steps", "no"])
-def test_broken_weights_are_not_the_end_of_a_run(make_stream_trainer, tmp_path, save_strategy):
+def test_a_run_does_not_end_with_broken_weights(make_stream_trainer, tmp_path, save_strategy):
     class BreakWeights(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 7:  # the last: no loss is computed with them
+            if state.global_step == 7:  # the last step: no loss is computed with these weights
                 torch.nn.init.constant_(model.head.bias, float("nan"))
 
     trainer = make_stream_trainer(LinearModel(), save_strategy=save_strategy, save_steps=100)

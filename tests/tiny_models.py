@@ -1,4 +1,4 @@
-"""Tiny random models that say something."""
+"""Tiny random models whose masks are not trivial."""
 
 import torch
 
@@ -6,7 +6,7 @@ from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation
 
 
 def randomize(model: torch.nn.Module, seed: int, std: float = 0.3) -> torch.nn.Module:
-    """Give a model weights that are large enough that its masks differ by image and by sentence."""
+    """Give a model weights so large that its masks differ between images and sentences."""
     torch.manual_seed(seed)
     for weight in model.parameters():
         if weight.ndim > 1:
@@ -15,7 +15,7 @@ def randomize(model: torch.nn.Module, seed: int, std: float = 0.3) -> torch.nn.M
 
 
 def make_model(vocab_size: int) -> ReSTRForImageSegmentation:
-    """Of 64x64 pixels."""
+    """A model for 64x64 pixels."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
     config = ReSTRConfig(
         vision_config={**sizes, "hidden_size": 32, "intermediate_size": 64, "image_size": 64},
@@ -32,13 +32,13 @@ def make_model(vocab_size: int) -> ReSTRForImageSegmentation:
     return ReSTRForImageSegmentation(config)
 
 
-# Models of 32x32 pixels, for exact comparisons
+# Models for 32x32 pixels and exact comparisons
 
 
 FUSION_TYPES = ["coupled", "independent", "vanilla"]
 NUM_WORDS = 6
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-# Large random weights, so that every part of the model has a say in the logits.
+# Large random weights, so that every part of the model influences the logits.
 TINY_VISION = {**SIZES, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}
 TINY_TEXT = {
     **SIZES,
@@ -67,7 +67,7 @@ def images(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
 
 
 def words(count: int, num_words: int = NUM_WORDS) -> torch.Tensor:
-    """Ids of expressions with one to all words, padded on the left."""
+    """Ids of expressions of various lengths, padded on the left."""
     input_ids = torch.randint(4, 50, (count, num_words), generator=torch.Generator().manual_seed(count))
     for row in range(count):
         input_ids[row, : row % num_words] = 0

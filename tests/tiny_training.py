@@ -1,4 +1,4 @@
-"""A tiny model and tiny canonical data: what the tests of training start from."""
+"""A tiny model and tiny canonical data."""
 
 import numpy as np
 from datasets import Dataset
@@ -23,7 +23,7 @@ IMAGE_SIZE = 32
 
 
 def make_rows(num_images, num_expressions=None, seed=0, size=(24, 32)):
-    """Images of coloured squares on grey; image i has `num_expressions(i)` sentences, by default 1 to 4."""
+    """Images of coloured squares on grey. Image i has `num_expressions(i)` sentences, by default 1 to 4."""
     rng = np.random.default_rng(seed)
     return [
         make_row(index, 1 + index % 4 if num_expressions is None else num_expressions(index), rng, size)

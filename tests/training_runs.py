@@ -1,4 +1,4 @@
-"""Runs of the training scripts in processes of their own, which can be killed at any moment, and what they end in."""
+"""Runs of the training scripts in processes of their own, which can be killed at any moment, and their results."""
 
 import importlib.util
 import json
@@ -8,22 +8,40 @@ import runpy
 import signal
 import socket
 import sys
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import datasets
 import dill
+import numpy as np
 import torch
+import yaml
 from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file
 from tiny_training import make_dataset, make_model, make_processor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import pipeline
 
+from modeling_restr.data.canonical import decode_mask
 from modeling_restr.hub import save_bundle
+from modeling_restr.training.recipe import create_parameter_groups
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NUM_EXPRESSIONS = 11  # in the validation data
+OPTIONS = {
+    "max_steps": 6,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "validation_split": "",
+    "per_device_train_batch_size": 4,
+    "expressions_per_image": 3,
+    "learning_rate": 1e-2,
+    "dataloader_num_workers": 0,
+}
 
 
 def load_script(name):
@@ -34,8 +52,74 @@ def load_script(name):
     return script
 
 
+@dataclass
+class Script:
+    """A training script. The same call of `run` means the same for both."""
+
+    name: str
+    optimizer_file: str
+    random_file: str
+    sharded_files: set[str]
+    options: dict = field(default_factory=dict)
+    evaluation_options: dict = field(default_factory=dict)
+
+    @property
+    def module(self) -> ModuleType:
+        return sys.modules.get(self.name) or load_script(self.name)
+
+    @property
+    def is_loop(self) -> bool:
+        return self.name.endswith("no_trainer")
+
+    def run(
+        self, output_dir, inputs, before=None, num_processes=1, model="drop_path", sgd=False, sharded=False, **options
+    ):
+        """
+        Exit codes of the script's processes.
+
+        Args:
+            before: Called in each process before the script starts.
+            sgd: Use SGD. Adam would amplify the rounding noise of gradients that are zero.
+            sharded: Use FSDP.
+        """
+        defaults = {"dataset_name": inputs, "model_name_or_path": inputs / model, **OPTIONS, **self.options}
+        if options.get("validation_split"):
+            defaults |= self.evaluation_options
+        options = defaults | options
+        preparations, flags = [before], []
+        if sgd and self.is_loop:
+            preparations.append(_use_sgd)
+        elif sgd:
+            options["optim"] = "sgd"
+        if sharded:
+            preparations.append(_shard_on_cpus)
+        if sharded and self.is_loop:
+            preparations.append(_shard_as_configured)
+        elif sharded:
+            flags.append("--fsdp")
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        arguments = [*flags, *words, f"--output_dir={output_dir}"]
+        return run_script(self.name, arguments, output_dir, num_processes, filter(None, preparations))
+
+
+TRAINER = Script(
+    "run_referring_segmentation",
+    "optimizer.pt",
+    "rng_state.pth",
+    {"pytorch_model_fsdp.bin"},
+    {"eval_strategy": "no", "disable_tqdm": True},
+    {"eval_strategy": "steps"},
+)
+LOOP = Script(
+    "run_referring_segmentation_no_trainer",
+    "optimizer.bin",
+    "random_states_0.pkl",
+    {"pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__1_0.distcp"},
+)
+
+
 def make_inputs(folder, seed=0):
-    """A folder of data, with a tiny model with much drop path in `drop_path`, and one without any in `plain`."""
+    """A folder of data with two tiny models: `drop_path` with a high rate of drop path, and `plain` without any."""
     for split, num_images in {"train": 9, "val": 5}.items():
         for shard in range(2):
             rows = make_dataset(num_images, seed=seed + len(split)).shard(2, shard)
@@ -49,29 +133,31 @@ def make_inputs(folder, seed=0):
     return folder
 
 
-# A run is forked from a process that has everything imported and has started no thread. Forking this one, after tests
-# that computed with several threads, would leave it with a pool of threads that are not there.
+def make_validation_data():
+    """The validation data of `make_inputs`."""
+    return make_dataset(5, seed=len("val"))
+
+
+# Runs are forked from a process that has imported everything and started no thread. A fork of this process would lack
+# the threads of PyTorch's pool.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training_runs", "transformers.trainer", "modeling_restr.training.trainer"])
 
 
-def run(script, output_dir, before=None, num_processes=1, flags=(), **options):
-    """Exit codes of a script's processes; `before` is called in each first."""
-    arguments = [*flags, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
-    arguments = [*arguments, f"--output_dir={output_dir}"]
-    return _run_processes(
-        output_dir, num_processes, _run_script, script.__name__, arguments, dill.dumps(before, recurse=True)
-    )
+def run_script(name, arguments, output_dir, num_processes=1, preparations=()):
+    """Exit codes of a script's processes. Each calls the preparations first."""
+    preparations = dill.dumps(list(preparations), recurse=True)
+    return _run_processes(output_dir, num_processes, _run_script, name, arguments, preparations)
 
 
 def run_code(code, output_dir, num_processes=1):
-    """Exit codes of the processes that each run a piece of code."""
+    """Exit codes of processes that each run a piece of code."""
     (output_dir / "code.py").write_text(code)
     return _run_processes(output_dir, num_processes, _run_code, output_dir / "code.py")
 
 
 def _run_processes(output_dir, num_processes, target, *arguments):
-    """They find one another as torchrun has them do."""
+    """Start processes with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,22 +176,21 @@ def _run_processes(output_dir, num_processes, target, *arguments):
 
 
 def _run_process(log, environment, target, *arguments):
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (the process's own, to its end)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (stays open until the process ends)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the workers that read data
+    multiprocessing.set_start_method("fork", force=True)  # for the workers that read data
     # `datasets` waits after each epoch for threads that read from the network.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     target(*arguments)
 
 
-def _run_script(name, arguments, before):
+def _run_script(name, arguments, preparations):
     script = load_script(name)
-    before = dill.loads(before)
-    if before is not None:
-        before()
+    for prepare in dill.loads(preparations):
+        prepare()
     script.main(arguments)
 
 
@@ -114,8 +199,33 @@ def _run_code(path):
     runpy.run_path(str(path), run_name="__main__")
 
 
+def _use_sgd():
+    def create_optimizer(model, recipe):
+        return torch.optim.SGD(create_parameter_groups(model, recipe.learning_rate), lr=recipe.learning_rate)
+
+    LOOP.module.create_optimizer = create_optimizer
+
+
+def _shard_on_cpus():
+    """Accelerate uses FSDP on GPUs only. It does the same on CPUs if it takes them for GPUs."""
+    init = PartialState.__init__
+
+    def init_with_gpus(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init_with_gpus
+
+
+def _shard_as_configured():
+    config = yaml.safe_load((EXAMPLES / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ.update({name.upper(): str(value) for name, value in config.items()})
+
+
 class CountReads(TorchDispatchMode):
-    """Counts how often a value is read from a tensor, for which a GPU would have to finish its work first."""
+    """Counts how often a value is read from a tensor. On a GPU each such read would wait for its work."""
 
     number = 0
 
@@ -125,7 +235,7 @@ class CountReads(TorchDispatchMode):
 
 
 class LinearModel(nn.Module):
-    """With the parameters' names and the loss of a ReSTR, and nothing that reads values."""
+    """With the parameter names and the loss of a ReSTR. Its forward reads no values."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +251,7 @@ def read_log(output_dir, rank=0):
 
 
 def read_events(folder):
-    """What TensorBoard shows of a folder, images included."""
+    """What TensorBoard shows of a folder, including images."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder)).Reload()
@@ -151,8 +261,23 @@ def read_weights(output_dir):
     return load_file(output_dir / "model" / "model.safetensors")
 
 
+def measure_overall_iou(model):
+    """Overall IoU on the validation data, measured with the pipeline."""
+    pipe = pipeline("referring-image-segmentation", model=str(model))
+    intersection = union = 0
+    for row in make_validation_data():
+        for reference in row["references"]:
+            target = decode_mask(reference["mask"])
+            texts = [expression["text"] for expression in reference["expressions"]]
+            for result in pipe(row["image"], text=texts):
+                predicted = np.asarray(result["mask"]) > 0
+                intersection += (predicted & target).sum()
+                union += (predicted | target).sum()
+    return intersection / union
+
+
 def assert_equal(output_dir, other_dir):
-    """Bit for bit."""
+    """Equal weights, bit for bit."""
     one, other = read_weights(output_dir), read_weights(other_dir)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -160,9 +285,9 @@ def assert_equal(output_dir, other_dir):
 
 def assert_close(output_dir, other_dir, start_dir, share=1e-5):
     """
-    The same course up to float32 noise, as a share of how far all weights together have moved. Six steps of a gradient
-    that is 2**-24 off after each of its some hundred operations, which add up as a random walk: 5e-7, on processors with
-    and without AVX. The default allows twenty times as much.
+    Equal weights up to float32 rounding, relative to how far all weights together have moved. Each of the some hundred
+    operations of a gradient rounds by 2**-24, and these errors add up like a random walk: after six steps to 5e-7, on
+    processors with and without AVX. The default allows twenty times as much.
     """
     one, other, begin = read_weights(output_dir), read_weights(other_dir), load_file(start_dir / "model.safetensors")
     moved = torch.cat([(one[name] - begin[name]).flatten() for name in one])
@@ -170,7 +295,7 @@ def assert_close(output_dir, other_dir, start_dir, share=1e-5):
     assert difference.norm() <= share * moved.norm() and moved.norm() > 0
 
 
-# What the package itself does with the files of a run: a change of the file system, and what it is done to.
+# What the package does with a run's files: the name of the audit event, and the end of its path.
 MOMENTS = {
     "the first checkpoint is begun": ("os.mkdir", ".unfinished/checkpoint-2"),
     "the first checkpoint is written": ("open", ".unfinished/checkpoint-2/complete.json"),
@@ -182,7 +307,7 @@ MOMENTS = {
 
 
 def signal_when(moment, number):
-    """Send this process and its workers a signal at a moment, the first time that it comes."""
+    """Send this process and its workers a signal when a moment comes for the first time."""
     expected, path = MOMENTS[moment]
     moments = iter([moment])
 
@@ -194,44 +319,8 @@ def signal_when(moment, number):
     sys.addaudithook(hook)
 
 
-def shard_on_cpus():
-    """Accelerate takes FSDP for GPUs only, and does what it does there on CPUs, too, when it takes them for such."""
-    init = PartialState.__init__
-
-    def init_with_gpus(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = init_with_gpus
-
-
-def spoil_a_batch(rank, count):
-    """The given process's collator makes one batch of NaN."""
-    if os.environ["RANK"] != str(rank):
-        return
-    from modeling_restr.training.batches import ReferringCollator
-
-    collate, calls = ReferringCollator.__call__, iter(range(1_000_000))
-
-    def collate_and_spoil(self, items):
-        batch = collate(self, items)
-        if next(calls) == count:
-            batch["pixel_values"] = torch.full_like(batch["pixel_values"], float("nan"))
-        return batch
-
-    ReferringCollator.__call__ = collate_and_spoil
-
-
-def replace_file(path, content):
-    """A file that its checkpoint takes for its own."""
-    path.write_bytes(content)
-    marker = path.parent / "complete.json"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {path.name: path.stat().st_size}))
-
-
 def kill_in_the_middle_of(name):
-    """A file of this name in the second checkpoint is half written; then the process is killed."""
+    """Kill the process when half of a file in the second checkpoint is written."""
     save = torch.save
 
     def save_half(value, path, *args, **kwargs):
@@ -241,3 +330,35 @@ def kill_in_the_middle_of(name):
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save_half
+
+
+def on_process(rank, action, *arguments):
+    """`action`, but on the process of this rank only."""
+    return partial(_act_on_process, rank, action, *arguments)
+
+
+def _act_on_process(rank, action, *arguments):
+    if os.environ["RANK"] == str(rank):
+        action(*arguments)
+
+
+def spoil_batch(index):
+    """Let the collator make one batch of NaN."""
+    from modeling_restr.training.batches import ReferringCollator
+
+    collate, calls = ReferringCollator.__call__, iter(range(1_000_000))
+
+    def collate_and_spoil(self, items):
+        batch = collate(self, items)
+        if next(calls) == index:
+            batch["pixel_values"] = torch.full_like(batch["pixel_values"], float("nan"))
+        return batch
+
+    ReferringCollator.__call__ = collate_and_spoil
+
+
+def replace_file(path, content):
+    """Replace a file in a checkpoint, which still counts as complete."""
+    path.write_bytes(content)
+    marker = path.parent / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {path.name: path.stat().st_size}))

@@ -39,7 +39,7 @@ from modeling_restr import (
 from modeling_restr.data.word_vectors import load_word_vectors
 from modeling_restr.hub import save_bundle
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
-from modeling_restr.training.checkpoints import find_last_checkpoint
+from modeling_restr.training.checkpoints import find_checkpoint
 from modeling_restr.training.recipe import Recipe
 from modeling_restr.training.trainer import ReferringTrainer
 
@@ -477,7 +477,7 @@ def main(arguments: list[str] | None = None) -> None:
         mini=args,
         trained_words=trained_words,
     )
-    checkpoint = find_last_checkpoint(training_args.output_dir)
+    checkpoint = find_checkpoint(training_args.output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         trainer.save_state()

@@ -1,8 +1,8 @@
 """
-Augmentation of an image with its masks and its expressions: scale, crop, colour and mirror, each off by default.
+Augmentation of an image with its masks and expressions: scale, crop, colour and mirror, each off by default.
 
-The paper uses none: a mirror image makes "left" wrong. Here an image is changed only in ways that leave every sentence
-drawn for it true, as `expression_rules.py` judges by the words.
+The paper uses none, since "left" is wrong in a mirrored image. This module changes an image only in ways that keep all
+of its sentences true, as `expression_rules.py` judges by their words.
 
     augment = Augmentation(crop=0.5, mirror=0.5)
     image, masks, texts = augment(image, masks, texts, np.random.default_rng((seed, epoch, index)))
@@ -19,30 +19,30 @@ from ..image_processing_restr import ReSTRImageProcessor
 from .expression_rules import mirror_expression, names_color, needs_whole_image
 
 
-_CROP_MARGIN = 0.1  # of the targets' extent, on each side: what somebody wears or holds stays in the picture
+_CROP_MARGIN = 0.1  # on each side, as a share of the targets' extent: keeps what a person wears or holds in the image
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """
-    Random changes of an image, with its masks and expressions kept true to it. All are off by default.
+    Random changes of an image that keep its masks and expressions correct. All are off by default.
 
     Args:
-        scale: probability of showing everything smaller: the image is centred on a larger black canvas, its pixels
-            untouched. (Resizing it would do nothing: the processor's letterbox resizes it back.)
-        crop: probability of cutting out a part around the masks, all of which stay whole. An image is cropped only if
-            none of its sentences depends on what else is in the frame ([`needs_whole_image`]).
-        color: probability of changing brightness and contrast, and saturation and hue unless a sentence names a colour
-            ([`names_color`]).
-        mirror: probability of turning image and masks round and swapping left and right in the words. An image is
-            mirrored only if all its sentences can be ([`mirror_expression`]).
-        scale_range: range of the factor by which things become smaller, in (0, 1].
-        crop_range: range of the cropped share of each side, in (0, 1]; more where the masks need it.
-        brightness: largest change of the brightness, as a share of it; so are `contrast` and `saturation`.
-        hue: largest turn of the hue, as a share of the colour wheel.
+        scale: Probability of showing everything smaller. The image is centred on a larger black canvas and keeps its
+            pixels. (The processor's letterbox would undo a resize.)
+        crop: Probability of a crop, which keeps all masks whole. An image is cropped only if none of its sentences
+            depends on what else is in the image ([`needs_whole_image`]).
+        color: Probability of changing brightness and contrast, and unless a sentence names a colour ([`names_color`])
+            saturation and hue.
+        mirror: Probability of mirroring image and masks and swapping left and right in the sentences. An image is
+            mirrored only if all of its sentences can be ([`mirror_expression`]).
+        scale_range: Range in (0, 1] of the factor by which things become smaller.
+        crop_range: Range in (0, 1] of the share of each side to keep. Masks may need more.
+        brightness, contrast, saturation: Largest relative change.
+        hue: Largest rotation of the hue, as a share of the colour wheel.
 
     Raises:
-        ValueError: for a probability, a range or a strength outside its bounds.
+        ValueError: A probability, range or strength is out of bounds.
     """
 
     scale: float = 0.0
@@ -69,24 +69,22 @@ class Augmentation:
         self, image: Image.Image, masks: Sequence[np.ndarray], texts: Sequence[str], rng: np.random.Generator
     ) -> tuple[Image.Image, list[np.ndarray], list[str]]:
         """
-        Change one image.
-
         Args:
-            image: of any mode.
-            masks: one a text, (height, width) bool, of the image as a viewer shows it (its EXIF orientation applied).
-            texts: the expressions drawn for this image.
-            rng: the source of all chance; equal states give equal results.
+            image: Of any mode.
+            masks: One per text, (height, width) bool, of the upright image (with its EXIF orientation applied).
+            texts: The expressions drawn for this image.
+            rng: The only source of randomness.
 
         Returns:
-            The image, the masks and the texts, as given where nothing is changed. A changed image is RGB, as the
-            processor would read it, and the masks are of its size. No mask loses a pixel.
+            Image, masks and texts. If nothing changes, they are returned as they are. Otherwise the image is RGB, and
+            the masks have its size. No mask loses a pixel.
 
         Raises:
-            ValueError: for masks that are not one a text, or not bool of the image's size.
+            ValueError: There is not one mask per text, or a mask is not bool or not of the image's size.
         """
         masks, texts = list(masks), list(texts)
         if len(masks) != len(texts):
-            raise ValueError(f"Expected one mask a text, got {len(masks)} masks and {len(texts)} texts.")
+            raise ValueError(f"Expected one mask per text, got {len(masks)} masks and {len(texts)} texts.")
         color, mirror, crop, scale = rng.random(4) < (self.color, self.mirror, self.crop, self.scale)
         mirrored = [mirror_expression(text) for text in texts] if mirror else []
         crop = crop and not any(needs_whole_image(text) for text in texts)
@@ -146,13 +144,13 @@ def _get_image_processor() -> ReSTRImageProcessor:
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as the processor reads it. It loses its EXIF data, which would turn it once more."""
+    """The image as the processor reads it, without EXIF data, which would rotate it again."""
     channels = _get_image_processor().process_image(image, do_convert_rgb=True, do_rescale=True)
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(channels, 0, -1)))
 
 
 def _change_each(masks: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-    """The changed masks: one that several texts share is changed once, and shared."""
+    """Change each mask. A mask that several texts share is changed once and stays shared."""
     distinct = {id(mask): mask for mask in masks}
     changed = {key: change(mask) for key, mask in distinct.items()}
     return [changed[id(mask)] for mask in masks]
@@ -162,13 +160,13 @@ def _check_masks(masks: list[np.ndarray], image: Image.Image) -> None:
     for mask in masks:
         if mask.shape != (image.height, image.width) or mask.dtype != bool:
             raise ValueError(
-                f"Expected masks of bool at their image's size, (height, width) {(image.height, image.width)}, got"
-                f" {mask.dtype} of {mask.shape}."
+                f"Expected bool masks of their image's (height, width) {(image.height, image.width)}, got {mask.dtype} of"
+                f" {mask.shape}."
             )
 
 
 def _turn_hue(image: Image.Image, steps: int) -> Image.Image:
-    """Turns the hue by `steps` of 256."""
+    """Rotate the hue by `steps` of 256."""
     if steps == 0:
         return image
     hue, saturation, value = image.convert("HSV").split()
@@ -177,7 +175,7 @@ def _turn_hue(image: Image.Image, steps: int) -> Image.Image:
 
 
 def _draw_interval(covered: np.ndarray, size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
-    """A random interval of at least `share` of a side that holds all that is covered, and a little more."""
+    """A random interval of at least `share` of a side that includes all covered pixels and a margin."""
     first, stop = (int(covered[0]), int(covered[-1]) + 1) if covered.size else (size, 0)
     margin = round(_CROP_MARGIN * max(stop - first, 0))
     first, stop = max(first - margin, 0), min(stop + margin, size)

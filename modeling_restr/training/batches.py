@@ -1,14 +1,15 @@
 """
-Canonical data (`data/canonical.py`) as batches of images with up to K of their sentences each, which share the image's
-encoding; K = 1 is the paper's batch of (image, expression) pairs.
+Canonical data (`data/canonical.py`) as batches of images with up to K sentences each, which share the image's encoding.
+K = 1 gives the paper's batches of (image, expression) pairs.
 
-A run sees one stream of items. Which item stands at which position follows from the seed alone: not from the state of
-any random generator, the number of processes or workers, or where the run was stopped. Epochs follow one another in
-the stream without a gap, so every batch is full; each goes through all expressions once.
+A run reads one stream of items. The seed alone decides which item is at which position. Random generators, the number
+of processes and workers, and interruptions have no influence. Epochs follow one another without a gap, so that every
+batch is full. Each epoch has every expression once.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import count, islice
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from ..data.canonical import FEATURES, decode_mask
 from ..tokenization_restr import split_expression
+from .checkpoints import ignore_sigterm_in_workers
 
 
 logger = logging.getLogger(__name__)
@@ -28,60 +31,54 @@ logger = logging.getLogger(__name__)
 Augment = Callable[
     [Image.Image, list[np.ndarray], list[str], np.random.Generator], tuple[Image.Image, list[np.ndarray], list[str]]
 ]
-# What a random number is for, so that no two uses share one.
+# Purposes of random numbers. Each has a generator of its own.
 _ORDER, _SENTENCES, _AUGMENTATION, _STREAM = range(4)
 
 
+@dataclass(eq=False)
 class ReferringDataset(torch.utils.data.Dataset):
     """
-    A dataset with random access as one stream of items: position p is an item of the epoch `p // items_per_epoch`.
+    A dataset with random access as one stream of items. Position p is in the epoch `p // items_per_epoch`.
 
-    An item is an image with up to `expressions_per_image` of its expressions, drawn without replacement: an image with
-    more of them comes several times in an epoch, each time with others. Read positions in their order
-    (`SequentialSampler`), on any number of processes; to resume, begin at a later one.
+    An item is an image with up to `expressions_per_image` of its expressions, drawn without replacement. An image with
+    more of them appears several times per epoch, each time with different ones. Read the positions in order
+    (`SequentialSampler`), with any number of processes. To resume, start at a later position.
 
     Args:
         dataset (`datasets.Dataset`): In the canonical form.
         expressions_per_image: K, the maximum number of sentences per item.
-        seed: Of the order, of the sentences that come together, and of the augmentation.
-        augmentation: What to do to each item, see `augmentation.py`.
-        num_items: Length of the stream; by default one epoch.
-        shuffle: Whether images and sentences are in random order, newly drawn each epoch.
+        seed: Seed of the order, the grouping of sentences and the augmentation.
+        augmentation: Applied to each item, see `augmentation.py`.
+        num_items: Length of the stream. Default: one epoch.
+        shuffle: Whether to draw a new random order of images and sentences for each epoch.
 
     Raises:
-        ValueError: the dataset is not in the canonical form, or lacks expressions.
+        ValueError: The dataset is not in the canonical form, or has no expressions.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        expressions_per_image: int = 1,
-        seed: int = 0,
-        augmentation: Augment | None = None,
-        num_items: int | None = None,
-        shuffle: bool = True,
-    ):
-        _check_arguments(dataset.features, expressions_per_image, seed)
-        self.dataset = dataset
-        self.expressions_per_image = expressions_per_image
-        self.seed = seed
-        self.augmentation = augmentation
-        self.shuffle = shuffle
-        self.num_expressions = count_expressions(dataset)  # (images,)
-        self.item_ends = np.cumsum(-(-self.num_expressions // expressions_per_image))  # (images,)
+    dataset: datasets.Dataset
+    expressions_per_image: int = 1
+    seed: int = 0
+    augmentation: Augment | None = None
+    num_items: int | None = None
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        _check_arguments(self.dataset.features, self.expressions_per_image, self.seed)
+        self.num_expressions = count_expressions(self.dataset)  # (images,)
+        self.item_ends = np.cumsum(-(-self.num_expressions // self.expressions_per_image))  # (images,)
         self.items_per_epoch = int(self.item_ends[-1]) if len(self.item_ends) else 0
         if self.items_per_epoch == 0:
-            raise ValueError(f"Expected expressions to train on, got none in {len(dataset)} images.")
-        self.num_items = self.items_per_epoch if num_items is None else num_items
+            raise ValueError(f"Expected expressions to train on, got none in {len(self.dataset)} images.")
         self._order = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
-        return self.num_items
+        return self.items_per_epoch if self.num_items is None else self.num_items
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """`image` (PIL), `texts`, `masks` (bool arrays of the image's size), `image_id` and `sent_ids`."""
+        """A dict of `image` (PIL), `texts`, `masks` (bool arrays of the image's size), `image_id` and `sent_ids`."""
         if not 0 <= position < len(self):
-            raise IndexError(f"Position {position} in a stream of {len(self)} items.")
+            raise IndexError(f"Expected a position from 0 to {len(self) - 1}, got {position}.")
         epoch, place = divmod(position, self.items_per_epoch)
         item = int(self._get_order(epoch)[place])
         index = int(np.searchsorted(self.item_ends, item, side="right"))
@@ -94,7 +91,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         return build_item(self.dataset[index], chosen, self.augmentation, rng)
 
     def _get_order(self, epoch: int) -> np.ndarray:
-        """(items_per_epoch,) the items of an epoch; the last epoch's order is kept."""
+        """(items_per_epoch,) the order of an epoch. That of the latest epoch is cached."""
         if self._order[0] != epoch:
             order = np.arange(self.items_per_epoch)
             if self.shuffle:
@@ -103,60 +100,51 @@ class ReferringDataset(torch.utils.data.Dataset):
         return self._order[1]
 
 
+@dataclass(eq=False)
 class ReferringStream(torch.utils.data.IterableDataset):
     """
-    A dataset that is read as a stream (`datasets.load_dataset(..., streaming=True)`), as the items of one process.
+    The items of one process from a dataset that is read as a stream (`datasets.load_dataset(..., streaming=True)`).
 
-    Each worker of each process reads its own share: its own files where their number is a multiple of the workers',
-    else every n-th image. Files and items are shuffled as far as the buffer reaches. What is read follows from the
-    seed and from the numbers of processes and workers and the batch size; with the same ones a run that is resumed at
-    `first_batch` resumes exactly: what came before is read again, but not decoded. Give it to a `DataLoader` with that
-    `batch_size`, and do not shard it once more.
+    Each worker of each process reads its own share: whole files if the number of files is a multiple of that of
+    workers, otherwise every n-th image. Files are shuffled, and items within a buffer. The items depend on the seed, the
+    batch size and the numbers of processes and workers. With the same ones, a run resumes exactly at `first_batch`:
+    earlier items are read again, but not decoded. Pass the stream to a `DataLoader` with the same `batch_size`, and do
+    not shard it again.
 
     Args:
         dataset (`datasets.IterableDataset`): In the canonical form.
         expressions_per_image, seed, augmentation: See [`ReferringDataset`].
-        batch_size: Items of a batch of this process.
-        num_batches: Batches of this process in the whole run.
-        first_batch: How many of these are done.
-        process_index, num_processes: Which process this is, of how many.
-        buffer_size: Items that are in memory, with encoded images, to draw from.
+        batch_size: Number of items per batch.
+        num_batches: Number of this process's batches in the whole run.
+        first_batch: Number of batches to skip.
+        process_index, num_processes: Index of this process, and number of processes.
+        buffer_size: Number of items to hold in memory for shuffling, with encoded images.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.IterableDataset,
-        expressions_per_image: int = 1,
-        seed: int = 0,
-        augmentation: Augment | None = None,
-        *,
-        batch_size: int,
-        num_batches: int,
-        first_batch: int = 0,
-        process_index: int = 0,
-        num_processes: int = 1,
-        buffer_size: int = 1000,
-    ):
-        _check_arguments(dataset.features, expressions_per_image, seed)
-        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
-        self.expressions_per_image = expressions_per_image
-        self.seed = seed
-        self.augmentation = augmentation
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.first_batch = first_batch
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.buffer_size = buffer_size
+    dataset: datasets.IterableDataset
+    expressions_per_image: int = 1
+    seed: int = 0
+    augmentation: Augment | None = None
+    _: KW_ONLY
+    batch_size: int
+    num_batches: int
+    first_batch: int = 0
+    process_index: int = 0
+    num_processes: int = 1
+    buffer_size: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_arguments(self.dataset.features, self.expressions_per_image, self.seed)
+        self.dataset = self.dataset.cast_column("image", datasets.Image(decode=False))
 
     def __len__(self) -> int:
-        """Items of this process in the whole run."""
+        """Number of this process's items in the whole run."""
         return self.num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         num_workers = 1 if info is None else info.num_workers
-        # A DataLoader asks its workers in turn, from the first one on: that one has to be whose turn it was.
+        # A DataLoader asks its workers in turn and starts with the first: give it the share that was due next.
         worker = (self.first_batch + (0 if info is None else info.id)) % num_workers
         num_done = len(range(worker, self.first_batch, num_workers))
         num_all = len(range(worker, self.num_batches, num_workers))
@@ -167,7 +155,7 @@ class ReferringStream(torch.utils.data.IterableDataset):
             yield build_item(row, chosen, self.augmentation, rng)
 
     def _draw(self, share: int, num_shares: int) -> Iterator[tuple[dict[str, Any], np.ndarray, int]]:
-        """(row, numbers of its expressions, seed) of each item of one share, epoch after epoch without end."""
+        """Endlessly yields (row, indices of its expressions, seed) for the items of one share."""
         for epoch in count():
             shuffle_seed = int(np.random.SeedSequence([self.seed, _ORDER, epoch]).generate_state(1)[0])
             shuffled = self.dataset.shuffle(seed=shuffle_seed, buffer_size=1)  # the order of the files
@@ -179,17 +167,17 @@ class ReferringStream(torch.utils.data.IterableDataset):
                 yield item
             if is_empty:
                 raise ValueError(
-                    f"Expected expressions for each of {num_shares} processes and workers, got none for number {share}:"
-                    " use fewer of them, or more files."
+                    f"Expected expressions for each of {num_shares} processes and workers, got none for number {share}."
+                    " Use fewer processes or workers, or split the data into more files."
                 )
 
     def _split(
         self, rows: datasets.IterableDataset, rng: np.random.Generator
     ) -> Iterator[tuple[dict[str, Any], np.ndarray, int]]:
-        # `iter(rows)` would share the files among workers once more.
+        # `iter(rows)` would divide the files among workers again.
         for batch in rows.iter(batch_size=1):
             row = {name: values[0] for name, values in batch.items()}
-            sentences = rng.permutation(_find_worded(row))
+            sentences = rng.permutation(_find_expressions_with_words(row))
             for start in range(0, len(sentences), self.expressions_per_image):
                 yield row, sentences[start : start + self.expressions_per_image], int(rng.integers(2**63))
 
@@ -207,28 +195,28 @@ def _shuffle(items: Iterable[Any], buffer_size: int, rng: np.random.Generator) -
         yield buffer[index]
 
 
-def _find_worded(row: Mapping[str, Any]) -> list[int]:
-    """The numbers of the expressions that have words: in a stream, others cannot be found beforehand."""
+def _find_expressions_with_words(row: Mapping[str, Any]) -> list[int]:
+    """Indices of the expressions that have words. A stream cannot be checked for others before training."""
     expressions = [expression for reference in row["references"] for expression in reference["expressions"]]
     wordless = [expression["sent_id"] for expression in expressions if not split_expression(expression["text"])]
     if wordless:
-        logger.warning(f"{row['file_name']}: left out the sent_ids {wordless}, which have no words.")
-    return [number for number, expression in enumerate(expressions) if expression["sent_id"] not in wordless]
+        logger.warning(f"{row['file_name']}: the sent_ids {wordless} have no words and are left out.")
+    return [index for index, expression in enumerate(expressions) if expression["sent_id"] not in wordless]
 
 
 def _check_arguments(features: datasets.Features | None, expressions_per_image: int, seed: int) -> None:
     missing = [name for name in FEATURES if name not in (features or ())]
     if missing:
         raise ValueError(
-            f"Expected a dataset with one row per image, as `restr prepare` writes it; it lacks {missing} and"
-            f" has {list(features or ())}."
+            f"Expected a dataset with one row per image, got one that lacks {missing} and has {list(features or ())}."
+            " Prepare it with `restr prepare`."
         )
     if expressions_per_image < 1 or seed < 0:
         raise ValueError(f"Expected expressions_per_image >= 1 and seed >= 0, got {expressions_per_image} and {seed}.")
 
 
 def count_expressions(dataset: datasets.Dataset) -> np.ndarray:
-    """(images,) how many expressions each image has; images are not decoded."""
+    """(images,) number of expressions per image. Images are not decoded."""
     counts = [
         sum(len(reference["expressions"]) for reference in references)
         for references in dataset.select_columns("references")["references"]
@@ -239,44 +227,41 @@ def count_expressions(dataset: datasets.Dataset) -> np.ndarray:
 def build_item(
     row: Mapping[str, Any], chosen: Sequence[int] | np.ndarray, augmentation: Augment | None, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """The item of some expressions of a canonical row, by their numbers in the row's order; see [`ReferringDataset`]."""
-    pairs = [
-        (number, expression)
-        for number, reference in enumerate(row["references"])
-        for expression in reference["expressions"]
-    ]
+    """The item of [`ReferringDataset`] for some expressions of a canonical row, by their indices within the row."""
+    references = row["references"]
+    pairs = [(number, expression) for number, r in enumerate(references) for expression in r["expressions"]]
     pairs = [pairs[index] for index in chosen]
-    decoded = {number: decode_mask(row["references"][number]["mask"]) for number in {number for number, _ in pairs}}
-    image, masks, texts = row["image"], [decoded[n] for n, _ in pairs], [expression["text"] for _, expression in pairs]
+    decoded = {number: decode_mask(references[number]["mask"]) for number in {number for number, _ in pairs}}
+    image, masks = row["image"], [decoded[number] for number, _ in pairs]
+    texts = [expression["text"] for _, expression in pairs]
     if augmentation is not None:
         image, masks, texts = augmentation(image, masks, texts, rng)
     sent_ids = [expression["sent_id"] for _, expression in pairs]
     return {"image": image, "texts": texts, "masks": masks, "image_id": row["image_id"], "sent_ids": sent_ids}
 
 
+@dataclass
 class ReferringCollator:
     """
-    Items -> the model's inputs with `labels`, and the rows' ids for error messages, lists `image_ids` of B and
-    `sent_ids` of N ints, which [`split_ids`] takes out again.
+    Collates items into the model's inputs with `labels`, and the ids for error messages: `image_ids` (B ints) and
+    `sent_ids` (N ints). [`split_ids`] separates the two.
 
-    The model's forward checks shapes only. Values are checked here: word ids that the model has, labels of 0 and 1,
-    sentences with words.
+    The model's forward checks shapes only. The collator checks values: word ids that the model has, labels of 0 and 1,
+    and sentences with words.
 
     Args:
-        processor ([`ReSTRProcessor`]): The model's.
-        vocab_size: Number of words of the model, `model.config.text_config.vocab_size`. Ids are not compared with it
-            where it is None.
-        share_images: Whether neighbours in a batch with the same image share its encoding. With items of one
-            expression each, N is then the number of items, and B that of different images.
+        processor ([`ReSTRProcessor`]): The model's processor.
+        vocab_size: `model.config.text_config.vocab_size`. With None, word ids have no upper limit.
+        share_images: Whether neighbours in a batch with the same image share its encoding. If items have one expression
+            each, N stays the number of items, and B becomes that of different images.
 
     Raises:
-        ValueError: when called, for values that the model does not take; the message has the sent_ids.
+        ValueError: When called with values that the model does not accept. The message has the sent_ids.
     """
 
-    def __init__(self, processor: Any, vocab_size: int | None = None, share_images: bool = False):
-        self.processor = processor
-        self.vocab_size = vocab_size
-        self.share_images = share_images
+    processor: Any
+    vocab_size: int | None = None
+    share_images: bool = False
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         items = _merge_neighbours(items) if self.share_images else items
@@ -294,7 +279,7 @@ class ReferringCollator:
 
 
 def _merge_neighbours(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One item for neighbours with the same image: the same pixels, as augmentation may have changed them."""
+    """One item for neighbours with the same pixels. Augmentation may have changed one of them."""
     merged: list[dict[str, Any]] = []
     for item in items:
         if merged and merged[-1]["image_id"] == item["image_id"] and merged[-1]["image"] == item["image"]:
@@ -306,36 +291,49 @@ def _merge_neighbours(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 def _check_values(inputs: Mapping[str, torch.Tensor], sent_ids: Sequence[int], vocab_size: int | None) -> None:
     input_ids, labels = inputs["input_ids"], inputs["labels"]
-    is_foreign = input_ids < 0 if vocab_size is None else (input_ids < 0) | (input_ids >= vocab_size)  # (N, T)
-    is_wordless = ~inputs["attention_mask"].bool().any(1)  # (N,)
-    is_no_mask = ((labels != 0) & (labels != 1)).flatten(1).any(1)  # (N,)
-    for is_wrong, expected in (
-        (is_wordless, "sentences of at least one word"),
-        (is_foreign.any(1), f"word ids from 0 to below the model's vocab_size {vocab_size}"),
-        (is_no_mask, "labels of 0 and 1"),
+    has_words = inputs["attention_mask"].bool().any(1)  # (N,)
+    is_known = (input_ids >= 0) & (vocab_size is None or input_ids < vocab_size)  # (N, T)
+    is_mask = (labels == 0) | (labels == 1)  # (N, h, w)
+    for is_right, expected in (
+        (has_words, "sentences of at least one word"),
+        (is_known.all(1), f"word ids from 0 to below the model's vocab_size {vocab_size}"),
+        (is_mask.flatten(1).all(1), "labels of 0 and 1"),
     ):
-        if is_wrong.any():
-            rows = [sent_id for sent_id, wrong in zip(sent_ids, is_wrong.tolist(), strict=True) if wrong]
+        if not is_right.all():
+            rows = [sent_id for sent_id, right in zip(sent_ids, is_right.tolist(), strict=True) if not right]
             raise ValueError(
-                f"Expected {expected}, got others in the sent_ids {rows}. Correct or leave out these rows."
+                f"Expected {expected}, got others in the sent_ids {rows}. Correct these rows or leave them out."
             )
 
 
 def split_ids(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """(the model's inputs, the ids) of a batch of [`ReferringCollator`]."""
+    """Split a batch of [`ReferringCollator`] into the model's inputs and the ids."""
     ids = {name: batch[name] for name in ("image_ids", "sent_ids")}
     return {name: value for name, value in batch.items() if name not in ids}, ids
 
 
+def create_loader(
+    dataset: torch.utils.data.Dataset, batch_size: int, collator: Callable[..., dict[str, Any]], **options: Any
+) -> DataLoader:
+    """
+    A `DataLoader` for a run that can be resumed: starting it draws no number from the global random generator, and
+    SIGTERM does not end its workers.
+    """
+    generator = torch.Generator()
+    return ignore_sigterm_in_workers(
+        DataLoader(dataset, batch_size, collate_fn=collator, generator=generator, **options)
+    )
+
+
 def loss_weight(batch: Mapping[str, torch.Tensor], num_pairs: int | torch.Tensor, num_batches: int) -> Any:
     """
-    What to multiply a batch's mean loss with, so that the mean over the batches of a step is the mean over its pairs:
-    images have different numbers of expressions.
+    Factor for a batch's mean loss that makes the mean over the batches of a step the mean over its pairs. Without it,
+    sentences about images with many sentences would count less.
 
     Args:
         batch: With `input_ids` (N, words).
-        num_pairs: (image, expression) pairs of the whole step, over all accumulated batches and processes.
-        num_batches: Accumulated batches times processes.
+        num_pairs: Number of (image, expression) pairs in the step, over all accumulated batches and processes.
+        num_batches: Number of accumulated batches times number of processes.
     """
     return len(batch["input_ids"]) * num_batches / num_pairs
 
@@ -346,6 +344,7 @@ __all__ = [
     "ReferringStream",
     "build_item",
     "count_expressions",
+    "create_loader",
     "loss_weight",
     "split_ids",
 ]

@@ -1,23 +1,12 @@
 """
-Atomic checkpoints, and runs that end cleanly.
+Atomic checkpoints, and runs that stop cleanly.
 
-A checkpoint is written to `OUTPUT_DIR/.unfinished/checkpoint-STEP` and moved when all of it is on the disk. A run that
-is killed, whenever it is, finds the last whole one. Steps never wait for the device: losses and the stop signal are
-looked at now and then, and before every checkpoint.
+A checkpoint is written to `OUTPUT_DIR/.unfinished/checkpoint-STEP` and moved to its place when all of its files are on
+the disk. A run that is killed at any moment therefore resumes from a complete checkpoint. Training steps never wait
+for the device: losses and the stop signal are checked when the run logs and before every checkpoint.
 
-    checkpoint = find_last_checkpoint(output_dir)
-    losses = LossMonitor()
-    with StopSignal() as stop:
-        for step in ...:
-            losses.add(loss, step, batch)
-            if step % logging_steps == 0 or step % save_steps == 0:
-                losses.check()
-                if stop.received or step % save_steps == 0:
-                    check_weights(model, step, optimizer)
-                    with write_checkpoint(output_dir, step) as folder:
-                        ...  # write files to the folder
-                if stop.received:
-                    sys.exit(EXIT_CODE_TERMINATED)
+examples/run_referring_segmentation_no_trainer.py shows how the parts work together.
+With several processes (Accelerate's `PartialState`), all of them call these functions together.
 """
 
 import json
@@ -27,15 +16,18 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 logger = logging.getLogger(__name__)
@@ -43,70 +35,63 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 _NAME = re.compile(r"checkpoint-[0-9]{1,18}")
 MARKER = "complete.json"  # the checkpoint's files and their sizes in bytes
-# As a shell reports SIGTERM (128 + 15): the run is not finished, but saved and to be resumed.
+# A shell reports SIGTERM like this (128 + 15): the run is saved but not finished, and can be resumed.
 EXIT_CODE_TERMINATED = 143
 
 
 class LossNotFiniteError(RuntimeError):
-    """The loss or the weights became NaN or infinite; the last checkpoint is from before."""
+    """The loss or a weight became NaN or infinite. The last checkpoint was written before that."""
 
 
 class ResumeError(ValueError):
-    """A checkpoint is whole, but its files cannot be loaded."""
+    """A checkpoint is complete, but its files cannot be loaded."""
 
     def __init__(self, checkpoint: str | Path, error: Exception):
         super().__init__(
             f"Expected to resume from {checkpoint}, got {type(error).__name__}: {error}. If its files are damaged, remove"
-            " the folder to resume from the checkpoint before."
+            " the folder to resume from the checkpoint before it."
         )
 
 
 @contextmanager
-def write_checkpoint(
-    output_dir: str | Path,
-    step: int,
-    *,
-    is_main_process: bool = True,
-    wait_for_everyone: Callable[[], None] = lambda: None,
-) -> Iterator[Path]:
+def write_checkpoint(output_dir: str | Path, step: int) -> Iterator[Path]:
     """
-    Yield a folder to write to; afterwards it is `OUTPUT_DIR/checkpoint-STEP`, in one move. When the body raises, or the
-    process is killed, that folder is as it was before.
+    Yield a folder to write to. Afterwards it becomes `OUTPUT_DIR/checkpoint-STEP` in one move. If the body raises or
+    the process is killed, an earlier folder of that name stays as it was.
 
     Args:
-        output_dir: The run's folder, on a disk that all processes share.
-        step: Optimizer steps so far.
-        is_main_process: Whether this is the process that makes and moves folders; all processes may write files.
-        wait_for_everyone: A barrier, where there are several processes.
+        output_dir: Folder of the run, on a disk that all processes share. All of them may write files.
+        step: Number of optimizer steps so far.
     """
+    state = PartialState()
     final = Path(output_dir) / f"checkpoint-{step}"
-    staging = final.parent / UNFINISHED / final.name
-    if is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    wait_for_everyone()
-    yield staging
-    wait_for_everyone()
-    if is_main_process:
-        _finish(staging, final)
-    wait_for_everyone()
+    unfinished = final.parent / UNFINISHED / final.name
+    if state.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    state.wait_for_everyone()
+    yield unfinished
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _move_into_place(unfinished, final)
+    state.wait_for_everyone()
 
 
-def _finish(staging: Path, final: Path) -> None:
-    files = [path for path in staging.rglob("*") if path.is_file()]
-    sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
-    (staging / MARKER).write_text(json.dumps(sizes, indent=1))
-    for path in (*staging.rglob("*"), staging):
+def _move_into_place(unfinished: Path, final: Path) -> None:
+    files = [path for path in unfinished.rglob("*") if path.is_file()]
+    sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}
+    (unfinished / MARKER).write_text(json.dumps(sizes, indent=1))
+    for path in (*unfinished.rglob("*"), unfinished):
         _flush(path)
-    if final.exists():  # a run that went back to an older checkpoint
+    if final.exists():  # the run was resumed from an older checkpoint
         _remove(final)
-    os.replace(staging, final)
+    os.replace(unfinished, final)
     _flush(final.parent)
-    _remove_if_empty(staging.parent)
+    _remove_if_empty(unfinished.parent)
 
 
 def _flush(path: Path) -> None:
-    """Make sure that a file, or a folder's list of files, is on the disk, should the machine fail."""
+    """Make sure that a file, or a folder's list of files, survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,7 +100,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint so that a half removed one never has its name."""
+    """Remove a checkpoint. A half removed one never has its name."""
     to_delete = checkpoint.parent / UNFINISHED / f"removed-{checkpoint.name}"
     to_delete.parent.mkdir(exist_ok=True)
     shutil.rmtree(to_delete, ignore_errors=True)
@@ -130,19 +115,19 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; of any others a warning names them."""
+    """The complete checkpoints of a run, oldest first. A warning names those that are not complete."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    whole = [path for path in found if _is_whole(path)]
-    for path in set(found) - set(whole):
-        logger.warning(f"{path} is ignored: it is no whole checkpoint of a training script of this package.")
-    return sorted(whole, key=get_step)
+    complete = [path for path in found if _is_complete(path)]
+    for path in set(found) - set(complete):
+        logger.warning(f"{path} is ignored: it is not a complete checkpoint of this package's training scripts.")
+    return sorted(complete, key=get_step)
 
 
 def get_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         sizes = json.loads((checkpoint / MARKER).read_text())
         if not isinstance(sizes, dict):
@@ -152,38 +137,35 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def check_whole(checkpoint: str | Path) -> None:
+def find_checkpoint(output_dir: str | Path, resume_from: str | Path | None = None) -> Path | None:
     """
-    Raises:
-        ValueError: a folder is no checkpoint, or part of one, or has another name than `checkpoint-STEP`.
-    """
-    path = Path(checkpoint)
-    if not _NAME.fullmatch(path.name) or not _is_whole(path):
-        raise ValueError(
-            f"Expected a whole folder checkpoint-STEP that a training script of this package wrote, got {checkpoint}."
-            " Leave it out to resume from the last one of the output_dir."
-        )
-
-
-def find_last_checkpoint(output_dir: str | Path, remove_leftovers: bool = True) -> Path | None:
-    """
-    The whole checkpoint of the most steps, None if there is none.
+    The checkpoint to resume from: `resume_from`, by default the complete one with the most steps; None if there is
+    none. What a killed run left unfinished is removed.
 
     Args:
-        output_dir: The run's folder; it need not exist.
-        remove_leftovers: Whether to remove what a killed run left unfinished. One process alone does it, before
-            anything is written.
+        output_dir: Folder of the run. It need not exist.
+        resume_from: Folder of a checkpoint, of this run or another.
+
+    Raises:
+        ValueError: `resume_from` is not a complete checkpoint named `checkpoint-STEP`.
     """
-    if remove_leftovers:
+    if PartialState().is_main_process:
         shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
-    checkpoints = list_checkpoints(output_dir)
-    return checkpoints[-1] if checkpoints else None
+    if resume_from is None:
+        return next(reversed(list_checkpoints(output_dir)), None)
+    path = Path(resume_from)
+    if not _NAME.fullmatch(path.name) or not _is_complete(path):
+        raise ValueError(
+            "Expected a complete folder checkpoint-STEP that a training script of this package wrote, got"
+            f" {resume_from}. Leave it out to resume from the last checkpoint in the output_dir."
+        )
+    return path
 
 
 def keep_last_checkpoints(output_dir: str | Path, number: int | None, protected: Iterable[str | Path] = ()) -> None:
     """
-    Remove the oldest checkpoints until `number` are left, never the protected ones. `None` and numbers below 1 keep
-    all, as in transformers.
+    Remove the oldest checkpoints until `number` are left, but never the protected ones. As in transformers, `None` and
+    numbers below 1 keep all.
     """
     if number is None or number < 1:
         return
@@ -195,10 +177,8 @@ def keep_last_checkpoints(output_dir: str | Path, number: int | None, protected:
 
 class StopSignal:
     """
-    Notices SIGTERM, with which schedulers announce that a process is about to be killed, instead of dying of it.
-
-    A context manager; `received` says whether the signal has come. With several processes ask all of them before each
-    decision: the signal does not reach them in the same step.
+    Context manager that notices SIGTERM instead of ending the process. Schedulers send this signal some time before
+    they kill a process.
     """
 
     def __init__(self) -> None:
@@ -208,80 +188,79 @@ class StopSignal:
         self._previous = signal.signal(signal.SIGTERM, self._notice)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGTERM, self._previous)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
+    def is_requested(self) -> bool:
+        """Whether the signal has reached any process. It does not reach all of them during the same step."""
+        received = torch.full((), int(self.received), device=PartialState().device)
+        return bool(reduce(received, "sum"))
 
-def outlive_stop_signal(worker_init_fn: Callable[[int], None] | None = None) -> Callable[[int], None]:
+
+def ignore_sigterm_in_workers(loader: DataLoader) -> DataLoader:
     """
-    The `worker_init_fn` for a `DataLoader` of a run: SIGTERM often goes to a whole group of processes, and workers that
-    died of it would take the run with them before it has saved. They end with the run.
+    Let the worker processes of a data loader ignore SIGTERM. It is often sent to a whole group of processes, and
+    without its workers the run could not go on to its next checkpoint. Workers end with the run.
     """
-    return partial(_start_worker, worker_init_fn)
+    inner = getattr(loader, "base_dataloader", loader)  # Accelerate wraps loaders
+    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+    return loader
 
 
-def _start_worker(worker_init_fn: Callable[[int], None] | None, worker: int) -> None:
+def _start_worker(worker_init_fn: Any, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if worker_init_fn is not None:
         worker_init_fn(worker)
 
 
-def _keep(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 class LossMonitor:
     """
-    Finds losses that are NaN or infinite. Adding one takes no value off the device; only `check` waits for it.
+    Finds losses that are NaN or infinite. Only `check` waits for the device.
 
-    With several processes all of them add one batch each at a time, and check together.
+    All processes add one batch each at a time, and check together.
     """
 
     def __init__(self) -> None:
         self._batches: list[tuple[int, Mapping[str, Any]]] = []  # since the last check
-        self._first: torch.Tensor | None = None  # on the device: place in _batches of the first bad one, else inf
+        self._first: torch.Tensor | None = None  # on the device: index of the first bad batch, or infinity
 
     def add(self, loss: torch.Tensor, step: int, batch: Mapping[str, Any]) -> None:
         """
         Args:
-            loss: The loss (scalar) of one batch.
-            step: The optimizer step that the batch is part of, counted from 1.
+            loss: Loss (scalar) of one batch.
+            step: Number of the optimizer step that the batch belongs to, counted from 1.
             batch: Its `image_ids` and `sent_ids`, for the error message.
         """
-        place = torch.where(loss.detach().isfinite(), math.inf, float(len(self._batches)))
-        self._first = place if self._first is None else torch.minimum(self._first, place)
+        index = torch.where(loss.detach().isfinite(), math.inf, float(len(self._batches)))
+        self._first = index if self._first is None else torch.minimum(self._first, index)
         self._batches.append((step, {name: batch[name] for name in ("image_ids", "sent_ids")}))
 
-    def check(self, gather: Callable[[torch.Tensor], torch.Tensor] = _keep) -> None:
+    def check(self) -> None:
         """
-        Look at the losses added since the last check.
-
-        Args:
-            gather: (1,) of each process -> (processes,) of all, such as `Accelerator.gather`.
+        Check the losses that were added since the last check.
 
         Raises:
-            LossNotFiniteError: in every process, with the ids of its batches since the last check.
+            LossNotFiniteError: Raised in every process, with the ids of the batches of that process.
         """
         batches, first = self._batches, self._first
         self._batches, self._first = [], None
         if first is None:
             return
-        places = gather(first[None]).tolist()
-        if min(places) == math.inf:
+        indices = gather(first[None]).tolist()  # (processes,)
+        if min(indices) == math.inf:
             return
-        process = places.index(min(places))
-        step, batch = batches[int(min(places))]
-        whose = f" of process {process}" if len(places) > 1 else ""
+        process = indices.index(min(indices))
+        step, batch = batches[int(min(indices))]
+        where = f"step {step}" + (f" of process {process}" if len(indices) > 1 else "")
         raise LossNotFiniteError(
-            f"Expected finite losses, got one that is NaN or infinite in step {step}{whose}. The batch of this process in"
-            f" that step: {_list_ids([batch])}. All since the last look, from step {batches[0][0]} to {batches[-1][0]}:"
-            f" {_list_ids([batch for _, batch in batches])}. Look at these rows; if they are fine, lower the learning"
-            " rate, clip gradients (max_grad_norm=1) or train in float32. The last checkpoint is from before."
+            f"Expected finite losses, got NaN or infinity in {where}. This process's batch in that step:"
+            f" {_list_ids([batch])}. All of its batches since the last check, from step {batches[0][0]} to"
+            f" {batches[-1][0]}: {_list_ids([batch for _, batch in batches])}. Look at these rows. If they are fine,"
+            " lower the learning rate, clip gradients (max_grad_norm=1) or train in float32, starting from the last"
+            " checkpoint."
         )
 
 
@@ -293,34 +272,28 @@ def _list_ids(batches: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(f"{name} {values}" for name, values in ids.items())
 
 
-def check_weights(
-    model: nn.Module,
-    step: int,
-    optimizer: Any = None,
-    gather: Callable[[torch.Tensor], torch.Tensor] = _keep,
-) -> None:
+def check_weights(model: nn.Module, step: int, optimizer: Any = None) -> None:
     """
-    Keep a checkpoint of broken weights from being written: a finite loss can have gradients that are not.
+    Keep broken weights out of checkpoints: a finite loss can have gradients that are not finite.
 
     Args:
-        model: Its parameters and buffers are looked at, under FSDP this process's shards of them.
-        step: Optimizer steps so far.
-        optimizer: Its states are looked at, too, if it is given.
-        gather: See [`LossMonitor.check`].
+        model: Its parameters and buffers are checked. With FSDP each process checks its own shards.
+        step: Number of optimizer steps so far.
+        optimizer: Its states are checked, too.
 
     Raises:
-        LossNotFiniteError: in every process, with the names of those parameters that are broken in this one.
+        LossNotFiniteError: Raised in every process, with the names of the parameters that are broken in that process.
     """
     device = next(model.parameters()).device
     tensors = {name: tensor for name, tensor in _name_tensors(model, optimizer) if tensor.is_floating_point()}
-    flags = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors.values()])
-    if gather(flags.all()[None]).all():
+    is_finite = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors.values()])
+    if gather(is_finite.all()[None]).all():
         return
-    broken = [name for name, is_finite in zip(tensors, flags.tolist()) if not is_finite]
+    broken = [name for name, finite in zip(tensors, is_finite.tolist()) if not finite]
     raise LossNotFiniteError(
-        f"Expected finite weights after step {step}, got NaN or infinity in {broken or 'another process'}. Nothing was"
-        " saved; the last checkpoint is from before. Lower the learning rate, clip gradients (max_grad_norm=1) or train"
-        " in float32."
+        f"Expected finite weights after step {step}, got NaN or infinity in {broken or 'another process'}. No checkpoint"
+        " was written. Start from the last one with a lower learning rate, clipped gradients (max_grad_norm=1) or in"
+        " float32."
     )
 
 
@@ -341,11 +314,10 @@ __all__ = [
     "ResumeError",
     "StopSignal",
     "check_weights",
-    "check_whole",
-    "find_last_checkpoint",
+    "find_checkpoint",
     "get_step",
+    "ignore_sigterm_in_workers",
     "keep_last_checkpoints",
     "list_checkpoints",
-    "outlive_stop_signal",
     "write_checkpoint",
 ]

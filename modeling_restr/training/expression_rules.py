@@ -1,8 +1,8 @@
 """
-What becomes of an expression when its image is mirrored, cropped or recoloured, judged by its words.
+Which expressions stay true when their image is mirrored, cropped or recoloured, judged by their words.
 
-The rules know English. Where they are in doubt they say so and the image is left alone: no sentence may become untrue.
-What no word gives away they cannot know, such as a brand whose name a mirror reverses.
+The rules are for English. In doubt they reject the change, so that no sentence becomes untrue. They cannot know what
+the words do not tell, such as that a brand's name on a shirt is reversed in a mirrored image.
 """
 
 import difflib
@@ -28,10 +28,10 @@ _SIDE_PAIRS = {
     "lft": "rt",  # "lt" is light as often as left
 }
 _OTHER_SIDE = _SIDE_PAIRS | {right: left for left, right in _SIDE_PAIRS.items()}
-# The names that others are compared with; close matches of the short ones are words of their own: "last", "art".
+# Names that other words are compared with. Shorter ones are too close to words such as "last" and "art".
 _SIDE_NAMES = ["left", "right", "leftmost", "rightmost", "lefthand", "righthand", "leftside", "rightside"]
-# Words that hold or resemble such a name. All others that do may be slips ("lwft", "rigth") or two words written as one
-# ("theleft"), whose side is not guessed.
+# Words that contain or resemble such a name but are no slips. Any other such word may be one ("lwft", "rigth"), or two
+# words in one ("theleft").
 _NOT_SIDES = _word_set(
     """
     alright bright brighten brighter brightest brightly brights eft eight fight freight frightened frightening hight
@@ -39,12 +39,12 @@ _NOT_SIDES = _word_set(
     """
 )
 
-# "Left" and "right" are sides after these words ("on" is in doubt in "lamp on right behind the bed") ...
+# After these words "left" and "right" are sides, except for "on" in "lamp on right behind the bed" ...
 _PLACE_BEFORE = re.compile(r"\b(?:on|far|(?:on|to|at|in|from|of|towards?)\s+the(?:\s+(?:very|far|extreme))?)[\s-]+$")
 _ON_BEFORE = re.compile(r"\bon[\s-]+$")
 _COUNT_BEFORE = re.compile(r"(?:\b(?:first|second|third|fourth|fifth)|\d(?:st|nd|rd|th))\b.*\b(?:from|to)\s+$")
-# ... and between all others but these, where "left" may be what remains and "right" may be "just": "slice left", "bag
-# left behind", "man right in front".
+# ... and so they are next to any other word but these, with which "left" may mean what remains and "right" may mean
+# "just": "slice left", "bag left behind", "man right in front".
 _UNCLEAR_BEFORE = _word_set(
     """
     all any are be been being bit bits few food had has have he he's i is it it's its little more much nothing one ones
@@ -66,7 +66,7 @@ _UNCLEAR_AFTER = _word_set(
     """
 )
 _NEVER_A_SIDE_BEFORE = _word_set("amount angle angled angles kind now over overs size time up way")
-# The one use that is no side beyond doubt: "standing right behind".
+# The one use of "right" that certainly is not a side: "standing right behind".
 _ADVERB_BEFORE = re.compile(r"\b(?:sits?|sitting|seated|stands?|standing|parked|is|are|was|were)\s+$")
 _ADVERB_AFTER = re.compile(
     r"\s+(?:next\s+to|behind|in\s+front\s+of|above|below|under|underneath|beneath|beside|(?:in\s+)?between|on\s+top\s+of"
@@ -78,9 +78,9 @@ _HOUR_NAMES = "|".join(_HOURS)
 _CLOCK_POSITION = re.compile(
     rf"(?<![\w:.])(1[0-2]|[1-9]|{_HOUR_NAMES})(?::00\b|[\s-]*o'?[\s-]?clock\b)(?!\s*[ap]\.?m)"
 )
-_CLOCK_WORDS = _word_set("clock clocks digital time watch watches")  # they show a time, which is no position
+_CLOCK_WORDS = _word_set("clock clocks digital time watch watches")  # with these, an hour is a time and no position
 
-# What a mirror makes untrue though no side is named: what is printed in the image is reversed ...
+# Sentences that become untrue without naming a side: text in a mirrored image is reversed ...
 _TEXT_WORDS = _word_set(
     """
     brand branded caption digit digits initials inscribed inscription label labeled labelled labels letter lettered
@@ -89,8 +89,8 @@ _TEXT_WORDS = _word_set(
     words write writing writings written wrote
     """
 )
-_UNPRINTED_CAPITALS = {"RV", "SUV", "TV"}  # other words in capitals may stand on a shirt
-# ... and some words have a side of their own.
+_UNPRINTED_CAPITALS = {"RV", "SUV", "TV"}  # other words in capitals may be printed on a shirt
+# ... and some words imply a side or an order.
 _HANDED_WORDS = _word_set(
     """
     after anticlockwise base baseman basemen before clockwise counterclockwise lef lt port quadrant rite shortstop
@@ -101,15 +101,15 @@ _HANDED_WORDS = _word_set(
 _UNMIRRORED = re.compile(
     r"[\"`#<>\\|]|(?<!\w)'\w"  # quotes and arrows
     r"|\d(?!\d*(?:st|nd|rd|th)\b)"
-    # Letters that are others in a mirror, and "s" unless it is what cleaning leaves of "'s".
+    # Letters that look different in a mirror, and "s" unless it is a remnant of "'s".
     r"|(?<![\w'])[bcdefgjklnpqrz](?![\w'])|\b(?:an?|the|with|of)\s+s\b|\b[a-z][\s-]shape"
     rf"|\b(?:bus|car|horse|jersey|player|rider|shirt|train|uniform)\s+(?:{_HOUR_NAMES})\b"
-    rf"|\b(?:{_HOUR_NAMES})\W*(?:and|or|to)?\W*~"  # "two or three o'clock", where the second is blotted out
+    rf"|\b(?:{_HOUR_NAMES})\W*(?:and|or|to)?\W*~"  # "two or three o'clock", after "three o'clock" became "~~~"
     r"|right[\s-]?side[\s-]?up|\b(?:driver|passenger)(?:'?\s?s)?\s+side|\b(?:left|right|lft|rt)\s*\?"
-    r"|\bnext\b(?!\s+to\b)"  # "the next one" counts from somewhere
+    r"|\bnext\b(?!\s+to\b)"  # "the next one" counts from a side
 )
 _SIDE_WORDS = "|".join(_OTHER_SIDE)
-# People count from the left unless they say otherwise, for each ordinal or for the whole sentence.
+# People count from the left unless they say where they start, with the ordinal or for the whole sentence.
 _ORDINAL = re.compile(
     r"\b(?:beginning|last|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|\d+(?:st|nd|rd|th))\b"
     r"(?!\s+(?:row|rows|shelf|rack|floor|story|tier|level|layer|deck|\w+est)\b)"
@@ -122,7 +122,7 @@ _COUNTED = re.compile(
 )
 _READING_ORDER = re.compile(r"\b(?:left[\s-]+to[\s-]+right|right[\s-]+to[\s-]+left)\b")
 
-# Words of place, order, number, comparison and relation, and of what is visible.
+# Words of place, order, number, comparison, relation and visibility.
 _FRAME_WORDS = _word_set(
     """
     above across adjacent after against ahead all alone along alongside among amongst another around away back
@@ -154,14 +154,14 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 
 def mirror_expression(text: str) -> str | None:
     """
-    The expression that says of the mirrored image what `text` says of the image; `None` where that is not certain.
+    The expression that means the same in the mirrored image, or `None` in doubt.
 
-    Sides ("left", "rightmost", "rt") and positions on a clock ("3 o'clock") change places, in their own case, and
-    mirroring twice gives the text back. "Right" stays where it is an adverb beyond doubt ("standing right behind").
+    Sides ("left", "rightmost", "rt") and positions on a clock ("3 o'clock") are swapped and keep their case. Mirroring
+    twice restores the text. "Right" stays if it certainly is an adverb ("standing right behind").
 
-    `None` is for sentences that can be read in two ways ("man right in front", "slice left"), that have a slip in such
-    a word, that are about text, letters or numbers, that count without saying from which side ("second guy"), and that
-    name what has a side of its own (points of the compass, "third base").
+    `None` is returned for sentences that are ambiguous ("man right in front", "slice left"), have a slip in such a word,
+    are about text, letters or numbers, count without saying from which side ("second guy"), or have words that imply a
+    side (points of the compass, "third base").
     """
     plain = text.replace("\u2019", "'")
     if not plain.isascii() or "~" in plain or _may_quote(plain):
@@ -183,8 +183,8 @@ def mirror_expression(text: str) -> str | None:
 
 def needs_whole_image(text: str) -> bool:
     """
-    Whether a crop could make the expression untrue or unclear: it has a word of place, order, number, comparison or
-    relation, of what is visible, or one that may be a slip of "left" or "right".
+    Whether a crop could make the expression untrue or ambiguous. This is so if it has a word of place, order, number,
+    comparison, relation or visibility, or one that may be a slip of "left" or "right".
     """
     lowered = text.lower()
     words = _WORD.findall(lowered)
@@ -196,18 +196,18 @@ def needs_whole_image(text: str) -> bool:
 
 
 def names_color(text: str) -> bool:
-    """Whether a word of the expression is of `COLOR_WORDS` or begins with one ("reddish", "darkblue", "goldfish")."""
+    """Whether a word is in `COLOR_WORDS` or starts with one of them ("reddish", "darkblue", "goldfish")."""
     return bool(_COLOR.search(text.lower()))
 
 
 def _may_quote(text: str) -> bool:
-    """Whether there are words in capitals in a sentence that is not."""
+    """Whether single words are in capitals: they may quote text in the image."""
     capitals = {word for word in re.findall(r"\b[A-Z]{2,}\b", text) if word.lower() not in _OTHER_SIDE}
     return not text.isupper() and not capitals <= _UNPRINTED_CAPITALS
 
 
 def _is_unmirrored(text: str, words: set[str], has_hour: bool) -> bool:
-    """Whether a sentence (in lower case, clock positions blotted out) cannot be told of the mirrored image."""
+    """Whether a sentence (in lower case, clock positions replaced by "~") cannot be mirrored, apart from its sides."""
     return bool(
         _UNMIRRORED.search(text)
         or words & (_TEXT_WORDS | _HANDED_WORDS)
@@ -226,9 +226,9 @@ def _resembles_side(word: str) -> bool:
 
 def _means_side(text: str, start: int, end: int) -> bool | None:
     """
-    Whether the word `text[start:end]` of `_OTHER_SIDE` means a side; `None` where it can be read in two ways.
+    Whether the word `text[start:end]`, one of `_OTHER_SIDE`, means a side; `None` if it is ambiguous.
 
-    But for the adverb, the rule is the same for left and right, so that the mirrored sentence is as clear.
+    Except for the adverb, the rules are the same for left and right, so that the mirrored sentence is as clear.
     """
     word, head, tail = text[start:end], text[:start], text[end:]
     if word not in ("left", "right", "lft", "rt"):
@@ -252,11 +252,11 @@ def _means_side(text: str, start: int, end: int) -> bool | None:
 def _mirror_hour(hour: str) -> str:
     if hour.isdigit():
         return str(12 - int(hour) % 12)
-    return _HOURS[10 - _HOURS.index(hour)]  # the last again for twelve: its index is -1
+    return _HOURS[10 - _HOURS.index(hour)]  # twelve gives [-1], which is twelve
 
 
 def _swap(text: str, swaps: list[tuple[tuple[int, int], str]]) -> str | None:
-    """Puts each new word in the place of the old one, in the old one's case; `None` for a case like "lEFt"."""
+    """Replace each old word by the new one in the same case; `None` for a case like "lEFt"."""
     pieces, done = [], 0
     for (start, end), new in swaps:
         old = text[start:end]

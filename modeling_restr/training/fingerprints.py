@@ -1,11 +1,10 @@
-"""Which data a run is trained on, as one hash, so that it is never resumed on other data."""
+"""One hash of the data that a run is trained on, so that the run never resumes on other data."""
 
 import hashlib
 from typing import Any
 
 import datasets
 import fsspec
-from accelerate.utils import broadcast_object_list
 
 from ..data.canonical import FEATURES
 from ..metrics.evaluation import fingerprint_rows
@@ -17,11 +16,10 @@ ROWS_PER_SHARD = 4
 
 def fingerprint_data(data: datasets.Dataset | datasets.IterableDataset) -> str:
     """
-    A hash (hexadecimal) of the rows in their order: ids, masks, expressions and the images' files. Where the data lies
-    and in how many files makes no difference.
+    A hash (hexadecimal) of the rows in their order: ids, masks, expressions and image files. It does not depend on where
+    the data lies or on the number of its files.
 
-    Of a stream, which takes as long to read as an epoch, only the first rows of a few of its shards are read, and
-    their number counts.
+    For a stream, which takes an epoch to read, it covers the number of shards and the first rows of a few of them.
 
     Args:
         data: In the canonical form.
@@ -38,11 +36,11 @@ def fingerprint_data(data: datasets.Dataset | datasets.IterableDataset) -> str:
 
 
 def _take_sample(data: datasets.IterableDataset) -> datasets.Dataset:
-    """The first rows of shards that are evenly spread, with the images as they are."""
+    """The first rows of evenly spread shards. Images stay encoded."""
     num_shards = data.num_shards
     step = -(-num_shards // MAX_SHARDS)
-    undecoded = data.select_columns(list(FEATURES)).cast_column("image", datasets.Image(decode=False))
-    shards = [undecoded.shard(num_shards, index).take(ROWS_PER_SHARD) for index in range(0, num_shards, step)]
+    encoded = data.select_columns(list(FEATURES)).cast_column("image", datasets.Image(decode=False))
+    shards = [encoded.shard(num_shards, index).take(ROWS_PER_SHARD) for index in range(0, num_shards, step)]
     return datasets.Dataset.from_list([row for shard in shards for row in shard], FEATURES)
 
 
@@ -53,10 +51,4 @@ def _read_file(image: dict[str, Any]) -> bytes:
         return file.read()
 
 
-def fingerprint_on_main_process(data: datasets.Dataset | datasets.IterableDataset, is_main_process: bool) -> str:
-    """[`fingerprint_data`], for which the main process reads the data and all others wait."""
-    fingerprints = [fingerprint_data(data) if is_main_process else None]
-    return broadcast_object_list(fingerprints)[0]
-
-
-__all__ = ["fingerprint_data", "fingerprint_on_main_process"]
+__all__ = ["fingerprint_data"]

@@ -1,6 +1,7 @@
 """
-The paper's recipe (section 4.1 of arXiv 2203.16768, and where it is silent the authors' code) as data, optimizer and
-schedule: 400,000 steps of 8 (image, expression) pairs, AdamW with two learning rates, warm-up and polynomial decay.
+The paper's recipe as data, optimizer and schedule: 400,000 steps of 8 (image, expression) pairs, AdamW with two learning
+rates, warm-up and polynomial decay. Its source is section 4.1 of arXiv 2203.16768, and the authors' code where the paper
+is silent.
 """
 
 import json
@@ -16,21 +17,23 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_polynomial_decay_schedule_with_warmup
 
+from ..files import write_json
+
 
 logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "recipe.json"
-_NAMES_OF_DATA = ("dataset", "split")  # the same data may have others
+_NAMES_OF_DATA = {"dataset", "split"}  # the same data may have other names
 
 
 @dataclass(frozen=True)
 class Recipe:
     """
-    All that decides on the weights a run ends in, for its model card and to resume it as it began. The defaults are
-    the paper's.
+    Everything that decides which weights a run ends with. It is saved with each checkpoint, and shown in the model card.
+    The defaults are the paper's.
 
     Raises:
-        ValueError: the warm-up is as long as the run.
+        ValueError: The warm-up is as long as the run.
     """
 
     max_steps: int = 400_000
@@ -38,13 +41,13 @@ class Recipe:
     expressions_per_image: int = 1
     learning_rate: float = 1e-5  # of fusion, decoder and language encoder
     vision_learning_rate_ratio: float = 0.1
-    weight_decay: float = 5e-4  # on every parameter, biases and normalisations included
+    weight_decay: float = 5e-4  # on every parameter, including biases and layer norms
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     schedule: str = "polynomial"  # to 0
     power: float = 0.9
-    warmup_steps: float = 0.1  # below 1 a share of all steps; linear
-    max_grad_norm: float = 0.0  # 0 clips nothing
+    warmup_steps: float = 0.1  # linear; below 1: share of all steps
+    max_grad_norm: float = 0.0  # 0: no clipping
     image_size: int = 480
     max_words: int = 20
     patch_loss_weight: float = 0.1
@@ -57,14 +60,14 @@ class Recipe:
     dataset: str = ""
     split: str = "train"
     num_expressions: int | None = None  # in the split; None for a stream
-    data_fingerprint: str | None = None  # of `fingerprints.py`; None where it was not taken
+    data_fingerprint: str | None = None  # see fingerprints.py
     seed: int = 42
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or not 0 <= self.num_warmup_steps < self.max_steps:
             raise ValueError(
                 f"Expected max_steps >= 1 and fewer steps of warm-up, got max_steps={self.max_steps} and"
-                f" warmup_steps={self.warmup_steps}, {self.num_warmup_steps} of them."
+                f" {self.num_warmup_steps} steps of warm-up (warmup_steps={self.warmup_steps})."
             )
 
     @property
@@ -73,20 +76,18 @@ class Recipe:
 
     @property
     def base_model(self) -> str | None:
-        """Id on the Hub of what the run started from; None where that was a folder."""
+        """Hub id of the model that the run started from; None if it was a folder."""
         is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.start) and not Path(self.start).exists()
         return self.start if is_id else None
 
     def deviations(self) -> dict[str, tuple[Any, Any]]:
-        """Field -> (the paper's, this run's) where they differ; what the paper does not fix is left out."""
-        ours, papers = asdict(self), asdict(Recipe())
-        unfixed = {*_NAMES_OF_DATA, "num_expressions", "data_fingerprint", "seed"}
-        return {
-            name: (papers[name], ours[name]) for name in papers if name not in unfixed and papers[name] != ours[name]
-        }
+        """Field -> (the paper's value, this run's value) where they differ. Fields that the paper leaves open are left out."""
+        ours, papers = asdict(self), asdict(PAPER)
+        names = papers.keys() - _NAMES_OF_DATA - {"num_expressions", "data_fingerprint", "seed"}
+        return {name: (papers[name], ours[name]) for name in papers if name in names and papers[name] != ours[name]}
 
     def describe(self) -> dict[str, Any]:
-        """Settings and their values for a model card, next to the paper's where they differ."""
+        """Fields and values for a model card, with the paper's value where it differs."""
         deviations = self.deviations()
         return {
             name: f"{value} (the paper: {deviations[name][0]})" if name in deviations else value
@@ -94,37 +95,40 @@ class Recipe:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write `recipe.json` into a folder."""
-        Path(folder, RECIPE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write `recipe.json` to a folder."""
+        write_json(Path(folder, RECIPE_NAME), asdict(self))
 
     def check_same(self, folder: str | Path) -> None:
         """
-        Make sure that a run resumes as it began, on the same data. A field that the folder's recipe lacks, because an
-        earlier version wrote it, has its default there.
+        Make sure that a run resumes with the recipe and data that it started with. Fields that an earlier version of
+        the package did not write have their defaults.
 
         Raises:
-            ValueError: the folder's `recipe.json` is missing, is none, or is of another recipe; the message names the
+            ValueError: The folder's `recipe.json` is missing, cannot be read, or differs. The message lists the
                 differences.
         """
         earlier, now = _read_recipe(Path(folder, RECIPE_NAME)), asdict(self)
-        names = {field.name: field.default for field in fields(self)}
-        if unknown := sorted(earlier.keys() - names.keys()):
+        defaults = {field.name: field.default for field in fields(self)}
+        if unknown := sorted(earlier.keys() - defaults.keys()):
             logger.warning(
-                f"{folder} was written by a later version of this package, with {unknown}, which this one ignores."
+                f"{folder} was written by a later version of this package; its fields {unknown} are ignored."
             )
-        there = {name: earlier.get(name, default) for name, default in names.items()}
-        if None in (there["data_fingerprint"], now["data_fingerprint"]):
-            logger.warning(f"Whether {folder} is of a run on the same data is not known: no fingerprint was taken.")
+        saved = {name: earlier.get(name, default) for name, default in defaults.items()}
+        if None in (saved["data_fingerprint"], now["data_fingerprint"]):
+            logger.warning(f"{folder} may be of a run on other data: no fingerprint was taken.")
             ignored = {"data_fingerprint"}
         else:
-            ignored = {*_NAMES_OF_DATA}
-        different = [name for name in names if there[name] != now[name] and name not in ignored]
+            ignored = _NAMES_OF_DATA
+        different = [name for name in defaults if saved[name] != now[name] and name not in ignored]
         if different:
-            listing = "\n".join(f"  {name}: {there[name]} there, {now[name]} now" for name in different)
+            listing = "\n".join(f"  {name}: {saved[name]} there, {now[name]} now" for name in different)
             raise ValueError(
-                f"Expected the recipe and data that of {folder}, got others. Resume with the same ones, or"
-                f" choose another output_dir and start from its weights:\n{listing}"
+                f"Expected the recipe and data of {folder}, got others. Resume with the same ones, or choose another"
+                f" output_dir and start from its weights:\n{listing}"
             )
+
+
+PAPER = Recipe()
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -147,11 +151,11 @@ def create_parameter_groups(
     weight_decay: float = 5e-4,
 ) -> list[dict[str, Any]]:
     """
-    The parameters that are trained, in two groups: "fusion and language" with `learning_rate`, "vision" with its share
-    of it. Weight decay is on every parameter.
+    Two groups of the trainable parameters: "fusion and language" with `learning_rate`, and "vision" with
+    `vision_learning_rate_ratio` times that. Weight decay applies to every parameter.
 
     Raises:
-        ValueError: the model has no `vision_model`.
+        ValueError: The model has no `vision_model`.
     """
     names = [name for name, _ in model.named_parameters()]
     if not any(_is_vision(name) for name in names):
@@ -170,24 +174,22 @@ def create_parameter_groups(
 
 
 def _is_vision(name: str) -> bool:
-    return "vision_model" in name.split(".")  # DDP, FSDP and torch.compile put their own names in front
+    return "vision_model" in name.split(".")  # DDP, FSDP and torch.compile add prefixes
 
 
-def create_optimizer(model: nn.Module, recipe: Recipe | None = None) -> torch.optim.AdamW:
+def create_optimizer(model: nn.Module, recipe: Recipe = PAPER) -> torch.optim.AdamW:
     """AdamW over [`create_parameter_groups`]."""
-    recipe = recipe or Recipe()
     groups = create_parameter_groups(
         model, recipe.learning_rate, recipe.vision_learning_rate_ratio, recipe.weight_decay
     )
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2))
 
 
-def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe | None = None) -> LambdaLR:
+def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe = PAPER) -> LambdaLR:
     """
-    Linear warm-up from 0, then `learning_rate * (1 - (step - warmup_steps) / (max_steps - warmup_steps)) ** power`,
-    alike in every group of the optimizer. It is stepped once per optimizer step, however many processes there are.
+    Linear warm-up from 0, then `learning_rate * (1 - (step - warmup_steps) / (max_steps - warmup_steps)) ** power`, for
+    every parameter group. Step it once per optimizer step, whatever the number of processes.
     """
-    recipe = recipe or Recipe()
     return get_polynomial_decay_schedule_with_warmup(
         optimizer,
         num_warmup_steps=recipe.num_warmup_steps,
@@ -197,4 +199,4 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe | None = N
     )
 
 
-__all__ = ["RECIPE_NAME", "Recipe", "create_optimizer", "create_parameter_groups", "create_scheduler"]
+__all__ = ["PAPER", "RECIPE_NAME", "Recipe", "create_optimizer", "create_parameter_groups", "create_scheduler"]

@@ -1,0 +1,118 @@
+"""Validation during a run: pixel counts that gather well, metrics, and a panel of images with the model's masks."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from PIL import Image
+
+from ..metrics import ReferringIoU
+from ..visualization import add_legend, arrange_in_grid, draw_masks, save_image
+
+
+PADDING = -100  # fills the places of expressions that an image does not have
+MAX_SENTENCES = 3  # per image of the panel
+TILE_SIZE = 320  # pixels on the longer side of an image in the panel
+TILES_PER_ROW = 4
+
+
+def count_pixels(
+    logits: torch.Tensor, labels: torch.Tensor, image_indices: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Count the pixels in the intersection and in the union of predicted (logit > 0) and true masks.
+
+    Args:
+        logits: (N, h, w). They are resized if they are coarser than the labels.
+        labels: (N, height, width) of 0 and 1.
+        image_indices: (N,) in ascending order. With it, the counts have one row per image.
+
+    Returns:
+        (N, 2), or with `image_indices` (images, largest number of expressions, 2), padded with -100. Tools that gather
+        results count the items of a dataset: rows must be expressions if items are, and images if items are.
+    """
+    if logits.shape != labels.shape:
+        logits = F.interpolate(logits[:, None].float(), labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    predicted, target = logits > 0, labels > 0
+    counts = torch.stack([(predicted & target).sum((1, 2)), (predicted | target).sum((1, 2))], dim=1)  # (N, 2)
+    if image_indices is None:
+        return counts
+    num_expressions = torch.bincount(image_indices)  # (images,)
+    first = num_expressions.cumsum(0) - num_expressions
+    places = torch.arange(len(counts), device=counts.device) - first[image_indices]  # (N,) within the image
+    result = counts.new_full((len(num_expressions), int(num_expressions.max()), 2), PADDING)
+    result[image_indices, places] = counts
+    return result
+
+
+def compute_metrics(counts: np.ndarray | torch.Tensor) -> dict[str, float]:
+    """The metrics of [`ReferringIoU`] over all expressions, from counts (..., 2) of [`count_pixels`]."""
+    pairs = np.asarray(counts).reshape(-1, 2)
+    predictions = [{"intersection": int(i), "union": int(u)} for i, u in pairs if i != PADDING]
+    return ReferringIoU(keep_in_memory=True).compute(predictions=predictions)
+
+
+def save_panel(
+    model: Any, processor: Any, rows: Iterable[Mapping[str, Any]], output_dir: str | Path, step: int
+) -> Image.Image | None:
+    """
+    Draw the masks that the model finds at the moment in OUTPUT_DIR/overlays/step-STEP.png. All processes call this.
+
+    Returns:
+        The panel on the main process if any row has a sentence, otherwise None.
+    """
+    panel = draw_panel(model, processor, rows)
+    if panel is None or not PartialState().is_main_process:
+        return None
+    save_image(panel, Path(output_dir) / "overlays" / f"step-{step:07d}.png")
+    return panel
+
+
+@torch.no_grad()
+def draw_panel(model: Any, processor: Any, rows: Iterable[Mapping[str, Any]]) -> Image.Image | None:
+    """
+    One tile per image with the masks of its first few sentences. None if no image has a sentence.
+
+    Args:
+        model: In evaluation mode. It is called once per image, so it may be a wrapped model.
+        processor: Its [`ReSTRProcessor`].
+        rows: Rows of a dataset in the canonical form. Those without sentences are skipped.
+    """
+    device = next(model.parameters()).device
+    tiles = []
+    for row in rows:
+        texts = choose_sentences(row)
+        if not texts:
+            continue
+        inputs = processor(images=row["image"], text=texts, return_tensors="pt").to(device)
+        sizes = inputs.pop("original_sizes")[inputs["image_indices"].cpu()]
+        results = processor.post_process_referring_segmentation(model(**inputs), sizes)
+        masks = [Image.fromarray(result["mask"].cpu().numpy()) for result in results]
+        labels = [f"{text} ({result['score']:.2f})" for text, result in zip(texts, results)]
+        tiles.append(_draw_tile(row["image"], masks, labels))
+    return arrange_in_grid(tiles, TILES_PER_ROW) if tiles else None
+
+
+def choose_sentences(row: Mapping[str, Any]) -> list[str]:
+    """The first sentence of each reference, then the second of each, and so on, up to `MAX_SENTENCES`."""
+    sentences = [
+        (place, number, expression["text"])
+        for number, reference in enumerate(row["references"])
+        for place, expression in enumerate(reference["expressions"])
+    ]
+    return [text for *_, text in sorted(sentences)[:MAX_SENTENCES]]
+
+
+def _draw_tile(image: Image.Image, masks: list[Image.Image], labels: list[str]) -> Image.Image:
+    width, height = masks[0].size  # upright, which the image may not be
+    scale = TILE_SIZE / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return add_legend(draw_masks(small, [mask.resize(size, Image.Resampling.NEAREST) for mask in masks]), labels)
+
+
+__all__ = ["PADDING", "choose_sentences", "compute_metrics", "count_pixels", "draw_panel", "save_panel"]
