@@ -57,6 +57,7 @@ def test_from_a_vit_and_word_vectors_to_a_folder_that_pipeline_loads(inputs, tmp
     assert "eval_overall_iou" in read_log(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 @pytest.mark.parametrize("options", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
 def test_other_ways_to_compute_change_the_loss_little(inputs, tmp_path, options):

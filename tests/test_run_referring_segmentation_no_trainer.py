@@ -176,6 +176,7 @@ def test_accelerate_launches_what_its_configurations_say(path, tmp_path):
             assert environment[name.upper()].lower() == str(value).lower()
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 @pytest.mark.parametrize(("share", "options"), [(0.05, {"mixed_precision": "bf16"}), (1e-5, {"torch_compile": True})])
 def test_other_ways_to_compute_change_the_weights_little(inputs, tmp_path, share, options):

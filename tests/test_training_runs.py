@@ -61,7 +61,9 @@ def large_batch(script, inputs, tmp_path_factory):
     return output_dir
 
 
-@pytest.mark.parametrize("moment", [*MOMENTS, "optimizer", "random state"])
+@pytest.mark.parametrize(
+    "moment", ["optimizer", *(pytest.param(moment, marks=pytest.mark.slow) for moment in (*MOMENTS, "random state"))]
+)
 def test_a_killed_run_ends_with_the_same_weights(script, inputs, undisturbed, tmp_path, moment):
     files = {"optimizer": script.optimizer_file, "random state": script.random_file}
     if moment in MOMENTS:
@@ -99,6 +101,7 @@ def test_evaluation_and_recomputed_activations_change_nothing(script, inputs, un
     assert_equal(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_stream_ends_with_the_same_weights(script, inputs, tmp_path):
     complete, killed = tmp_path / "complete", tmp_path / "killed"
     options = {"streaming": True, "dataloader_num_workers": 2, "shuffle_buffer_size": 4, "validation_split": "val"}
@@ -110,6 +113,7 @@ def test_a_killed_stream_ends_with_the_same_weights(script, inputs, tmp_path):
     assert_equal(complete, killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_two_processes_resume_after_one_of_them_was_killed(script, inputs, tmp_path, streaming):
     complete, killed = tmp_path / "complete", tmp_path / "killed"
@@ -124,7 +128,7 @@ def test_two_processes_resume_after_one_of_them_was_killed(script, inputs, tmp_p
 
 
 @pytest.mark.numerics
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accumulated_batches_of_all_processes_equal_one_large_batch(
     script, inputs, large_batch, tmp_path, num_processes
 ):
@@ -139,6 +143,7 @@ def test_accumulated_batches_of_all_processes_equal_one_large_batch(
     assert len(shared["expressions"]) == NUM_EXPRESSIONS
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 def test_shards_on_two_processes_equal_one_large_batch(script, inputs, large_batch, tmp_path):
     options = {"num_processes": 2, "per_device_train_batch_size": 2, "sharded": True}

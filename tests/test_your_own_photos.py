@@ -1,4 +1,4 @@
-"""The page on own photos does what it says: all of its commands and code in their order, on few photos and steps."""
+"""All commands and snippets of docs/your_own_photos.md in their order, with few photos and steps."""
 
 import json
 import os
@@ -14,14 +14,16 @@ import pytest
 from PIL import Image
 
 from modeling_restr import ReSTRProcessor
-from modeling_restr.data import decode_mask, read_sentences
+from modeling_restr.data import decode_mask, load_prepared, read_sentences
 
+
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "your_own_photos.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
 STEPS, FEWER_STEPS = "--max_steps 60", "--max_steps 2"
-# Everything in one process: what takes longest is to import torch.
+# Everything runs in one process, since importing torch takes longest.
 RUN = """
 import runpy, sys
 
@@ -39,7 +41,7 @@ def run(program, *words):
 
 
 def write_photos(folder: Path) -> None:
-    """The lines that the page shows, and some more with a word that no model knows; each of another rectangle."""
+    """The lines of the page, and more with a word that no model knows. Each is about a different rectangle."""
     (example,) = (text for language, text in BLOCKS if language == "csv")
     more = [f"car_{n:02d}.jpg,the {word},masks/{n}.png,train" for n, word in enumerate(["zorblax", "wheel"] * 2, 3)]
     lines = [*example.strip().split("\n"), *more]
@@ -55,11 +57,16 @@ def write_photos(folder: Path) -> None:
         pixels = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(np.where(inside[..., None], 200, pixels)).save(folder / "photos" / photo)
         Image.fromarray(inside).save(folder / mask)
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 20], "area": 600, "iscrowd": 0}
+    annotation |= {"segmentation": [[5, 5, 35, 5, 35, 25, 5, 25]], "caption": "the left headlamp"}
+    images = [{"id": 1, "file_name": "car_01.jpg", "height": 60, "width": 80}]
+    instances = {"images": images, "annotations": [annotation], "categories": [{"id": 1, "name": "headlamp"}]}
+    (folder / "instances.json").write_text(json.dumps(instances))
     (folder / "questions.csv").write_text("image,sentence\ncar_01.jpg,the zorblax\ncar_02.jpg,the hood\n")
 
 
 def build_script() -> str:
-    """The page as one script of Python."""
+    """The page as one Python script."""
     parts = [RUN]
     for language, text in BLOCKS:
         if language == "python":
@@ -67,12 +74,13 @@ def build_script() -> str:
         elif language == "bash":
             for command in text.strip().split("\n"):
                 parts.append(f"run(*{shlex.split(command)})\n")
-    return "".join(parts).replace(f"'{STEPS.split()[1]}'", f"'{FEWER_STEPS.split()[1]}'")
+    script = "".join(parts).replace(f"'{STEPS.split()[1]}'", f"'{FEWER_STEPS.split()[1]}'")
+    return script.replace("'--captions', '--output-dir', 'data/mine'", "'--captions', '--output-dir', 'data/coco'")
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A folder in which the page was followed, and what that printed."""
+    """A folder in which the page's commands ran, and their output."""
     folder = tmp_path_factory.mktemp("page")
     write_photos(folder / "my")
     (folder / "examples").symlink_to(REPOSITORY / "examples")
@@ -96,13 +104,19 @@ def test_the_model_knows_the_new_words(ran):
     assert lost["unknown_words"] == []
 
 
-def test_it_is_evaluated_before_and_after_on_photos_that_it_has_not_seen(ran):
+def test_it_is_evaluated_before_and_after(ran):
     folder, _ = ran
     before, after = (
         json.loads((folder / "runs" / "mine" / when / "results.json").read_text()) for when in ("before", "after")
     )
     assert [len(results["expressions"]) for results in (before, after)] == [1, 1]
     assert before["metrics"] != after["metrics"]
+
+
+def test_captions_of_an_annotation_tool_become_sentences(ran):
+    folder, _ = ran
+    (row,) = load_prepared(folder / "data" / "coco", "train")
+    assert [expression["text"] for expression in row["references"][0]["expressions"]] == ["the left headlamp"]
 
 
 def test_it_answers_questions(ran):
