@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -47,7 +47,7 @@ AUGMENTATIONS = ("scale", "crop", "color", "mirror")
 # Without and with Trainer's state in a checkpoint.
 SCRIPTS = ("run_referring_segmentation_no_trainer.py", "run_referring_segmentation.py")
 
-Data = datasets.Dataset | datasets.IterableDataset
+Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 def run_script(train: Callable[..., bool], classes: Sequence[type], arguments: Sequence[str] | None = None) -> None:
@@ -348,8 +348,8 @@ def finish_run(accelerator: Accelerator, model: Any, run: Run) -> None:
         _write_card(folder, run.recipe, args, evaluations)
         print(f"Wrote {folder}")
         if run.repo_id is not None:
-            options = {"private": run.args.hub_private_repo, "token": run.args.hub_token}
-            print(f"Pushed: {push_to_hub(folder, run.repo_id, **options).commit_url}")
+            commit = push_to_hub(folder, run.repo_id, private=run.args.hub_private_repo, token=run.args.hub_token)
+            print(f"Pushed: {commit.commit_url}")
     accelerator.wait_for_everyone()
 
 
