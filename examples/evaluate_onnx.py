@@ -20,7 +20,6 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
-from evaluate_refcoco import find_revision, write_text
 from PIL import Image
 from tqdm import tqdm
 from transformers import pipeline
@@ -29,7 +28,9 @@ import modeling_restr  # noqa: F401  (makes `pipeline` know ReSTR)
 from modeling_restr.arguments import ArgumentParser, add_options
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.loading import load_prepared
+from modeling_restr.evaluation.run import find_revision
 from modeling_restr.export.restr_onnx import ReSTROnnxPipeline
+from modeling_restr.files import write_text
 from modeling_restr.metrics import ReferringIoU
 
 
@@ -44,7 +45,7 @@ class Annotated(NamedTuple):
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Compare an exported model with the model that it was made of.")
     parser.add_argument("model", help="folder or Hub id of the model")
-    parser.add_argument("folder", type=Path, help="what examples/export_onnx.py wrote")
+    parser.add_argument("folder", type=Path, help="what restr export wrote")
     parser.add_argument("--data", required=True, help="folder or Hub id of prepared data")
     parser.add_argument("--split", default="val", help="of the prepared data (default: val)")
     max_images = {"default": 200, "help": "the first N images only (default: 200)"}

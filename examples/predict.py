@@ -52,8 +52,8 @@ from modeling_restr.data.canonical import MASK_FEATURE, BadImage, encode_mask
 from modeling_restr.data.loading import are_parquet, find_data_files, load_prepared
 from modeling_restr.data.sentence_files import SUFFIXES, load_sentences
 from modeling_restr.data.shards import shard_paths
+from modeling_restr.evaluation.counts import predict_batch
 from modeling_restr.files import replace_file
-from modeling_restr.metrics.evaluation import predict_batch
 from modeling_restr.tokenization_restr import split_expression
 
 

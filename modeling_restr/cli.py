@@ -12,9 +12,14 @@ import typer
 from . import __version__
 from .options import (
     SETTINGS,
+    Data,
     DataRevision,
     Device,
+    DType,
+    ExpressionsPerBatch,
+    MaxImages,
     Model,
+    ModelDType,
     NumThreads,
     OutputDir,
     Revision,
@@ -95,6 +100,72 @@ def segment(
 
 
 @app.command(rich_help_panel=USE)
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[str, typer.Option(help="Split such as val, testA or testB.", rich_help_panel="Data")],
+    output_dir: OutputDir,
+    revision: Revision = None,
+    data_revision: DataRevision = None,
+    benchmark: Annotated[
+        Literal["refcoco", "refcoco+", "refcocog"] | None,
+        typer.Option(
+            help="What DATA is, to compare it with the published counts and the paper's results.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    max_images: MaxImages = None,
+    threshold: Threshold = 0.5,
+    dtype: ModelDType = DType.float32,
+    by_length: Annotated[
+        bool, typer.Option("--by-length", help="Group results by number of words, too.", rich_help_panel="Output")
+    ] = False,
+    bootstrap: Annotated[
+        int | None,
+        typer.Option(min=1, help="Add 95 % intervals by N resamples of the images.", rich_help_panel="Output"),
+    ] = None,
+    expressions_per_batch: ExpressionsPerBatch = 16,
+    device: Device = None,
+    num_threads: NumThreads = None,
+) -> None:
+    """
+    Evaluate a model on a split of prepared data.
+
+    Compares masks at the images' own size. Writes results.json (metrics, pixel counts of every expression, what
+    exactly was evaluated), results.md (a table next to the paper's numbers) and contact_sheet.png (best, median and
+    worst masks). When it was stopped, the same command resumes where it was.
+
+    To share the images among processes, with the same results, run the command with torchrun --nproc-per-node 2 or
+    accelerate launch, followed by -m modeling_restr.cli evaluate.
+
+    Example: restr evaluate you/restr data/refcoco --split val --benchmark refcoco --output-dir runs/val
+    """
+    with needs_extra("train"):
+        from .evaluation.report import format_report
+        from .evaluation.run import run_evaluation
+
+    results = run_evaluation(
+        model,
+        data,
+        split,
+        output_dir,
+        revision=revision,
+        data_revision=data_revision,
+        benchmark=benchmark,
+        max_images=max_images,
+        threshold=threshold,
+        dtype=dtype,
+        by_length=by_length,
+        num_bootstrap=bootstrap,
+        expressions_per_batch=expressions_per_batch,
+        device=device,
+        num_threads=num_threads,
+    )
+    if results is not None:
+        print(f"\n{format_report(results)}\nWritten: {output_dir / 'results.json'}, results.md, contact_sheet.png")
+
+
+@app.command(rich_help_panel=USE)
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel="Server")] = "127.0.0.1",
@@ -121,6 +192,42 @@ def serve(
     with Server((host, port), handler) as server:
         print(f"Serving {model} at http://{server.server_name}:{server.server_port}", flush=True)
         server.serve_forever()
+
+
+@app.command(rich_help_panel=SHARE)
+def export(
+    model: Model,
+    output_dir: OutputDir,
+    revision: Revision = None,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Add graphs with 8-bit weights, a third of the size.", rich_help_panel="Output"),
+    ] = False,
+    programs: Annotated[
+        bool, typer.Option("--programs", help="Add the torch.export programs (.pt2).", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """
+    Export a model to ONNX, to run it without PyTorch and Transformers.
+
+    Writes two graphs, the image encoder and the sentence query, with restr_onnx.py, which runs them. The folder needs
+    NumPy, Pillow, ONNX Runtime and Tokenizers only, and may be moved anywhere.
+
+    Example: restr export examples/restr_mini --output-dir restr-onnx --int8
+    """
+    import logging
+
+    from transformers import AutoModelForImageSegmentation, AutoProcessor
+
+    from .export import save_onnx
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which nothing here uses
+    restr_model = AutoModelForImageSegmentation.from_pretrained(model, revision=revision)
+    processor = AutoProcessor.from_pretrained(model, revision=revision)
+    folder = save_onnx(restr_model, processor, output_dir, int8=int8, programs=programs)
+    print(f"Wrote {folder}:")
+    for path in sorted(folder.iterdir()):
+        print(f"  {path.stat().st_size / 1e6:8.1f} MB  {path.name}")
 
 
 @app.command(rich_help_panel=SHARE)

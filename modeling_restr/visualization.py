@@ -21,6 +21,7 @@ COLORS = (
     (0, 114, 178),
 )
 OPACITY = 0.5
+TILE_SIZE = 320  # pixels, the longer side of an image on a sheet of many
 
 
 def get_color(index: int) -> tuple[int, int, int]:
@@ -92,6 +93,25 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
         else:
             lines[-1] = longer
     return lines
+
+
+def draw_tile(
+    image: Image.Image, masks: Sequence[np.ndarray | Image.Image], labels: Sequence[str], size: int = TILE_SIZE
+) -> Image.Image:
+    """
+    A picture for a sheet of many: the image with its masks, resized, and a legend below.
+
+    Args:
+        image (`PIL.Image.Image`): The image.
+        masks (sequence of N arrays or images of the image's size): Non-zero inside.
+        labels (sequence of N strings): What the legend says of each mask.
+        size (`int`): Longer side of the image in pixels.
+    """
+    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+    small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    inside = [Image.fromarray(np.asarray(mask) > 0) for mask in masks]
+    resized = [mask.resize((width, height), Image.Resampling.NEAREST) for mask in inside]
+    return add_legend(draw_masks(small, resized), labels)
 
 
 def arrange_in_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

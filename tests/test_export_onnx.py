@@ -29,6 +29,7 @@ from modeling_restr import (
     ReSTRVisionConfig,
     build_tokenizer,
 )
+from modeling_restr.cli import main
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.dataset_card import Source
 from modeling_restr.data.loading import load_prepared
@@ -95,11 +96,17 @@ def run_example(script, *arguments):
 
 @pytest.fixture(scope="module")
 def folder(pipe, tmp_path_factory):
-    """What the example script writes for the pipeline's model, moved to another place."""
+    """What `restr export` writes for the pipeline's model, moved to another place."""
     work = tmp_path_factory.mktemp("export")
     pipe.model.save_pretrained(work / "model")
     pipe.processor.save_pretrained(work / "model")
-    printed = run_example("export_onnx.py", work / "model", "--int8", "--programs", "--output_dir", work / "first")
+    words = ["export", work / "model", "--int8", "--programs", "--output-dir", work / "first"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
+        patch.setattr(sys, "argv", ["restr", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert not stopped.value.code
+    printed = output.getvalue()
     names = [
         *("image_encoder.onnx", "image_encoder.pt2", "image_encoder_int8.onnx", "restr_onnx.json", "restr_onnx.py"),
         *("sentence_query.onnx", "sentence_query.pt2", "sentence_query_int8.onnx", "tokenizer.json"),

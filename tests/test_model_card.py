@@ -16,8 +16,9 @@ from PIL import Image
 from tiny_training import make_dataset, make_model, make_processor
 
 from modeling_restr import ReSTRPipeline
+from modeling_restr.evaluation.run import run_evaluation
 from modeling_restr.hub import Example, hash_weights, push_to_hub, save_bundle, write_model_card
-from modeling_restr.hub.model_card import PAPER_OVERALL_IOU, find_template
+from modeling_restr.hub.model_card import find_template
 from modeling_restr.visualization import add_legend, draw_masks
 
 
@@ -42,18 +43,14 @@ def folder(saved, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluation(saved, tmp_path_factory) -> dict:
-    """What examples/evaluate_refcoco.py writes of the model."""
+    """What `restr evaluate` writes of the model."""
     root = tmp_path_factory.mktemp("evaluation")
     (root / "squares" / "data").mkdir(parents=True)
     make_dataset(4).to_parquet(root / "squares" / "data" / "val-00000-of-00001.parquet")
-    script = str(EXAMPLES / "evaluate_refcoco.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(root / "cache"))
         patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
-        command = [script, saved, root / "squares", "--split", "val", "--output_dir", root / "output"]
-        patch.setattr(sys, "argv", list(map(str, command)))
-        runpy.run_path(script, run_name="__main__")
-    return json.loads((root / "output" / "results.json").read_text())
+        return run_evaluation(str(saved), str(root / "squares"), "val", root / "output")
 
 
 def write_json(path: Path, content: dict) -> Path:
@@ -107,11 +104,6 @@ def test_papers_numbers_stand_in_their_own_column_for_the_same_data_only(folder,
     assert "paper's own model" not in path.read_text() and "67.22" not in path.read_text()
 
 
-def test_papers_numbers_are_those_of_the_evaluation_script():
-    benchmarks = runpy.run_path(str(EXAMPLES / "evaluate_refcoco.py"))["BENCHMARKS"]
-    assert {name: benchmark.overall_iou for name, benchmark in benchmarks.items()} == PAPER_OVERALL_IOU
-
-
 def test_figures_are_copied_and_shown_with_what_is_said_of_them(folder, tmp_path):
     figure = EXAMPLES / "photos" / "clock.jpg"
     path = write_model_card(folder, figures={figure: "A [clock](https://example.org). Taken by somebody."})
@@ -143,7 +135,7 @@ def test_evaluation_of_another_model_is_refused(folder, evaluation, tmp_path, ch
     [
         ({"metrics": {}, "model": {"name": "model"}}, "does not say which weights"),
         ({"results": {}}, r"is no evaluation.*got the keys \['results'\]"),
-        ({"mean_iou": 0.7}, "is no evaluation: expected a JSON file of examples/evaluate_refcoco.py"),
+        ({"mean_iou": 0.7}, "is no evaluation: expected a JSON file of `restr evaluate`"),
     ],
 )
 def test_numbers_without_an_evaluation_of_known_weights_are_refused(folder, tmp_path, content, message):

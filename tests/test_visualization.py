@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, get_color, save_image
+from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, draw_tile, get_color, save_image
 
 
 def test_masks_are_tinted_in_their_colour_and_nothing_else_changes():
@@ -45,6 +45,20 @@ def test_legend_has_a_swatch_for_each_label_below_the_image():
     assert all(len(found) > 10 for found in rows)
     assert rows[0].max() < rows[1].min() < rows[1].max() < rows[2].min()
     assert rows[2].min() - rows[1].min() > rows[1].min() - rows[0].min()  # the long label takes more lines
+
+
+def test_tiles_show_the_masks_in_their_colours_and_the_labels():
+    image = Image.new("L", (160, 80), 128)
+    target, predicted = np.zeros((2, 80, 160), dtype=bool)
+    target[10:30, 10:50], predicted[50:70, 100:150] = True, True
+    tile = np.asarray(draw_tile(image, [target, Image.fromarray(predicted)], ["the dog", "IoU 0"])).astype(int)
+    assert tile.shape[1] == 320 and tile.shape[0] > 160  # the legend is below
+    for index, (row, column) in enumerate([(40, 60), (120, 250)]):
+        expected = (np.array(get_color(index)) + 128) / 2
+        assert np.abs(tile[row, column] - expected).max() <= 2
+    other = np.asarray(draw_tile(image, [target, predicted], ["the cat", "IoU 0"]))
+    assert (other[:160] == tile[:160]).all() and (other[160:] != tile[160:]).any()
+    assert draw_tile(image.resize((1000, 1)), [], [], size=100).width == 100
 
 
 def test_grid_is_filled_row_by_row_and_white_elsewhere():

@@ -88,7 +88,7 @@ class ReSTROnnxPipeline:
     ) -> None:
         """
         Args:
-            folder: what `examples/export_onnx.py` wrote; by default the one that this file is in.
+            folder: what `restr export` wrote; by default the one that this file is in.
             precision: "float32", or "int8" for graphs with 8-bit weights where the folder has them.
             providers: of ONNX Runtime, such as `["CUDAExecutionProvider", "CPUExecutionProvider"]`.
             session_options: of ONNX Runtime, such as the number of threads.
@@ -104,7 +104,7 @@ class ReSTROnnxPipeline:
         settings, tokenizer = folder / "restr_onnx.json", folder / "tokenizer.json"
         missing = [path.name for path in (*graphs, settings, tokenizer) if not path.is_file()]
         if missing:
-            raise ValueError(f"Expected {folder} as examples/export_onnx.py writes it, but it lacks {missing}.")
+            raise ValueError(f"Expected {folder} as restr export writes it, but it lacks {missing}.")
         self.image_encoder, self.sentence_query = (
             onnxruntime.InferenceSession(graph, session_options, providers=list(providers)) for graph in graphs
         )

@@ -1,4 +1,4 @@
-"""Metrics and evaluation; never imported by the model files. Needs the extra `train`."""
+"""The metric; never imported by the model files. Needs the extra `train`."""
 
 from .referring_iou import ReferringIoU
 

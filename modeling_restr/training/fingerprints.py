@@ -7,7 +7,7 @@ import datasets
 import fsspec
 
 from ..data.canonical import FEATURES
-from ..metrics.evaluation import fingerprint_rows
+from ..evaluation.counts import fingerprint_rows
 
 
 MAX_SHARDS = 8  # of a stream

@@ -22,12 +22,12 @@ from ..configuration_restr import ReSTRConfig, ReSTRTextConfig
 from ..data.canonical import FEATURES
 from ..data.loading import load_prepared, name_rows
 from ..data.word_vectors import load_word_vectors, set_word_vectors
+from ..evaluation.counts import check_dataset, evaluate_dataset, fingerprint, fingerprint_rows
 from ..files import write_json
 from ..hub import push_to_hub, save_bundle, write_model_card
 from ..hub.bundle import hash_weights
 from ..image_processing_restr import ReSTRImageProcessor
 from ..metrics import ReferringIoU
-from ..metrics.evaluation import check_dataset, evaluate_dataset, fingerprint, fingerprint_rows
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from ..tokenization_restr import build_tokenizer, read_vocabulary, split_expression, vocabulary_from_expressions

@@ -1,9 +1,8 @@
 """
-Evaluation on a dataset in the canonical form (`data/canonical.py`): pixel counts of every expression, at the images'
-own size.
+Pixel counts of every expression in a dataset of the canonical form (`data/canonical.py`), at the images' own size.
 
     for records in evaluate_dataset(model, processor, dataset):
-        ...  # the expressions of one image
+        ...  # one record per expression about the image
 """
 
 import hashlib
@@ -18,11 +17,10 @@ from PIL import Image
 from transformers import BatchFeature
 
 from ..data.canonical import FEATURES, decode_mask
+from ..metrics import ReferringIoU
 from ..tokenization_restr import split_expression
-from .referring_iou import ReferringIoU
 
 
-@torch.inference_mode()
 def predict_masks(
     model: Any,
     processor: Any,
@@ -32,19 +30,19 @@ def predict_masks(
     threshold: float = 0.5,
 ) -> Iterator[dict[str, Any]]:
     """
-    Find what each expression refers to; the image is encoded once.
+    Find what each expression refers to. The image is encoded once.
 
     Args:
-        model: a [`ReSTRForImageSegmentation`], on any device and in any dtype.
-        processor: its [`ReSTRProcessor`].
-        image: the image.
-        texts: the expressions.
-        expressions_per_batch: how many expressions the model sees at a time.
-        threshold: probability above which a pixel belongs to the mask.
+        model: A [`ReSTRForImageSegmentation`] on any device and in any dtype.
+        processor: Its [`ReSTRProcessor`].
+        image: The image.
+        texts: The expressions.
+        expressions_per_batch: Number of expressions that the model decodes at a time.
+        threshold: Probability above which a pixel is in the mask.
 
     Yields:
-        For each expression what `post_process_referring_segmentation` returns: `mask` (bool) and `probabilities`,
-        (height, width) of the image, and `score`. Only one expression's are in memory at a time.
+        What `post_process_referring_segmentation` returns, one expression at a time: `mask` (bool) and
+        `probabilities`, both (height, width) of the image, and `score`.
     """
     inputs = processor(images=image, text=list(texts), return_tensors="pt")
     yield from predict_batch(model, processor, inputs, expressions_per_batch, threshold)
@@ -54,7 +52,7 @@ def predict_masks(
 def predict_batch(
     model: Any, processor: Any, inputs: BatchFeature, expressions_per_batch: int = 16, threshold: float = 0.5
 ) -> Iterator[dict[str, Any]]:
-    """[`predict_masks`] of what the processor makes of one or several images and their expressions, in their order."""
+    """[`predict_masks`] for what the processor returned for one or several images and their expressions, in order."""
     if expressions_per_batch < 1:
         raise ValueError(f"Expected expressions_per_batch >= 1, got {expressions_per_batch}.")
     inputs = inputs.to(model.device, model.dtype)
@@ -75,19 +73,19 @@ def evaluate_image(
     model: Any, processor: Any, row: dict[str, Any], expressions_per_batch: int = 16, threshold: float = 0.5
 ) -> list[dict[str, Any]]:
     """
-    Compare the model's mask of each expression about an image with the mask of what it refers to.
+    Compare the model's mask for each expression about an image with the mask of what it refers to.
 
     Args:
-        row: a row of a dataset in the canonical form, its image decoded.
-        (all others): as of [`predict_masks`].
+        row: A row of a dataset in the canonical form, with its image decoded.
+        (all others): See [`predict_masks`].
 
     Returns:
-        A dict for each expression, in the row's order: `image_id`, `ref_id`, `sent_id`, `text`, `num_words` (as the
+        A dict per expression, in the row's order: `image_id`, `ref_id`, `sent_id`, `text`, `num_words` (as the
         tokenizer splits it), `intersection`, `union`, `predicted` and `target` in pixels of the image, and `score`,
         the mean probability inside the predicted mask.
 
     Raises:
-        ValueError: for masks of another size than their image.
+        ValueError: A mask has another size than the image.
     """
     image = row["image"]
     texts = [expression["text"] for reference in row["references"] for expression in reference["expressions"]]
@@ -96,16 +94,22 @@ def evaluate_image(
     for reference in row["references"]:
         if tuple(reference["mask"]["size"]) != (image.height, image.width):
             raise ValueError(
-                f"{row['file_name']}: the mask of ref_id {reference['ref_id']} is of size {reference['mask']['size']}"
-                f" (height, width), the image of {[image.height, image.width]}. Prepare the data anew."
+                f"{row['file_name']}: expected masks of the image's size (height, width)"
+                f" {[image.height, image.width]}, got {reference['mask']['size']} for ref_id {reference['ref_id']}."
+                " Prepare the data again."
             )
         target = decode_mask(reference["mask"])
         for expression in reference["expressions"]:
             result = next(predictions)
-            record = {"image_id": row["image_id"], "ref_id": reference["ref_id"], **expression}
-            record["num_words"] = len(split_expression(expression["text"]))
             records.append(
-                record | ReferringIoU.counts(result["mask"], target, areas=True) | {"score": result["score"]}
+                {
+                    "image_id": row["image_id"],
+                    "ref_id": reference["ref_id"],
+                    **expression,
+                    "num_words": len(split_expression(expression["text"])),
+                    **ReferringIoU.counts(result["mask"], target, areas=True),
+                    "score": result["score"],
+                }
             )
     return records
 
@@ -117,7 +121,7 @@ def evaluate_dataset(
     expressions_per_batch: int = 16,
     threshold: float = 0.5,
 ) -> Iterator[list[dict[str, Any]]]:
-    """[`evaluate_image`] of each row in turn: yields the list of its records."""
+    """Yield the records of [`evaluate_image`] for each row."""
     for row in dataset:
         yield evaluate_image(model, processor, row, expressions_per_batch, threshold)
 
@@ -127,15 +131,14 @@ def check_dataset(dataset: datasets.Dataset) -> None:
     Find before a long evaluation what would stop it.
 
     Raises:
-        ValueError: for a dataset that is not in the canonical form, that has no expressions, or that has some without
-            words.
+        ValueError: The dataset is not in the canonical form, has no expressions, or has expressions without words.
     """
     references = getattr(dataset.features.get("references"), "feature", {})
     missing = [name for name in FEATURES if name not in dataset.features]
     missing += [f"references.{name}" for name in FEATURES["references"].feature if name not in references]
     if missing:
         raise ValueError(
-            f"Expected a dataset with one row an image, as `restr prepare` writes it; it lacks {missing}"
+            f"Expected a dataset with one row per image, as `restr prepare` writes it, got one that lacks {missing}"
             f" and has {list(dataset.features)}."
         )
     expressions = [
@@ -149,13 +152,13 @@ def check_dataset(dataset: datasets.Dataset) -> None:
     wordless = [expression["sent_id"] for expression in expressions if not split_expression(expression["text"])]
     if wordless:
         raise ValueError(
-            f"Expected expressions of at least one word, got {len(wordless)} of {len(expressions)} without any, of"
-            f" the sent_ids {wordless[:20]}. Leave them out when preparing the data."
+            f"Expected expressions of at least one word, got {len(wordless)} of {len(expressions)} without any, with"
+            f" the sent_ids {wordless[:20]}. Leave them out when you prepare the data."
         )
 
 
 def fingerprint_rows(dataset: datasets.Dataset) -> list[str]:
-    """A hash (hexadecimal) of each row's ids, masks and expressions; the image itself is left out."""
+    """A hash (hexadecimal) per row of its ids, masks and expressions, but not of the image itself."""
     digests = []
     for row in dataset.select_columns(["image_id", "references"]):
         references = [
@@ -168,5 +171,16 @@ def fingerprint_rows(dataset: datasets.Dataset) -> list[str]:
 
 
 def fingerprint(digests: Iterable[str]) -> str:
-    """One hash of all rows' hashes, whatever their order: it does not depend on how a dataset's files are sharded."""
+    """One hash of all rows' hashes in any order: it does not depend on how the dataset is sharded."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+__all__ = [
+    "check_dataset",
+    "evaluate_dataset",
+    "evaluate_image",
+    "fingerprint",
+    "fingerprint_rows",
+    "predict_batch",
+    "predict_masks",
+]

@@ -1,0 +1,1 @@
+"""Evaluation on prepared data; never imported by the model files. Needs the extra `train`."""
