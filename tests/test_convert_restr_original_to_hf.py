@@ -203,7 +203,7 @@ def test_options_that_do_not_fit_are_errors(case, wrong_options, message):
 
 def test_other_state_dicts_are_refused():
     settings, state_dict, _ = read_case("coupled")
-    with pytest.raises(ValueError, match="no state dict of the original ReSTR"):
+    with pytest.raises(ValueError, match="Expected a state dict of the original ReSTR"):
         model_from_original_state_dict({"weight": torch.zeros(1)}, **options_of(settings))
     encoders = {key: tensor for key, tensor in state_dict.items() if "fusion_module.blocks" not in key}
     with pytest.raises(ValueError, match="exactly one variant"):
@@ -284,7 +284,7 @@ def test_command_writes_a_folder_that_gives_the_same_logits(tmp_path):
 def test_vocabulary_of_another_checkpoint_is_refused(tmp_path, caplog):
     options = {"output_dir": tmp_path / "converted", "image_size": 64}
     options |= {"num_attention_heads": 4, "text_num_attention_heads": 4}
-    with pytest.raises(ValueError, match="51 lines, but the checkpoint's word embedding has 50 rows"):
+    with pytest.raises(ValueError, match="51 lines and the checkpoint's word embedding has 50 rows"):
         convert_checkpoint(**write_original_files(tmp_path, "coupled", num_words=51), **options)
     assert not (tmp_path / "converted").exists()
 
