@@ -6,10 +6,24 @@ from setuptools.command.build_py import build_py
 
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_restr" / "__init__.py").read_text(), re.MULTILINE)
+
+
+def read_constant(name: str, file: str) -> str:
+    """Read a string constant of a module without importing it, because that needs what is installed here."""
+    text = (ROOT / "modeling_restr" / file).read_text(encoding="utf-8")
+    return re.search(rf'^{name} = "(.+?)"', text, re.MULTILINE)[1]
+
 
 EXTRAS = {
-    "train": ["accelerate>=1.1", "datasets>=4.0", "evaluate>=0.4", "pycocotools>=2.0.8", "scipy>=1.11"],
+    "train": [
+        "accelerate>=1.1",
+        "datasets>=4.0",
+        "evaluate>=0.4",
+        "fsspec>=2023.5",
+        "pyarrow>=15.0",
+        "pycocotools>=2.0.8",
+        "scipy>=1.11",
+    ],
     "tracking": ["matplotlib>=3.8", "tensorboard>=2.17", "trackio>=0.21.1"],
     "space": ["gradio>=6.31,<7"],
     "onnx": ["onnx>=1.19", "onnxruntime>=1.22", "onnxscript>=0.7"],
@@ -32,7 +46,7 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
 
 
 class BuildWithModelCard(build_py):
-    """Puts the template of model cards, which lies at the repository's root, beside the module that fills it."""
+    """Copies the template of model cards from the repository's root to the module that fills it."""
 
     def run(self) -> None:
         super().run()
@@ -42,7 +56,7 @@ class BuildWithModelCard(build_py):
 
 setup(
     name="modeling-restr",
-    version=VERSION[1],
+    version=read_constant("__version__", "__init__.py"),
     description="ReSTR, referring image segmentation: a photo and a sentence in, a mask out",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -58,6 +72,7 @@ setup(
     ],
     cmdclass={"build_py": BuildWithModelCard},
     packages=find_packages(include=["modeling_restr", "modeling_restr.*"]),
+    package_data={"modeling_restr": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "filelock>=3.12",
@@ -70,7 +85,7 @@ setup(
         "tokenizers>=0.22",
         "torch>=2.6",
         "tqdm>=4.60",
-        "transformers>=5.17,<6",
+        read_constant("TRANSFORMERS", "requirements_restr.py"),
         "typer>=0.29",
     ],
     entry_points={"console_scripts": ["restr = modeling_restr.cli:main"]},

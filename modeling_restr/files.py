@@ -1,9 +1,11 @@
-"""Atomic writing of files, and folders that one run at a time writes to."""
+"""Atomic writing of files and folders, hashes of files, and folders that one run at a time writes to."""
 
+import hashlib
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,49 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+@contextmanager
+def replace_files(folder: Path, essential: Iterable[str]) -> Iterator[Path]:
+    """
+    Yield a temporary folder. The files that are written there are moved to `folder` unless the body raises. Other files
+    of an existing folder are kept.
+
+    Args:
+        folder: Where to move the files; parent folders are made as needed.
+        essential: Patterns of the files without which the folder is of no use. Old ones are removed first, and new ones
+            are moved last, so that an interrupted move leaves none of them instead of a mixture.
+
+    Raises:
+        ValueError: `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder to save to, got {folder}, which is a file.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder if folder.exists() else folder.parent  # on the same disk, so that moving is renaming
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
+        staging = Path(temporary) / folder.name
+        staging.mkdir()
+        yield staging
+        if not folder.exists():
+            os.replace(staging, folder)
+            return
+        for path in find_files(folder, essential):
+            path.unlink()
+        last = find_files(staging, essential)
+        for path in (*sorted(set(staging.iterdir()) - set(last)), *last):
+            os.replace(path, folder / path.name)
+
+
+def find_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a folder that match any of the patterns, by name."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

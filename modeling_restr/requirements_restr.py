@@ -1,14 +1,14 @@
 """
 The version of transformers that ReSTR needs, checked on import. Every model file imports this one before anything else
-of transformers: whichever is loaded first says what is missing.
+of transformers, so that an old version is reported by whichever file is loaded first.
 """
 
 import transformers
 from packaging.version import Version
 
 
-MIN_TRANSFORMERS = "5.17"
-TRANSFORMERS = f"transformers>={MIN_TRANSFORMERS},<6"  # as pip reads it
+TRANSFORMERS = "transformers>=5.17,<6"  # as pip reads it; setup.py and saved models take it from this line
+MIN_TRANSFORMERS = TRANSFORMERS.partition(">=")[2].partition(",")[0]
 
 if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):
     raise ImportError(

@@ -51,7 +51,7 @@ def test_an_old_transformers_is_named_by_the_package_and_by_each_module_of_a_bun
     assert done.stdout.splitlines() == [f"{name} {expected}" for name in names]
 
 
-@pytest.mark.parametrize("place", ["setup.py", "examples/space/requirements.txt", "bundle", "card"])
+@pytest.mark.parametrize("place", ["examples/space/requirements.txt", "bundle", "card"])
 def test_the_same_version_is_asked_for_everywhere(bundle, place):
     path = {"bundle": bundle / "requirements.txt", "card": find_template()}.get(place, ROOT / place)
     assert TRANSFORMERS in path.read_text()

@@ -28,8 +28,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 from .. import __version__
 from ..data.loading import load_prepared, name_rows
 from ..data.published_counts import Counts, compare_counts, published_counts
-from ..files import hold_folder, write_json, write_text
-from ..hub.bundle import hash_file
+from ..files import hash_file, hold_folder, write_json, write_text
 from ..metrics import ReferringIoU
 from ..options import start_processes
 from ..visualization import save_image

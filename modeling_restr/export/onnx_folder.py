@@ -4,13 +4,13 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
+from ..files import replace_files
 from ..hub.bundle import check_pair
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
@@ -57,8 +57,6 @@ def save_onnx(
         `ImportError`: A package of the extra `onnx` is missing.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected a folder to save to, but {folder} is a file.")
     if (folder / "config.json").exists():  # its tokenizer.json, which is another one, would be lost
         raise ValueError(f"Expected a folder for the export alone, got {folder}, which has a model in it.")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -66,17 +64,12 @@ def save_onnx(
         raise ImportError(f"The export needs {', '.join(missing)}: pip install onnx onnxruntime onnxscript")
     check_pair(model, processor)
     settings = _image_settings(processor)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = folder if folder.exists() else folder.parent  # on the same disk, so that moving is renaming
-    with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as temporary:
-        staging = Path(temporary) / folder.name
-        staging.mkdir()
+    with replace_files(folder, essential=GRAPH_PATTERNS) as staging:
         for name in GRAPHS:
             save_graph(model, name, staging, int8=int8, program=programs)
         (staging / "restr_onnx.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         _padding_tokenizer(processor.tokenizer).save(os.fspath(staging / "tokenizer.json"))
         shutil.copyfile(RUNNER, staging / RUNNER.name)
-        _move_into_place(staging, folder)
     return folder
 
 
@@ -131,19 +124,3 @@ def _padding_tokenizer(tokenizer: Any) -> Tokenizer:
         direction=tokenizer.padding_side, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token, length=length
     )
     return backend
-
-
-def _move_into_place(staging: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.replace(staging, folder)
-        return
-    for path in _find_graphs(folder):
-        path.unlink()
-    graphs = _find_graphs(staging)
-    others = sorted(set(staging.iterdir()) - set(graphs))
-    for path in (*others, *graphs):
-        os.replace(path, folder / path.name)
-
-
-def _find_graphs(folder: Path) -> list[Path]:
-    return sorted(path for pattern in GRAPH_PATTERNS for path in folder.glob(pattern))
