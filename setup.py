@@ -40,6 +40,7 @@ EXTRAS["test"] = [
     "parameterized",
     "peft>=0.18",
     "pytest>=8.0",
+    "pyyaml>=6.0",
     "tensorboard>=2.17",
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
@@ -80,7 +81,7 @@ setup(
         "jinja2>=3.0",
         "numpy>=1.26",
         "packaging>=20.0",
-        "pillow>=10.1",
+        "pillow>=10.4",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "torch>=2.6",

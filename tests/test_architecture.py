@@ -1,10 +1,7 @@
 """The page on the architecture prints what it shows, and its figure is there."""
 
 import re
-import sys
 from pathlib import Path
-
-import modeling_restr
 
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -12,7 +9,9 @@ PAGE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 
 def test_shapes_are_as_shown(capsys):
-    (code,), (printed,) = (re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL) for language in ("python", "text"))
+    (code,), (printed,) = (
+        re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL) for language in ("python", "text")
+    )
     exec(code, {})  # noqa: S102
     assert capsys.readouterr().out == printed
 

@@ -1,17 +1,24 @@
-"""The files that other programs read: workflow, issue forms, hooks, citation."""
+"""The guide for contributors, and the files that other programs read: workflow, issue forms, hooks, citation."""
 
+import json
 import re
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from annotated_images import TWO_BOXES, write_photo
 
 import modeling_restr
+from modeling_restr.data import build_dataset, decode_mask
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FORMS = sorted((REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+GUIDE = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def read(path: str) -> dict:
@@ -60,8 +67,22 @@ def test_hooks_are_those_of_the_checks():
 def test_contributors_are_told_the_test_commands_that_exist():
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert "not slow" in settings["addopts"]
-    guide = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\]\(([^)#]+)\)", guide)
+    linked = re.findall(r"\]\(([^)#]+)\)", GUIDE)
     assert linked and all((REPOSITORY / path).exists() for path in linked if "://" not in path)
     for command in ("python -m pytest", "python -m pytest -m slow"):
-        assert f"\n{command}" in guide
+        assert f"\n{command}\n" in GUIDE
+
+
+def test_the_reader_of_the_guide_reads(tmp_path):
+    toy = {"category": "car", "polygons": TWO_BOXES, "texts": ["the red car", "car"]}
+    (tmp_path / "train.json").write_text(json.dumps({"a.png": [toy], "b.png": [toy, toy]}))
+    for seed, name in enumerate(("a.png", "b.png")):
+        write_photo(tmp_path / name, seed)
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+    names: dict = {}
+    exec(textwrap.dedent(code), names)  # noqa: S102
+    rows = build_dataset(names["read_toys"](tmp_path, tmp_path, "train"), progress=False)
+    assert [len(row["references"]) for row in rows] == [1, 2]
+    reference = rows[1]["references"][1]
+    assert [expression["text"] for expression in reference["expressions"]] == toy["texts"]
+    assert decode_mask(reference["mask"]).sum() == 10 * 8 + 10 * 10
