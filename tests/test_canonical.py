@@ -18,12 +18,8 @@ from modeling_restr.data.canonical import (
     ImageInDataset,
     build_dataset,
     build_row,
-    build_rows,
-    decode_mask,
-    encode_mask,
 )
-from modeling_restr.data.records import Problems
-from modeling_restr.data.segmentation import SeveralObjects
+from modeling_restr.data.segmentation import SeveralObjects, decode_mask, encode_mask
 
 
 HEIGHT, WIDTH = 24, 32
@@ -56,7 +52,7 @@ def decoded(row):
     return FEATURES["image"].decode_example(row["image"])
 
 
-# Rows
+# --- Rows -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("embed", [True, False])
@@ -80,7 +76,7 @@ def test_row_of_a_good_image(tmp_path, embed):
     ]
 
 
-def test_box_of_the_mask_stands_in_for_a_missing_one(tmp_path):
+def test_a_missing_box_is_that_of_the_mask(tmp_path):
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[4:10, 7:20] = True
     row = build_row(annotate(write_image(tmp_path / "a.png"), mask))
@@ -106,8 +102,8 @@ def test_grey_palette_and_other_images_are_kept(tmp_path, name, mode):
     ("name", "mode"), [("a.jpg", "RGB"), ("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "P"), ("a.webp", "RGB")]
 )
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_annotations_of_a_turned_photo_as_it_is_stored(tmp_path, name, mode, orientation):
-    """They were made by a program that ignores EXIF: users have to get the image as it is stored, to the pixel."""
+def test_annotations_of_a_rotated_photo_as_stored(tmp_path, name, mode, orientation):
+    """A program that ignores EXIF made them, so users get the image as it is stored, exactly."""
     path = write_image(tmp_path / name, mode=mode, orientation=orientation)
     mask = random_mask()
     for embed in (True, False):
@@ -128,7 +124,7 @@ def test_orientation_in_xmp_counts_as_in_exif(tmp_path):
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("stated", [True, False])
-def test_annotations_of_a_turned_photo_as_it_is_shown(tmp_path, orientation, stated):
+def test_annotations_of_a_rotated_photo_as_shown(tmp_path, orientation, stated):
     path = write_image(tmp_path / "a.jpg", orientation=orientation)
     mask = random_mask(size=(WIDTH, HEIGHT))
     annotated = annotate(path, mask, size=(WIDTH, HEIGHT))
@@ -173,8 +169,8 @@ def test_truncated_images_never_pass(tmp_path, extension):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_images_are_bad_images_or_decode_to_their_size(tmp_path):
-    """Whatever Pillow raises on a damaged file, a run over many images goes on."""
+def test_damaged_images_are_bad_or_decode_to_their_size(tmp_path):
+    """Whatever Pillow raises on a damaged file, a run over many images continues."""
     rng = np.random.default_rng(0)
     path = tmp_path / "a.tiff"
     num_bad = 0
@@ -220,10 +216,11 @@ def test_objects_without_a_pixel_are_bad_but_sentences_about_nothing_are_not(tmp
         build_row(annotate(path, SeveralObjects((box, [[3, 3, 9, 3, 9, 3]]))))
 
 
-@pytest.mark.parametrize("segmentation", [None, 5, "x", [5], [[None]], [["1", "2"] * 4], {"size": 1, "counts": {}}])
-def test_annotations_of_any_type_are_the_images_fault(tmp_path, segmentation):
-    with pytest.raises(BadImage, match=r"^a\.png: ref_id 11: "):
-        build_row(annotate(write_image(tmp_path / "a.png"), segmentation or {}))
+def test_segmentations_of_any_type_make_bad_images(tmp_path):
+    path = write_image(tmp_path / "a.png")
+    for segmentation in ({}, 5, "x", [5], [[None]], [["1", "2"] * 4], {"size": 1, "counts": {}}):
+        with pytest.raises(BadImage, match=r"^a\.png: ref_id 11: "):
+            build_row(annotate(path, segmentation))
 
 
 def test_programs_are_not_run(tmp_path, monkeypatch):
@@ -245,7 +242,7 @@ def test_images_lie_in_their_folder(tmp_path):
             build_row(replace(annotated, image=path, image_dir=inside))
 
 
-def test_images_that_a_dataset_holds(tmp_path):
+def test_images_in_a_dataset(tmp_path):
     paths = [write_image(tmp_path / f"{index}.png", random_pixels(index)) for index in range(2)]
     features = datasets.Features({"photo": datasets.Image(decode=False)})
     rows = [{"bytes": None, "path": str(paths[0])}, {"bytes": paths[1].read_bytes(), "path": None}]
@@ -262,114 +259,62 @@ def test_images_that_a_dataset_holds(tmp_path):
         build_row(AnnotatedImage(7, "0.png", ImageInDataset(source, 0, "photo"), ()))
 
 
-# Datasets
+# --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
-def annotate_many(folder):
-    """Five images, of which the second is missing, the third cut short and the fifth of another size."""
-    names = [f"{letter}.png" for letter in "abcde"]
-    images = [
-        annotate(write_image(folder / name, random_pixels(index)), random_mask(index), image_id=index)
-        for index, name in enumerate(names)
-    ]
-    (folder / "b.png").unlink()
-    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:500])
-    write_image(folder / "e.png", random_pixels(0, (8, 8)))
-    return images
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_bad_images_are_named_in_order(tmp_path, num_threads):
-    images = annotate_many(tmp_path)
-    rows, bad = build_rows(images, num_threads=num_threads, progress=False)
-    assert [row["file_name"] for row in rows] == ["a.png", "d.png"]
-    assert [problem[:9] for problem in bad] == ["b.png: mi", "c.png: ca", "e.png: de"]
-    with pytest.raises(BadImage, match=r"(?s)3 images cannot be used; skip_bad=True .*b\.png.*c\.png.*e\.png"):
-        build_dataset(images, progress=False)
-
-
-def test_bad_images_are_left_out_with_a_warning(tmp_path, caplog):
-    images = annotate_many(tmp_path)
+@pytest.fixture
+def warnings(caplog):
+    """Records what `datasets`, which keeps its records from the root logger, warns about."""
     logger = logging.getLogger("datasets")
-    logger.addHandler(caplog.handler)  # `datasets` keeps its records from the root logger
-    try:
-        dataset = build_dataset(images, skip_bad=True, progress=False)
-    finally:
-        logger.removeHandler(caplog.handler)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_bad_images_stop_it_or_are_left_out_with_a_warning(tmp_path, warnings):
+    images = [
+        annotate(write_image(tmp_path / f"{letter}.png", random_pixels(index)), random_mask(index), image_id=index)
+        for index, letter in enumerate("abcde")
+    ]
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
+    write_image(tmp_path / "e.png", random_pixels(0, (8, 8)))
+    with pytest.raises(BadImage, match=r"(?s)3 images cannot be used; skip_bad=True .*b\.png: mis.*c\.png: c.*e\.png"):
+        build_dataset(images, progress=False)
+    dataset = build_dataset(images, skip_bad=True, progress=False)
     assert dataset["image_id"][:] == [0, 3]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert all(text in caplog.text for text in ("Left out 3 images", "b.png: missing", "c.png", "e.png"))
-    assert "missing images: 1 (b.png)\nimages that cannot be decoded: 1 (c.png)\nimages of another size" in caplog.text
+    assert [record.levelname for record in warnings.records] == ["WARNING"]
+    assert all(text in warnings.text for text in ("Left out 3 images", "b.png: missing", "c.png", "e.png"))
+    summary = "missing images: 1 (b.png)\nimages that cannot be decoded: 1 (c.png)\nimages of another size"
+    assert summary in warnings.text
     none_left = build_dataset(images[1:3], skip_bad=True, progress=False)
-    assert len(none_left) == 0
-    assert none_left.features == FEATURES
+    assert len(none_left) == 0 and none_left.features == FEATURES
 
 
-def test_what_a_summary_should_say_of_good_images(tmp_path):
+def test_doubtful_parts_of_good_images_are_reported(tmp_path, warnings):
     stray = annotate(write_image(tmp_path / "a.png"), [[1, 2], [3, 5, 13, 5, 13, 17, 3, 17], [1, 2, 3, 4]])
-    turned = annotate(write_image(tmp_path / "b.jpg", orientation=6))
-    for num_threads in (1, 2):
-        problems = Problems()
-        rows, bad = build_rows([stray, turned, stray], num_threads=num_threads, progress=False, problems=problems)
-        assert len(rows) == 3 and not bad
-        assert problems == {
-            "polygons of one or two points, dropped": ["a.png: ref_id 11"] * 4,
-            "images that EXIF turns, annotated as if it did not (look at some)": ["b.jpg"],
-        }
-
-
-def make_dataset(folder, num_images=4):
-    return build_dataset(
-        [
-            annotate(write_image(folder / f"{index}.png", random_pixels(index)), random_mask(index), image_id=index)
-            for index in range(num_images)
-        ],
-        progress=False,
-    )
-
-
-def check_row(row, index):
-    assert np.array_equal(np.asarray(row["image"]), random_pixels(index))
-    assert row["image_id"] == index
-    assert row["file_name"] == f"{index}.png"
-    assert np.array_equal(decode_mask(row["references"][0]["mask"]), random_mask(index))
-    assert row["references"][0]["expressions"][1] == {"sent_id": 34, "text": "left dog"}
+    rotated = annotate(write_image(tmp_path / "b.jpg", orientation=6))
+    assert len(build_dataset([stray, rotated, stray], progress=False)) == 3
+    for line in (
+        f"polygons of one or two points, dropped: 4 ({', '.join(['a.png: ref_id 11'] * 4)})",
+        "images with an EXIF rotation that the annotations ignore (look at some): 1 (b.jpg)",
+    ):
+        assert line in warnings.text
 
 
 def test_dataset_reads_images_from_their_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    dataset = make_dataset(Path("."))
+    images = [
+        annotate(write_image(Path(f"{index}.png"), random_pixels(index)), random_mask(index), image_id=index)
+        for index in range(3)
+    ]
+    dataset = build_dataset(images, progress=False)
     assert dataset.features == FEATURES
     monkeypatch.chdir("/")
     for index, row in enumerate(dataset):
-        check_row(row, index)
+        assert np.array_equal(np.asarray(row["image"]), random_pixels(index))
+        assert (row["image_id"], row["file_name"]) == (index, f"{index}.png")
+        assert np.array_equal(decode_mask(row["references"][0]["mask"]), random_mask(index))
+        assert row["references"][0]["expressions"][1] == {"sent_id": 34, "text": "left dog"}
     undecoded = dataset.cast_column("image", datasets.Image(decode=False))
     assert undecoded[1]["image"] == {"bytes": None, "path": str(tmp_path / "1.png")}
-
-
-def test_parquet_embeds_streams_and_filters(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    rows, _ = build_rows(
-        [
-            annotate(write_image(images / f"{index}.png", random_pixels(index)), random_mask(index), image_id=index)
-            for index in range(4)
-        ],
-        progress=False,
-    )
-    datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(tmp_path / "data.parquet")
-    for file in images.iterdir():
-        file.unlink()
-
-    arguments = {"data_files": str(tmp_path / "data.parquet"), "split": "train", "cache_dir": str(tmp_path / "cache")}
-    loaded = datasets.load_dataset("parquet", **arguments)
-    assert loaded.features == FEATURES
-    streamed = datasets.load_dataset("parquet", streaming=True, **arguments)
-    assert streamed.features == FEATURES
-    for dataset in (loaded, streamed):
-        for index, row in enumerate(dataset):
-            check_row(row, index)
-        assert index == 3
-        odd = list(dataset.filter(lambda row: row["image_id"] % 2 == 1))
-        assert [row["image_id"] for row in odd] == [1, 3]
-        check_row(odd[1], 3)

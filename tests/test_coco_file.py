@@ -277,7 +277,7 @@ def test_annotations_of_the_unturned_image_are_laid_on_it_with_a_warning(write, 
         row = build_dataset(images, progress=False)[0]
     np.testing.assert_array_equal(decode_mask(row["references"][0]["mask"]), LEFT)
     assert row["image"].size == (WIDTH, HEIGHT)
-    assert re.search(r"images that EXIF turns, annotated as if it did not.*: 1 \(7\.jpg\)", caplog.text)
+    assert re.search(r"images with an EXIF rotation that the annotations ignore.*: 1 \(7\.jpg\)", caplog.text)
 
 
 @pytest.mark.parametrize("side", [10**6, 2**32, WIDTH])
@@ -364,7 +364,7 @@ CHAIR = annotate(1, 7, LEFT)
         ([CHAIR | {"image_id": "7"}], {}, "annotations, id 1: expected image_id to be a whole .*, got '7'"),
         ([CHAIR | {"image_id": {}}], {}, "annotations, id 1: expected image_id to be a whole number"),
         ([CHAIR | {"iscrowd": "maybe"}], {}, "annotation 1: expected iscrowd to be 0 or 1, got 'maybe'"),
-        ([CHAIR], {"categories": {1: "??"}}, "category 1 has no name that can be said"),
+        ([CHAIR], {"categories": {1: "??"}}, r"expected a category's name to have words, got '\?\?' for 1"),
         ([CHAIR], {"categories": {1: None}}, "categories, id 1: expected name to be text, got None"),
         ([CHAIR], {"categories": {1: "\ud800"}}, "categories, id 1: expected name to be text"),
         ([CHAIR], {"image": {"id": "a"}}, "of the images: expected id to be a whole number of 64 bits, got 'a'"),

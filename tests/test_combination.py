@@ -81,7 +81,7 @@ def test_training_images_that_any_set_evaluates_on_are_dropped(tmp_path):
     assert ids_of(combination.splits["train"]) == [4, 5, 6, 7]
     assert ids_of(combination.splits["a_val"]) == [20, 21] and ids_of(combination.splits["b_testA"]) == [1, 2, 3]
     assert combination.notes[0] == (
-        "Of the training split of a (6 images, 12 references and 18 expressions), 3 images, 6 references and 9 "
+        "From the training split of a (6 images, 12 references and 18 expressions), 3 images, 6 references and 9 "
         "expressions were dropped, because the images are in an evaluation split."
     )
     assert "of b (3 images, 6 references and 9 expressions), 1 image, 2 references" in combination.notes[1]
@@ -109,14 +109,14 @@ def test_image_in_several_training_sets_becomes_one_row_with_all_references(tmp_
     assert all(note in card for note in combination.notes)
 
 
-def test_same_picture_compressed_anew_is_one_row_but_others_of_its_id_are_not(tmp_path):
+def test_same_picture_compressed_again_is_one_row_but_others_with_its_id_are_not(tmp_path):
     name = "000000000005.jpg"
     photo = tmp_path / "a" / name
     photo.parent.mkdir()
     gradient = Image.linear_gradient("L").resize((50, 45)).convert("RGB")
     gradient.save(photo, quality=95)
     buffers = {
-        "anew": (gradient, 60),
+        "again": (gradient, 60),
         "resized": (gradient.resize((30, 27)), 95),
         "another": (gradient.rotate(180), 95),
     }

@@ -3,8 +3,9 @@
 import pytest
 from huggingface_hub import DatasetCard
 
-from modeling_restr.data.dataset_card import NUM_LEFT_OUT_SHOWN, ORIGINS, OTHER, PreparedSplit, Source, build_card
+from modeling_restr.data.dataset_card import NUM_LEFT_OUT_SHOWN, ORIGINS, OTHER, Source, build_card
 from modeling_restr.data.published_counts import Counts
+from modeling_restr.data.shards import PreparedSplit
 
 
 SPLITS = {
@@ -36,15 +37,15 @@ def test_metadata_name_every_split_and_its_files():
     assert data["size_categories"] == "10K<n<100K"
 
 
-def test_text_says_counts_omissions_and_notes():
-    text = build_card(build_source(), SPLITS, ["Of it 7 were dropped."]).text
+def test_text_has_counts_omissions_and_notes():
+    text = build_card(build_source(), SPLITS, ["Seven were dropped."]).text
     assert "| train | 16,994 | 42,404 | 120,624 | as published |" in text
     assert "references: 3,807, published 3,811 (4 fewer)" in text
     assert "1 image of the split val" in text and "- a.jpg: missing" in text
-    assert "Of it 7 were dropped." in text and "Read so." in text
+    assert "Seven were dropped." in text and "Read so." in text
 
 
-def test_long_lists_of_left_out_images_are_cut_and_say_so():
+def test_long_lists_of_left_out_images_are_cut():
     left_out = tuple(f"{index}.jpg: missing" for index in range(NUM_LEFT_OUT_SHOWN + 3))
     text = build_card(build_source(), {"val": PreparedSplit(Counts(1, 1, 1), left_out)}).text
     assert f"- {NUM_LEFT_OUT_SHOWN - 1}.jpg: missing\n- and 3 more" in text
@@ -61,7 +62,7 @@ def test_licences_and_citations_are_those_of_the_origin(origin):
     assert ("Common Objects in Context" in text) == of_coco
 
 
-def test_shared_terms_stand_once():
+def test_shared_terms_are_stated_once():
     text = build_card(build_source(origins=("refcoco", "refcoco+")), SPLITS).text
     assert text.count(ORIGINS["refcoco"].licence) == 1
     assert text.count("Modeling Context in Referring Expressions") == 1
@@ -76,7 +77,7 @@ def test_own_data_claims_no_licence():
     assert "Whom to cite" not in card.text
 
 
-def test_own_data_beside_other_is_named():
+def test_own_data_next_to_other_is_named():
     card = build_card(build_source(origins=("refcoco", OTHER)), SPLITS)
     assert card.data.to_dict()["license"] == "other"
     assert "which this card does not know" in card.text and "Flickr Terms of Use" in card.text

@@ -11,8 +11,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from modeling_restr.data import hub_copies
-from modeling_restr.data.canonical import BadImage, build_dataset, build_row, decode_mask, encode_mask
+from modeling_restr.data.canonical import BadImage, build_dataset, build_row
 from modeling_restr.data.hub_copies import read_hub_copy
+from modeling_restr.data.segmentation import decode_mask, encode_mask
 
 
 SIZES = {581857: (40, 60), 131074: (50, 30)}  # image id -> (height, width)
@@ -451,7 +452,7 @@ def test_rows_that_stand_twice_are_named(tmp_path, copy, caplog):
     write_photos(tmp_path / "photos")
     images = read_hub_copy(copy, "train", image_dir=tmp_path / "photos")
     assert [len(image.references) for image in images] == [2, 2]
-    assert "1 ids of references are there more than once and count as often (3)" in caplog.text
+    assert "1 ids of references occur more than once and are counted as often (3)" in caplog.text
 
 
 def test_benchmark(copy, caplog):

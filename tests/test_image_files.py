@@ -129,7 +129,7 @@ def test_only_regular_files_are_opened(folder):
         ("pipe.jpg", "no regular file"),
         ("folder.jpg", "no regular file"),
         ("zero.jpg", "no regular file"),
-        ("large.jpg", "2,147,483,648 bytes, and may have 2,147,483,647"),
+        ("large.jpg", "2,147,483,648 bytes, more than the limit of 2,147,483,647"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve_image(folder / name)

@@ -336,7 +336,7 @@ def test_folders_that_do_not_exist_are_explained(data):
         ({"ann_id": 999}, "ref_id 2: 999 is not among the annotations of .*instances.json"),
         ({"image_id": 999}, "ref_id 2: 999 is not among the images of"),
         ({"category_id": 999}, "ref_id 2: 999 is not among the categories of"),
-        ({"ann_id": 30}, "ref_id 2 is about image 9, but its annotation 30 in .* about image 581857"),
+        ({"ann_id": 30}, "ref_id 2 is about image 9, but its annotation 30 in .* is about image 581857"),
         ({"sentences": [{"sent": "the dog"}]}, r"ref_id 2, sentences: expected the fields \['sent', 'sent_id'\], got"),
         ({"sentences": ["the dog"]}, r"ref_id 2, sentences: expected the fields \['sent', 'sent_id'\], got 'the dog'"),
         ({"sentences": 5}, r"refs\(unc\)\.p, reference 1: expected sentences to be a list, got 5"),
@@ -415,7 +415,7 @@ def test_references_that_are_there_twice_are_named(data, caplog):
     write_refer(data / "data/refcoco", [*refs, refs[0]])
     images = read_refer(data / "data", data / "train2014")
     assert [reference.ref_id for image in images for reference in image.references] == [4, 3, 4, 2]
-    assert "refcoco: 1 ids of references are there more than once and count as often (4)" in caplog.text
+    assert "refcoco: 1 ids of references occur more than once and are counted as often (4)" in caplog.text
 
 
 @pytest.mark.parametrize("names", [("a.jpg", "a.jpg"), ("job_1/a.jpg", "job_2/a.jpg"), ("a.jpg", "images\\a.jpg")])

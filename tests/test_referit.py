@@ -147,7 +147,7 @@ def test_names_that_are_there_twice_are_said(data, caplog):
     write_queries(data, {"8756_1": ["sky"], "08756_1": ["sun"]})
     read(data)
     assert (
-        "referit_query_test.json: 1 ids of references are there more than once and count as often (8756001)"
+        "referit_query_test.json: 1 ids of references occur more than once and are counted as often (8756001)"
         in caplog.text
     )
 

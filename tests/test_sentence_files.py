@@ -215,8 +215,8 @@ def test_photos_and_masks_that_cannot_be_used_are_bad_images(folder):
     (folder / "masks" / "text.png").write_text("no picture")
     (folder / "masks" / "outside.png").symlink_to(__file__)
     for name, message in (
-        ("colours", "must be of two values"),
-        ("soft", "must be of two values"),
+        ("colours", "must have two values"),
+        ("soft", "must have two values"),
         ("empty", "covers no pixel"),
         ("other", r"is of size \(41, 50\)"),
         ("text", "cannot be read"),

@@ -1,4 +1,4 @@
-"""Shards: their rows, what they lack, and which of them are made again."""
+"""Shards: their rows, what they lack, and which are made again."""
 
 import dataclasses
 import json
@@ -7,27 +7,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from annotated_images import make_image, make_images, write_photo
-from PIL import Image
 
-from modeling_restr.data.canonical import FEATURES, decode_mask
+from modeling_restr.data.canonical import FEATURES
 from modeling_restr.data.published_counts import Counts
-from modeling_restr.data.shards import count_rows, make_shards, plan_shards, read_left_out, write_shard
+from modeling_restr.data.segmentation import decode_mask
+from modeling_restr.data.shards import Shard, make_shards, plan_shards, read_split, write_shard
 
 
 def read_files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def damage(image):
-    """Cut the image's file in half."""
-    content = image.image.read_bytes()
-    image.image.write_bytes(content[: len(content) // 2])
-
-
 def test_rows_are_what_the_annotations_say(tmp_path):
     images = make_images(tmp_path / "images", range(3))
     advanced = []
-    assert write_shard(tmp_path / "a.parquet", images, False, advanced.append) == []
+    assert write_shard(Shard(tmp_path / "a.parquet", images), False, advanced.append) == []
     assert advanced == [1, 1, 1]
     table = pq.read_table(tmp_path / "a.parquet")
     assert json.loads(table.schema.metadata[b"huggingface"]) == json.loads(
@@ -49,36 +43,33 @@ def test_rows_are_what_the_annotations_say(tmp_path):
 def test_rows_are_counted_in_the_file(tmp_path):
     images = make_images(tmp_path / "images", range(5))
     images[2] = dataclasses.replace(images[2], references=())
-    write_shard(tmp_path / "a.parquet", images, False, lambda number: None)
-    assert count_rows(tmp_path / "a.parquet") == Counts(5, 8, 12)
-
-
-def test_shard_of_nothing_but_bad_images_counts_none(tmp_path):
-    images = make_images(tmp_path / "images", range(2))
-    for image in images:
+    write_shard(Shard(tmp_path / "a.parquet", images), False, lambda number: None)
+    assert read_split([tmp_path / "a.parquet"]).counts == Counts(5, 8, 12)
+    for image in images[:2]:
         image.image.unlink()
-    assert len(write_shard(tmp_path / "a.parquet", images, True, lambda number: None)) == 2
-    assert count_rows(tmp_path / "a.parquet") == Counts(0, 0, 0)
-    assert len(read_left_out(tmp_path / "a.parquet")) == 2
+    write_shard(Shard(tmp_path / "b.parquet", images[:2]), True, lambda number: None)  # bad images only
+    both = read_split([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    assert both.counts == Counts(5, 8, 12) and len(both.left_out) == 2
+    assert both.file_size == sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
 
 
 def test_bad_images_are_named_and_left_out_on_request(tmp_path):
     images = make_images(tmp_path / "images", range(5))
     images[0].image.unlink()
-    damage(images[2])
+    images[2].image.write_bytes(images[2].image.read_bytes()[:500])
     write_photo(images[3].image, 3, size=(10, 10))
     path = tmp_path / "data" / "a.parquet"
     path.parent.mkdir()
-    bad = write_shard(path, images, False, lambda number: None)
+    bad = write_shard(Shard(path, images), False, lambda number: None)
     assert [problem.partition(":")[0] for problem in bad] == [images[index].file_name for index in (0, 2, 3)]
     assert list(path.parent.iterdir()) == []
-    assert write_shard(path, images, True, lambda number: None) == bad
+    assert write_shard(Shard(path, images), True, lambda number: None) == bad
     assert list(path.parent.iterdir()) == [path]
     assert [row["image_id"] for row in pq.read_table(path).to_pylist()] == [1, 4]
-    left_out = read_left_out(path)
+    left_out = read_split([path]).left_out
     assert [problem.partition(":")[0] for problem in left_out] == [images[index].file_name for index in (0, 2, 3)]
     assert "missing" in left_out[0] and "decoded" in left_out[1] and "(10, 10)" in left_out[2]
-    assert str(tmp_path) in bad[0] and tmp_path.name not in "".join(left_out)  # folders are nobody's business
+    assert str(tmp_path) in bad[0] and tmp_path.name not in "".join(left_out)  # folders are private
 
 
 def test_finished_shards_are_kept_and_others_made(tmp_path):
@@ -108,7 +99,7 @@ def test_shards_that_lack_images_are_made_again_once_nothing_may_lack(tmp_path):
     assert [shard.path.stat().st_mtime_ns for shard in plan] == times
     make_image(tmp_path / "images", 3)
     assert make_shards(plan) == []
-    assert plan[0].path.stat().st_mtime_ns == times[0] and count_rows(plan[1].path).images == 2
+    assert plan[0].path.stat().st_mtime_ns == times[0] and read_split([plan[1].path]).counts.images == 2
 
 
 def test_no_shard_is_begun_after_a_bad_image(tmp_path):
@@ -133,11 +124,3 @@ def test_two_processes_do_the_same_as_one(tmp_path, skip_bad):
         contents.append(read_files(folder))
     assert problems[0] == problems[1] and len(problems[0]) == 1
     assert contents[0] == contents[1] and len(contents[0]) == (3 if skip_bad else 2)
-
-
-def test_images_are_stored_as_they_are(tmp_path):
-    image = make_image(tmp_path, 1, "photo.png")
-    write_shard(tmp_path / "a.parquet", [image], False, lambda number: None)
-    stored = pq.read_table(tmp_path / "a.parquet").to_pylist()[0]["image"]
-    assert stored["path"] == "photo.png" and stored["bytes"] == (tmp_path / "photo.png").read_bytes()
-    assert Image.open(tmp_path / "photo.png").format == "PNG"

@@ -34,7 +34,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
 from modeling_restr.arguments import ArgumentParser, add_options, choose_device, positive_int
-from modeling_restr.data.refer import read_json
+from modeling_restr.data.records import read_json
 from modeling_restr.evaluation.counts import predict_masks
 from modeling_restr.metrics import ReferringIoU
 from modeling_restr.visualization import add_legend, arrange_in_grid, draw_masks, save_image

@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
 from modeling_restr.data.image_files import image_finder, resolve_image
-from modeling_restr.data.refer import read_json
+from modeling_restr.data.records import read_json
 from modeling_restr.data.segmentation import decode_mask, segmentation_to_rle
 
 

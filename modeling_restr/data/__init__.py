@@ -2,7 +2,7 @@
 Data for training and evaluation; never imported by the model files.
 
 The readers need `datasets` and `pycocotools` (`pip install "modeling-restr[train]"`). What this package exports is
-imported when it is first asked for, so that the modules that need neither can be used without them.
+imported on first use, so that the modules that need neither work without them.
 """
 
 from importlib import import_module
@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .canonical import build_dataset, decode_mask, encode_mask
+    from .canonical import build_dataset
     from .coco import read_coco
     from .grefcoco import read_grefcoco
     from .hub_copies import read_hub_copy
     from .loading import load_prepared
     from .refer import load_refer, read_refer
     from .referit import read_referit
+    from .segmentation import decode_mask, encode_mask
     from .sentence_files import load_sentences, read_sentences
 
 _MODULES = {
     "build_dataset": "canonical",
-    "decode_mask": "canonical",
-    "encode_mask": "canonical",
+    "decode_mask": "segmentation",
+    "encode_mask": "segmentation",
     "load_prepared": "loading",
     "load_refer": "refer",
     "load_sentences": "sentence_files",

@@ -1,18 +1,15 @@
 """
-The canonical form of referring-expression data: one row per image, with all references to it and all their expressions.
+The canonical form of referring-expression data: one row per image, with all references to it and their expressions.
 
-Readers of every layout (`refer.py`, `referit.py`, ...) yield [`AnnotatedImage`]s, which hold no pixels; [`build_row`]
-checks one against its decoded image and makes the row, [`build_dataset`] a `datasets.Dataset` of many.
+Readers of every layout (`refer.py`, `referit.py`, ...) return [`AnnotatedImage`]s, which hold no pixels. [`build_row`]
+compares one with its decoded image and makes the row. [`build_dataset`] makes a `datasets.Dataset` of many.
 """
-
-from __future__ import annotations
 
 import io
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import datasets
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
-from tqdm.contrib.concurrent import thread_map
+from tqdm.auto import tqdm
 
 from .image_files import is_file, resolve_image
 from .records import Problems
@@ -29,17 +26,16 @@ from .segmentation import (
     SeveralObjects,
     are_numbers,
     count_stray_parts,
-    decode_mask,
-    encode_mask,
+    decode_mask,  # noqa: F401  (the cards of earlier versions import both from here)
+    encode_mask,  # noqa: F401
     object_to_rle,
-    segmentation_to_rle,
 )
 
 
 logger = datasets.logging.get_logger(__name__)
 _UNDECODABLE = "images that cannot be decoded"
 
-NO_TARGET = -1  # in gRefCOCO the id of the annotation of what is not in the image
+NO_TARGET = -1  # gRefCOCO's annotation id for what is not in the image
 MASK_FEATURE = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
 FEATURES = datasets.Features(
     {
@@ -62,8 +58,8 @@ FEATURES = datasets.Features(
 
 class BadImage(ValueError):
     """
-    An image that cannot be used with its annotations: missing, unreadable, of another size than they say, or with
-    something on it that has no mask. `problem` says in the plural what it has in common with others.
+    An image that cannot be used with its annotations: it is missing, unreadable or of another size than they say, or
+    an object on it has no mask. `problem` is the kind of problem, in the plural.
     """
 
     def __init__(self, message: str, problem: str = "bad images"):
@@ -73,7 +69,7 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageInDataset:
-    """An image that a dataset holds: `column` of `row`, of a `datasets.Image` feature that is not decoded."""
+    """An image in a dataset: `column` of `row`, a `datasets.Image` feature that is not decoded."""
 
     dataset: datasets.Dataset
     row: int
@@ -82,7 +78,7 @@ class ImageInDataset:
 
 @dataclass(frozen=True)
 class AnnotatedReference:
-    """One referred object. `bbox` is [x, y, width, height] in pixels; `None` takes the mask's."""
+    """One referred object. `bbox` is [x, y, width, height] in pixels, by default the mask's."""
 
     ref_id: int
     ann_id: int
@@ -93,15 +89,15 @@ class AnnotatedReference:
 
     @property
     def refers_to_nothing(self) -> bool:
-        """Whether nothing in the image is meant, as gRefCOCO has it; of anything else, an empty mask is a mistake."""
+        """Whether the expressions mean nothing in the image, as in gRefCOCO. Any other empty mask is a mistake."""
         return self.ann_id == NO_TARGET or (isinstance(self.segmentation, list | tuple) and not self.segmentation)
 
 
 @dataclass(frozen=True)
 class AnnotatedImage:
     """
-    An image as its annotations describe it. `size` is (height, width) where they state it. A file must lie in
-    `image_dir`, where that is given.
+    An image as its annotations describe it. `size` is (height, width) if they state it. A file must lie in
+    `image_dir` if that is given.
     """
 
     image_id: int
@@ -114,32 +110,32 @@ class AnnotatedImage:
 
 def check_images(images: Sequence[AnnotatedImage], place: Any) -> None:
     """
-    Check what a reader has found at a `place`, and warn of ids that are there more than once.
+    Check what a reader found in a `place`, and warn about ids that occur more than once.
 
     Raises:
-        ValueError: two images are one file, as [`check_distinct_files`] says.
+        ValueError: Two images are one file, see [`check_distinct_files`].
     """
     check_distinct_files(images)
     files = {(image.image_id, image.file_name) for image in images}
-    _warn_of_repeated_ids(place, "images", (image_id for image_id, _ in files))
-    _warn_of_repeated_ids(place, "references", (ref.ref_id for image in images for ref in image.references))
+    _warn_about_repeated_ids(place, "images", (image_id for image_id, _ in files))
+    _warn_about_repeated_ids(place, "references", (ref.ref_id for image in images for ref in image.references))
 
 
-def _warn_of_repeated_ids(place: Any, what: str, ids: Iterable[int]) -> None:
+def _warn_about_repeated_ids(place: Any, table: str, ids: Iterable[int]) -> None:
     repeated = [number for number, count in Counter(ids).items() if count > 1]
     if repeated:
         logger.warning(
-            f"{place}: {len(repeated)} ids of {what} are there more than once and count as often "
+            f"{place}: {len(repeated)} ids of {table} occur more than once and are counted as often "
             f"({', '.join(map(str, repeated[:10]))}{', ...' if len(repeated) > 10 else ''})."
         )
 
 
 def check_distinct_files(images: Iterable[AnnotatedImage]) -> None:
     """
-    Check that no two images are one file: the annotations of one of them would lie on a picture that is not theirs.
+    Check that no two images are one file: the annotations of one of them would lie on another picture.
 
     Raises:
-        ValueError: they are; the message names both.
+        ValueError: Two images are one file. The message names both.
     """
     first: dict[Path, AnnotatedImage] = {}
     for image in images:
@@ -155,10 +151,10 @@ def check_distinct_files(images: Iterable[AnnotatedImage]) -> None:
 
 def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> bytes:
     """
-    The encoded file of an image. A file must lie in `image_dir`, where that is given.
+    The encoded file of an image, which must lie in `image_dir` if that is given.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: as [`resolve_image`].
+        FileNotFoundError, OSError, ValueError: As [`resolve_image`].
     """
     if isinstance(source, ImageInDataset):
         image = source.dataset[source.row][source.column] or {"bytes": None, "path": None}
@@ -172,14 +168,14 @@ def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> 
 
 def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems | None = None) -> dict[str, Any]:
     """
-    The canonical row of an image, after decoding it to the last pixel: the masks are of the decoded image's size.
+    The canonical row of an image. The whole image is decoded, and its masks have the decoded size.
 
-    With `embed=False` the row names the image's file instead of holding its bytes, where it can. What is passed over
-    or doubtful is added to `problems`.
+    With `embed=False` the row names the image's file instead of holding its bytes, if it can. What is dropped or
+    doubtful is added to `problems`.
 
     Raises:
-        BadImage: for an image that is missing, cannot be decoded, or is of another size than its annotations, and for
-            an object whose mask is damaged or empty.
+        BadImage: The image is missing, cannot be decoded, or is of another size than its annotations, or an object has
+            a damaged or empty mask.
     """
     problems = Problems() if problems is None else problems
     name = f"{annotated.file_name:.200}"
@@ -202,7 +198,7 @@ def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems 
             "images of another size than their annotations",
         )
     if changed:
-        problems.add("images that EXIF turns, annotated as if it did not (look at some)", name)
+        problems.add("images with an EXIF rotation that the annotations ignore (look at some)", name)
     if not embed and not changed and isinstance(annotated.image, Path):
         image: dict[str, Any] = {"bytes": None, "path": str(annotated.image.absolute())}
     else:
@@ -219,8 +215,8 @@ def _decode_upright(encoded: bytes, annotated_size: tuple[int, int] | None) -> t
     """
     The file's bytes, its size (height, width) as `datasets` will decode it, and whether the bytes had to be changed.
 
-    `datasets` turns an image as its EXIF orientation says. Annotations that were made on the image as it is stored
-    would then lie beside it: such a file is written anew without the orientation.
+    `datasets` rotates an image by its EXIF orientation. Annotations that were made on the image as it is stored would
+    not fit it then, so such a file is written again without the orientation.
     """
     with Image.open(io.BytesIO(encoded)) as image:
         if image.format == "EPS":
@@ -265,30 +261,16 @@ def _check_bbox(bbox: Any) -> list[float]:
     return np.asarray(bbox, dtype=np.float32).tolist()
 
 
-def build_row_or_error(annotated: AnnotatedImage, embed: bool = True) -> tuple[dict[str, Any] | BadImage, Problems]:
-    """The row of an image, or what is wrong with it, and all that a summary should say of it."""
-    problems = Problems()
+def build_row_or_error(annotated: AnnotatedImage, problems: Problems, embed: bool = True) -> dict[str, Any] | BadImage:
+    """The row of an image as [`build_row`] makes it, or what is wrong with it. `problems` takes note of either."""
+    found = Problems()
     try:
-        return build_row(annotated, embed, problems), problems
+        row = build_row(annotated, embed, found)
     except BadImage as error:
-        return error, Problems({error.problem: [f"{annotated.file_name:.200}"]})
-
-
-def build_rows(
-    images: Sequence[AnnotatedImage],
-    embed: bool = True,
-    num_threads: int = 1,
-    progress: bool = True,
-    problems: Problems | None = None,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of all images that are good, and what is wrong with each of the others, both in the order given."""
-    build = partial(build_row_or_error, embed=embed)
-    built = thread_map(build, images, max_workers=num_threads, desc="Images", unit="image", disable=not progress)
-    if problems is not None:
-        for _, found in built:
-            problems.extend(found)
-    bad = [str(result) for result, _ in built if isinstance(result, BadImage)]
-    return [result for result, _ in built if not isinstance(result, BadImage)], bad
+        problems.add(error.problem, f"{annotated.file_name:.200}")
+        return error
+    problems.extend(found)
+    return row
 
 
 def build_dataset(images: Iterable[AnnotatedImage], skip_bad: bool = False, progress: bool = True) -> datasets.Dataset:
@@ -296,36 +278,18 @@ def build_dataset(images: Iterable[AnnotatedImage], skip_bad: bool = False, prog
     A dataset in the canonical form. Images stay in their files until the dataset is pushed or written.
 
     Raises:
-        BadImage: when images cannot be used, with the names of all of them; `skip_bad=True` leaves them out, and warns
-            in one summary of all that was dropped.
+        BadImage: Some images cannot be used. The message lists all of them. `skip_bad=True` leaves them out instead,
+            with one warning that sums up what was dropped.
     """
     problems = Problems()
-    rows, bad = build_rows(list(images), embed=False, progress=progress, problems=problems)
-    listing = "\n".join(f"  {problem}" for problem in bad)
+    bar = tqdm(list(images), desc="Images", unit="image", disable=not progress)
+    results = [build_row_or_error(image, problems, embed=False) for image in bar]
+    bad = [f"  {result}" for result in results if isinstance(result, BadImage)]
     if bad and not skip_bad:
+        listing = "\n".join(bad)
         raise BadImage(f"{len(bad)} images cannot be used; skip_bad=True leaves them out:\n{listing}")
     if problems:
-        left_out = f"Left out {len(bad)} images:\n{listing}\n" if bad else ""
-        logger.warning(f"{left_out}In all:\n{problems.summary()}")
+        left_out = [f"Left out {len(bad)} images:", *bad] if bad else []
+        logger.warning("\n".join([*left_out, "In total:", problems.summary()]))
+    rows = [result for result in results if not isinstance(result, BadImage)]
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
-
-
-__all__ = [
-    "FEATURES",
-    "MASK_FEATURE",
-    "NO_TARGET",
-    "AnnotatedImage",
-    "AnnotatedReference",
-    "BadImage",
-    "ImageInDataset",
-    "build_dataset",
-    "build_row",
-    "build_row_or_error",
-    "build_rows",
-    "check_distinct_files",
-    "check_images",
-    "decode_mask",
-    "encode_mask",
-    "read_image",
-    "segmentation_to_rle",
-]

@@ -1,13 +1,12 @@
-"""Referring expressions for any COCO instances file: generated from category, place, order and size.
+"""
+Referring expressions for any COCO instances file: generated from category, place, order and size, or its captions.
 
-Every expression is true of exactly one annotated instance, by construction: each statement is checked against the
-geometry with a margin before it is put into words, and an instance that allows none is left out.
+Every generated expression is true of exactly one annotated instance: each statement is checked against the geometry
+with a margin before it is put into words, and an instance that allows none is left out.
 
     images = read_coco("instances.json", "photos", split="train")
     dataset = build_dataset(images)
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
@@ -19,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from .canonical import AnnotatedImage, AnnotatedReference, decode_mask
+from .canonical import AnnotatedImage, AnnotatedReference
 from .coco_file import MAX_EXPRESSIONS, CocoFile, CocoObject
 from .expressions import Instance, generate_expressions, measure_mask
 from .records import Problems
+from .segmentation import decode_mask
 
 
 logger = logging.getLogger(__name__)
@@ -45,38 +45,39 @@ def read_coco(
     progress: bool = True,
 ) -> list[AnnotatedImage]:
     """
-    The images of a COCO instances file, in the order of their ids, with generated expressions or its own captions.
+    The images of a COCO instances file, sorted by id, with generated expressions or its own captions.
 
-    Masks may be polygons or RLEs. What an image gets depends on `seed`, its id and its annotations only, not on the
-    rest of the file or its order. Left out are instances that allow no unambiguous expression, and images without
-    any. Nothing is said of a category in an image where it has a crowd (`iscrowd`), LVIS's mark that not all of it
-    is annotated, or an annotation without a mask that fits the image. What is left out is counted by reason.
+    Masks may be polygons or RLEs. The expressions of an image depend on `seed`, its id and its annotations only, not
+    on the rest of the file or its order. Instances that allow no unambiguous expression are left out, and so are
+    images without any. A category is not mentioned in an image with a crowd of it (`iscrowd`), with LVIS's mark that
+    not all of it is annotated, or with an annotation of it without a mask that fits the image. What is left out is
+    counted by reason.
 
     Args:
-        instances_path: The file: `images` (id, file_name, and height and width unless the image files are there to
-            tell), `annotations` (id, image_id, category_id, segmentation) and `categories` (id, name).
-        image_dir: The folder that the file names are relative to; as for [`read_refer`], COCO's usual folders below
-            it are looked into.
-        expressions_per_instance: The most for each instance, 1 to 100; some allow fewer.
-        seed: A whole number from 0; another seed gives other expressions.
-        min_area_share: Share of the image's area below which instances are not referred to themselves.
+        instances_path: The file: `images` (id, file_name, and height and width unless the image files tell),
+            `annotations` (id, image_id, category_id, segmentation) and `categories` (id, name).
+        image_dir: The folder that the file names are relative to. As for [`read_refer`], COCO's usual folders below it
+            are searched, too.
+        expressions_per_instance: Maximum number for each instance, 1 to 100. Some allow fewer.
+        seed: A whole number from 0. Another seed gives other expressions.
+        min_area_share: Share of the image's area below which no expression refers to an instance.
         split: "train" or "val" for a part of the file, `None` for all. An image's part depends on its id only, so it
-            stays when the file grows or another seed is taken.
-        val_share: The expected share of the images in "val", 0 to 1.
+            stays the same when the file grows or the seed changes.
+        val_share: Expected share of the images in "val", 0 to 1.
         crowds_as_instances: Whether annotations marked as crowds are read as one object each. Some tools mark every
             mask that was drawn with a brush.
-        captions: Whether the `caption` of each annotation, a text or a list of texts, is taken instead of generated
-            expressions. Whatever it is about, its mask is the annotation's; annotations without one are left out.
-        problems: Takes note of what is left out; by default that is logged as one warning.
+        captions: Whether to take the `caption` of each annotation, a text or a list of texts, instead of generated
+            expressions. The mask is the annotation's in any case. Annotations without a caption are left out.
+        problems: Takes note of what is left out, which by default is logged as one warning.
         progress: Whether to show a progress bar.
 
     Returns:
-        Images without pixels, for [`build_dataset`]; those that cannot be used are among them without references, and
-        building their rows says what is wrong.
+        Images without pixels, for [`build_dataset`]. Unusable images are included without references, and building
+        their rows says what is wrong.
 
     Raises:
-        ValueError: for a file that is no COCO instances file (the message says what is missing or wrong, and where),
-            for two images of one file, for an argument out of its range, and when no expression at all can be made.
+        ValueError: The file is no COCO instances file (the message says what is missing or wrong, and where), two
+            images are one file, an argument is out of its range, or no expression at all can be made.
     """
     _check_arguments(expressions_per_instance, seed, min_area_share, split, val_share)
     found = Problems() if problems is None else problems
@@ -86,14 +87,13 @@ def read_coco(
         if captions
         else _Generator(file, expressions_per_instance, seed, min_area_share, crowds_as_instances)
     )
+    selected = _select_images(file, split, val_share)
     images = []
-    for image_id in tqdm(
-        _select_images(file, split, val_share), desc="Expressions", unit="image", disable=not progress
-    ):
+    for image_id in tqdm(selected, desc="Expressions", unit="image", disable=not progress):
         image, is_usable = file.describe_image(image_id)
         if is_usable:
             image = replace(image, references=tuple(refer(image)))
-        if image.references or not is_usable:  # building its row will say what is wrong
+        if image.references or not is_usable:
             images.append(image)
         else:
             found.add("images in which nothing is referred to", f"image {image_id}")
@@ -119,8 +119,25 @@ def _check_arguments(
         raise ValueError(f"min_area_share must be at least 0 and below 1, got {min_area_share}.")
     if split is not None and split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS} or None, got {split!r}.")
+    check_val_share(val_share)
+
+
+# --- Splits -----------------------------------------------------------------------------------------------------------
+
+
+def check_val_share(val_share: float) -> None:
     if not 0 <= val_share <= 1:
         raise ValueError(f"val_share must be between 0 and 1, got {val_share}.")
+
+
+def draw_share(name: object) -> float:
+    """A pseudo-random number from 0 to 1 that depends on the id or name of an image only."""
+    return int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8]) / 2**64
+
+
+def split_of(name: object, val_share: float) -> str:
+    """The split of an image, which depends on its id or name only."""
+    return "val" if draw_share(name) < val_share else "train"
 
 
 def _select_images(file: CocoFile, split: str | None, val_share: float) -> list[int]:
@@ -137,19 +154,7 @@ def _select_images(file: CocoFile, split: str | None, val_share: float) -> list[
     return [image_id for image_id in image_ids if image_id in file.annotations]
 
 
-def draw_share(name: object) -> float:
-    """A number from 0 to 1, drawn for the id or the name of an image: always the same one."""
-    return int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8]) / 2**64
-
-
-def split_of(name: object, val_share: float) -> str:
-    """The split of an image, by its id or name alone."""
-    return "val" if draw_share(name) < val_share else "train"
-
-
-def _to_noun(name: str) -> str:
-    """A category's name as it is said: "traffic light" for "Traffic_Light", "bow" for LVIS's "bow_(weapon)"."""
-    return " ".join(re.sub(r"\(.*?\)|_", " ", name).lower().split())
+# --- References -------------------------------------------------------------------------------------------------------
 
 
 def _build_reference(file: CocoFile, instance: CocoObject, texts: Sequence[str]) -> AnnotatedReference:
@@ -161,13 +166,12 @@ def _build_reference(file: CocoFile, instance: CocoObject, texts: Sequence[str])
 
 @dataclass(frozen=True)
 class _CaptionReader:
-    """Refers to objects by the captions of their annotations."""
+    """Refers to the objects of an image by the captions of their annotations."""
 
     file: CocoFile
 
     def __call__(self, image: AnnotatedImage) -> Iterator[AnnotatedReference]:
-        assert image.size is not None
-        for instance in self.file.read_objects(image.image_id, image.size, read_crowds=True):
+        for instance in self.file.read_objects(image, read_crowds=True):
             captions = self.file.captions_of(instance.annotation)
             texts = [text for text in captions if re.search(r"\w", text)]
             if len(texts) > MAX_EXPRESSIONS:
@@ -183,7 +187,7 @@ class _CaptionReader:
 
 
 class _Generator:
-    """Refers to objects by generated expressions."""
+    """Refers to the objects of an image by generated expressions."""
 
     def __init__(
         self,
@@ -199,26 +203,24 @@ class _Generator:
         for number, noun in self.nouns.items():
             if not re.search(r"\w", noun):
                 name = file.categories[number]["name"]
-                raise ValueError(f"{file.path}: category {number} has no name that can be said, got {name!r}.")
+                raise ValueError(f"{file.path}: expected a category's name to have words, got {name!r} for {number}.")
 
     def __call__(self, image: AnnotatedImage) -> Iterator[AnnotatedReference]:
-        assert image.size is not None
-        objects = self.file.read_objects(image.image_id, image.size, self.crowds_as_instances)
+        objects = self.file.read_objects(image, self.crowds_as_instances)
         unclear_nouns = {self.nouns[number] for number in self.file.incomplete_categories(image.image_id)}
         unclear_nouns |= {self._noun_of(instance) for instance in objects if instance.mask is None}
-        clear = [instance for instance in objects if instance.mask is not None]
-        instances = [
-            measure_mask(self._noun_of(instance), decode_mask(instance.mask), self.min_area_share)
-            for instance in clear
+        measured = {
+            instance: measure_mask(self._noun_of(instance), decode_mask(instance.mask), self.min_area_share)
+            for instance in objects
             if instance.mask is not None
-        ]
+        }
         rng = np.random.default_rng((self.seed, image.image_id))
-        said = generate_expressions(instances, rng, self.expressions_per_instance, unclear_nouns)
-        for index, (instance, measured) in enumerate(zip(clear, instances)):
-            if index in said:
-                yield _build_reference(self.file, instance, [expression.text for expression in said[index]])
+        chosen = generate_expressions(list(measured.values()), rng, self.expressions_per_instance, unclear_nouns)
+        for index, (instance, measures) in enumerate(measured.items()):
+            if index in chosen:
+                yield _build_reference(self.file, instance, [expression.text for expression in chosen[index]])
             else:
-                self.file.problems.add(self._why_not(measured, unclear_nouns), f"annotation {instance.number}")
+                self.file.problems.add(self._why_not(measures, unclear_nouns), f"annotation {instance.number}")
 
     def _noun_of(self, instance: CocoObject) -> str:
         return self.nouns[instance.annotation["category_id"]]
@@ -228,4 +230,9 @@ class _Generator:
             return f"objects below {self.min_area_share:.2%} of their image (min_area_share)"
         if instance.noun in unclear_nouns:
             return "objects of categories of which their image has more, such as crowds, without a mask"
-        return "objects that nothing tells apart from others of their image"
+        return "objects that cannot be told apart from others in their image"
+
+
+def _to_noun(name: str) -> str:
+    """A category's name as one says it: "traffic light" for "Traffic_Light", "bow" for LVIS's "bow_(weapon)"."""
+    return " ".join(re.sub(r"\(.*?\)|_", " ", name).lower().split())

@@ -1,11 +1,9 @@
 """
-A COCO instances file of whatever tool: its records checked, its images found, its masks read.
+A COCO instances file of any tool: its records checked, its images found, its masks read.
 
-What makes the file as a whole unusable, such as two records of one id, is an error that names the file and the record.
-What is wrong with one image or one object is that one's fault: it is left out, and noted among the [`Problems`].
+What makes the whole file unusable, such as two records with one id, is an error that names the file and the record.
+An image or object with a mistake is left out, and noted in the [`Problems`].
 """
-
-from __future__ import annotations
 
 import reprlib
 from collections import defaultdict
@@ -18,28 +16,27 @@ from pycocotools import mask as coco_mask
 
 from .canonical import AnnotatedImage, check_distinct_files
 from .image_files import image_finder, resolve_image
-from .records import ID, LIST, TEXT, TEXT_OR_TEXTS, Problems, check_fields, index_records
-from .refer import read_json
+from .records import ID, LIST, TEXT, TEXT_OR_TEXTS, Problems, check_fields, index_records, read_json
 from .segmentation import are_numbers, count_stray_parts, segmentation_to_rle
 
 
 MAX_EXPRESSIONS = 100  # of an instance, so that sent_id = 100 * ann_id + index is unique
 _LARGEST_ID = 2**63 - 1  # int64, as the canonical form has it
 _LARGEST_IDS = {"annotations": _LARGEST_ID // MAX_EXPRESSIONS - 1}
-# Of an image whose file cannot be compared with what the annotations say: a decoded mask takes 2 ** 27 bytes.
+# The largest image whose stated size is believed when there is no file to compare it with: masks take as many bytes.
 _MAX_UNSEEN_PIXELS = 2**27
 
 
 class _FileSize(NamedTuple):
-    """(height, width) of an image file as it is shown, and as its pixels are stored: EXIF may turn it by 90 degrees."""
+    """(height, width) of an image file as shown and as stored: EXIF may rotate it by 90 degrees."""
 
     shown: tuple[int, int]
     stored: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CocoObject:
-    """An annotation and its mask as a compressed RLE; `None` where it has no mask that can be used."""
+    """An annotation and its mask as a compressed RLE, or `None` if it has no usable mask."""
 
     annotation: dict[str, Any]
     mask: dict[str, Any] | None
@@ -51,16 +48,16 @@ class CocoObject:
 
 class CocoFile:
     """
-    A COCO instances file by ids: `images`, `categories`, and `annotations` of each image in the order of their ids.
+    A COCO instances file: `images` and `categories` by id, and the `annotations` of each image, sorted by id.
 
     Args:
         path: The file.
         image_dir: The folder that file names are relative to; see [`image_finder`].
         problems: Takes note of what is left out.
-        need_categories: Whether each annotation must be of a category of the file.
+        need_categories: Whether each annotation must have a category of the file.
 
     Raises:
-        ValueError: for a file that is no COCO instances file; the message says what is missing or wrong, and where.
+        ValueError: The file is no COCO instances file. The message says what is missing or wrong, and where.
     """
 
     def __init__(self, path: Path, image_dir: str | Path, problems: Problems, need_categories: bool = True) -> None:
@@ -104,12 +101,12 @@ class CocoFile:
         for _, annotation in sorted(annotations.items()):
             grouped[annotation["image_id"]].append(annotation)
         lost = [annotation["id"] for number in grouped.keys() - self.images.keys() for annotation in grouped[number]]
-        if lost:  # set, not added to: another split of the same file has the same
+        if lost:  # assigned, not added: another split of the same file has the same
             self.problems["annotations of images that are not in the file"] = [f"annotation {n}" for n in sorted(lost)]
         return {number: grouped[number] for number in self.images if number in grouped}
 
     def _file_name(self, image_id: int) -> str:
-        """LVIS names no files, its images lie in COCO's folders `train2017` and `val2017`."""
+        """The name of an image's file. LVIS names none: its images lie in COCO's folders `train2017` and `val2017`."""
         image = self.images[image_id]
         field = "coco_url" if image.get("file_name") is None and "coco_url" in image else "file_name"
         check_fields(image, {field: TEXT}, f"{self.path}: image {image_id}")
@@ -122,10 +119,10 @@ class CocoFile:
 
     def captions_of(self, annotation: dict[str, Any]) -> list[str]:
         """
-        The `caption` of an annotation, which may be a list of several; nothing where it has none.
+        The captions in the field `caption` of an annotation, which is a text or a list of texts and may be missing.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: The field holds something else.
         """
         if annotation.get("caption") is None:
             return []
@@ -134,7 +131,7 @@ class CocoFile:
         return captions if isinstance(captions, list) else [captions]
 
     def incomplete_categories(self, image_id: int) -> list[int]:
-        """The categories of which LVIS says that the image holds more than is annotated."""
+        """The categories of which the image holds more than is annotated, by LVIS's field."""
         image, field = self.images[image_id], "not_exhaustive_category_ids"
         if image.get(field) is None:
             return []
@@ -145,8 +142,8 @@ class CocoFile:
 
     def describe_image(self, image_id: int) -> tuple[AnnotatedImage, bool]:
         """
-        The image without references, and whether its masks may be decoded: not where nothing confirms its size.
-        Building the row of such an image says what is wrong with it.
+        The image without references, and whether its masks may be decoded, which needs a size that its file confirms.
+        Building the row of an unusable image says what is wrong with it.
         """
         try:
             in_file = _read_size(self._paths[image_id], self.image_dir)
@@ -156,7 +153,7 @@ class CocoFile:
         return self._image(image_id, size), size is not None if in_file is None else size in in_file
 
     def _find_size(self, image_id: int, in_file: _FileSize | None) -> tuple[int, int] | None:
-        """(height, width) as the image's record has it, or else its RLEs as far as they fit the file, or its file."""
+        """(height, width) from the image's record, or else from its RLEs if they fit its file, or from the file."""
         image = self.images[image_id]
         segmentations = (annotation.get("segmentation") for annotation in self.annotations.get(image_id, ()))
         in_rles = [_as_size(rle.get("size")) for rle in segmentations if isinstance(rle, dict)]
@@ -170,14 +167,12 @@ class CocoFile:
 
     # --- Objects ------------------------------------------------------------------------------------------------------
 
-    def read_objects(self, image_id: int, size: tuple[int, int], read_crowds: bool) -> list[CocoObject]:
-        """
-        The objects of an image of `size` (height, width), in the order of their ids. Without `read_crowds` those
-        marked as crowds have no mask.
-        """
+    def read_objects(self, image: AnnotatedImage, read_crowds: bool) -> list[CocoObject]:
+        """The objects of a usable image, sorted by id. Without `read_crowds` those marked as crowds have no mask."""
+        assert image.size is not None
         return [
-            CocoObject(annotation, self._read_mask(annotation, size, read_crowds))
-            for annotation in self.annotations.get(image_id, ())
+            CocoObject(annotation, self._read_mask(annotation, image.size, read_crowds))
+            for annotation in self.annotations.get(image.image_id, ())
         ]
 
     def _read_mask(
@@ -217,14 +212,14 @@ class CocoFile:
 
 def _read_size(path: Path, image_dir: Path) -> _FileSize:
     """
-    The size in the header of a file that lies in `image_dir`.
+    The size in the header of a file in `image_dir`.
 
     Raises:
-        ValueError: it is missing, lies elsewhere, or is no image.
+        ValueError: The file is missing, lies elsewhere, or is no image.
     """
     try:
         with Image.open(resolve_image(path, image_dir)) as image:
-            # Pillow would decode a PNG to look for EXIF behind its pixels.
+            # Pillow would decode a whole PNG to look for EXIF after its pixels.
             has_exif = image.format != "PNG" or "exif" in image.info
             is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             stored = (image.height, image.width)
@@ -234,10 +229,7 @@ def _read_size(path: Path, image_dir: Path) -> _FileSize:
 
 
 def _as_size(value: Any) -> tuple[int, int] | None:
-    """A (height, width), if that is what a value is."""
+    """The value as a (height, width), or `None` if it is something else."""
     if are_numbers(value) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value):
         return value[0], value[1]
     return None
-
-
-__all__ = ["MAX_EXPRESSIONS", "CocoFile", "CocoObject"]

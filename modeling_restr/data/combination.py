@@ -1,12 +1,10 @@
 """
-Several prepared datasets -> one, without training on what is evaluated on.
+Several prepared datasets -> one that is not trained on what it is evaluated on.
 
 RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO share their photographs: the training split of one holds images on which
 another is evaluated. Such images are dropped from training. Evaluation splits stay as they are, under names of their
 own.
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
@@ -30,15 +28,15 @@ from .published_counts import Counts, count_images
 TRAIN = "train"
 
 # COCO_train2014_000000581857.jpg, COCO_train2014_000000581857_16.jpg (REFER's), 000000581857.jpg (COCO 2017's). An id
-# is that of one photograph in all of COCO's parts and years.
+# means the same photograph in all of COCO's parts and years.
 _COCO_FILE_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?\.jpg")
 _THUMBNAIL_SIZE = (32, 32)
-_LARGEST_DIFFERENCE = 8  # of 255, the mean over the pixels of thumbnails: what compressing anew may change
+_LARGEST_DIFFERENCE = 8  # of 255, the mean over a thumbnail's pixels: what another JPEG compression may change
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What is to be prepared. `notes` say what was dropped and united."""
+    """What to prepare. `notes` say what was dropped and united."""
 
     source: Source
     splits: Mapping[str, Sequence[AnnotatedImage]]
@@ -49,17 +47,17 @@ def combine(folders: Mapping[str, str | Path], cache_dir: str | Path | None = No
     """
     Combine prepared folders.
 
-    A training image is dropped when any evaluation split of any folder has it; splits called "train" are for training,
-    all others for evaluation. Images are the same when their file names have the same COCO id, and otherwise when
-    their files hold the same bytes. An image in several training sets becomes one row with all references; where two
-    files of one COCO id do not show the same picture in the same size, each keeps its row.
+    Splits called "train" are for training, all others for evaluation. A training image is dropped if any evaluation
+    split of any folder has it. Images are the same if their file names have the same COCO id, or else if their files
+    hold the same bytes. An image in several training sets becomes one row with all references. If two files of one
+    COCO id do not show the same picture in the same size, each keeps its row.
 
     Args:
-        folders (`Mapping[str, str | Path]`): {name: folder}; evaluation splits become NAME_SPLIT.
-        cache_dir (`str` or `Path`, *optional*): Where `datasets` unpacks the folders; its own cache by default.
+        folders: {name: folder}. Evaluation splits become NAME_SPLIT.
+        cache_dir: Where `datasets` unpacks the folders, by default its own cache.
 
     Raises:
-        `ValueError`: A folder was not prepared, is not finished, or there are fewer than two.
+        ValueError: A folder was not prepared or is not finished, or there are fewer than two.
     """
     if len(folders) < 2:
         raise ValueError(f"Expected at least two prepared folders to combine, got {len(folders)}.")
@@ -83,6 +81,9 @@ def combine(folders: Mapping[str, str | Path], cache_dir: str | Path | None = No
     return Combination(_describe_source(folders), combined, tuple(notes))
 
 
+# --- Prepared folders -------------------------------------------------------------------------------------------------
+
+
 def read_prepared_images(folder: str | Path, cache_dir: str | Path | None = None) -> dict[str, list[AnnotatedImage]]:
     """The rows of a prepared folder as annotated images again, by split."""
     shards = list_shards(folder)
@@ -90,7 +91,7 @@ def read_prepared_images(folder: str | Path, cache_dir: str | Path | None = None
     if missing:
         raise ValueError(f"{folder} is not finished: {', '.join(sorted(missing))}. Prepare it to its end first.")
     images = {split: _read_rows(paths, split, cache_dir) for split, paths in shards.items()}
-    # Rows hold their images; one that names a file instead must mean one of the folder.
+    # Rows hold their images. If one names a file instead, the file must lie in the folder.
     return {split: [replace(image, image_dir=Path(folder)) for image in found] for split, found in images.items()}
 
 
@@ -124,10 +125,13 @@ def _read_row(row: dict[str, Any], image: ImageInDataset) -> AnnotatedImage:
     return AnnotatedImage(row["image_id"], row["file_name"], image, references, size)
 
 
+# --- Photographs ------------------------------------------------------------------------------------------------------
+
+
 class _Photo(NamedTuple):
     image: AnnotatedImage
     digest: bytes  # of its file
-    coco_id: int | None  # by its file name
+    coco_id: int | None  # in its file name
 
 
 Key = int | bytes  # COCO's id of a photograph, or else the digest of its file
@@ -139,12 +143,14 @@ def coco_id_of(file_name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def _read(image: AnnotatedImage) -> bytes:
+    return read_image(image.image, image.image_dir)
+
+
 def _read_photos(folder: str | Path, cache_dir: str | Path | None) -> dict[str, list[_Photo]]:
     return {
         split: [
-            _Photo(
-                image, hashlib.sha256(read_image(image.image, image.image_dir)).digest(), coco_id_of(image.file_name)
-            )
+            _Photo(image, hashlib.sha256(_read(image)).digest(), coco_id_of(image.file_name))
             for image in tqdm(images, desc=f"Images of {split}", unit="image")
         ]
         for split, images in read_prepared_images(folder, cache_dir).items()
@@ -152,7 +158,7 @@ def _read_photos(folder: str | Path, cache_dir: str | Path | None) -> dict[str, 
 
 
 def _key_function(photos: Sequence[_Photo]) -> Callable[[_Photo], Key]:
-    """Photos of equal keys are the same. A file under a name of its own has the id of a COCO file with equal bytes."""
+    """Photos with equal keys are the same. A file with another name has the id of a COCO file with equal bytes."""
     ids = {photo.digest: photo.coco_id for photo in photos if photo.coco_id is not None}
 
     def key_of(photo: _Photo) -> Key:
@@ -171,12 +177,8 @@ def _name_evaluation_splits(photos: Mapping[str, Mapping[str, list[_Photo]]]) ->
     return evaluation
 
 
-def _count(photos: Sequence[_Photo]) -> Counts:
-    return count_images([photo.image for photo in photos])
-
-
 def _unite(photos: Sequence[_Photo], key_of: Callable[[_Photo], Key]) -> list[AnnotatedImage]:
-    """One row for all training images that are the same, at the place of the first."""
+    """One row for all training images that are the same, at the position of the first."""
     groups: dict[Key, list[list[_Photo]]] = {}
     for photo in photos:
         rows = groups.setdefault(key_of(photo), [])
@@ -197,12 +199,10 @@ def _unite_row(row: Sequence[AnnotatedImage]) -> AnnotatedImage:
 
 
 def _show_the_same(first: _Photo, second: _Photo) -> bool:
-    """Whether two files hold the same picture in the same size: ids may be equal by chance, or an image resized."""
+    """Whether two files hold the same picture in the same size. Equal ids may be a coincidence, or an image resized."""
     if first.digest == second.digest:
         return True
-    sizes, thumbnails = zip(
-        *(_shrink(read_image(photo.image.image, photo.image.image_dir)) for photo in (first, second))
-    )
+    sizes, thumbnails = zip(*(_shrink(_read(photo.image)) for photo in (first, second)))
     return sizes[0] == sizes[1] and float(np.abs(thumbnails[0] - thumbnails[1]).mean()) <= _LARGEST_DIFFERENCE
 
 
@@ -210,6 +210,13 @@ def _shrink(encoded: bytes) -> tuple[tuple[int, int], np.ndarray]:
     with Image.open(io.BytesIO(encoded)) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     return image.size, np.asarray(image.resize(_THUMBNAIL_SIZE, Image.Resampling.BOX), dtype=np.float32)
+
+
+# --- The card ---------------------------------------------------------------------------------------------------------
+
+
+def _count(photos: Sequence[_Photo]) -> Counts:
+    return count_images([photo.image for photo in photos])
 
 
 def _describe_counts(counts: Counts) -> str:
@@ -220,10 +227,10 @@ def _describe_counts(counts: Counts) -> str:
 
 
 def _describe_dropped(name: str, dropped: Counts, before: Counts) -> str:
-    before_text = f"Of the training split of {name} ({_describe_counts(before)})"
+    split = f"the training split of {name} ({_describe_counts(before)})"
     if not dropped.images:
-        return f"{before_text}, nothing was dropped: none of its images is in an evaluation split."
-    return f"{before_text}, {_describe_counts(dropped)} were dropped, because the images are in an evaluation split."
+        return f"Nothing was dropped from {split}: none of its images is in an evaluation split."
+    return f"From {split}, {_describe_counts(dropped)} were dropped, because the images are in an evaluation split."
 
 
 def _describe_united(before: Counts, after: Counts) -> str:
@@ -231,7 +238,7 @@ def _describe_united(before: Counts, after: Counts) -> str:
     text = f"The other {before.images:,} training images became {after.images:,} rows, one for each different image"
     if repeated:
         text += f"; {repeated:,} references that several sets have were kept once"
-    return f"{text}. `ref_id` and `sent_id` are those of the sets, so in training a number may stand for several."
+    return f"{text}. `ref_id` and `sent_id` are those of the sets, so a number may occur more than once in training."
 
 
 def _describe_source(folders: Mapping[str, str | Path]) -> Source:
@@ -251,6 +258,3 @@ def _describe_source(folders: Mapping[str, str | Path]) -> Source:
             if split != TRAIN
         },
     )
-
-
-__all__ = ["Combination", "combine", "read_prepared_images"]

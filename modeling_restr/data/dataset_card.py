@@ -1,7 +1,5 @@
 """The card of a prepared dataset: its README.md, which also tells `datasets.load_dataset` where the splits are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +10,15 @@ from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .canonical import FEATURES
-from .published_counts import Counts, format_counts_as_markdown, published_counts
-from .records import Problems
+from .published_counts import format_counts_as_markdown, published_counts
+from .shards import PreparedSplit
 
 
 NUM_LEFT_OUT_SHOWN = 50
-OTHER = "other"  # the origin of data of one's own
+OTHER = "other"  # the origin of own data
 
 _REFER_LICENCE = (
-    "REFER (https://github.com/lichengunc/refer), which hands out the annotations, is under the Apache License 2.0 "
+    "REFER (https://github.com/lichengunc/refer), which distributes the annotations, is under the Apache License 2.0 "
     "and names no other licence for them."
 )
 _REFERIT_CITATION = (
@@ -43,7 +41,7 @@ _CONTEXT_CITATION = "Yu, Poirson, Yang, Berg, Berg: Modeling Context in Referrin
 
 @dataclass(frozen=True)
 class Origin:
-    """What a card says of the annotations of one dataset. `images` is a key of `IMAGE_TERMS`, if there is one."""
+    """What a card says about the annotations of one dataset. `images` is a key of `IMAGE_TERMS`, if it has one."""
 
     title: str
     images: str
@@ -65,19 +63,19 @@ ORIGINS = {
     "referit": Origin(
         "ReferIt",
         "iapr",
-        "The expressions are those of ReferItGame; look up the terms where you had the annotations from.",
+        "The expressions are those of ReferItGame. Their terms are stated where you got the annotations from.",
         (_REFERIT_CITATION, _IAPR_CITATION),
     ),
     "grefcoco": Origin(
         "gRefCOCO",
         "coco",
-        "gRefCOCO (https://github.com/henghuiding/gRefCOCO) has the terms; its README names no licence.",
+        "gRefCOCO (https://github.com/henghuiding/gRefCOCO) states the terms; its README names no licence.",
         ("Liu, Ding, Jiang: GRES: Generalized Referring Expression Segmentation, CVPR 2023",),
     ),
     OTHER: Origin(
         "Other data",
         OTHER,
-        "Its terms are those of the photographs and annotations that it was made of, which this card does not know.",
+        "Its terms are those of the photographs and annotations that it was made from, which this card does not know.",
         (),
     ),
 }
@@ -98,12 +96,12 @@ class Source:
     """
     Where prepared data comes from.
 
-    name: A short name, of letters, digits and "_": what its splits are called after when it is combined with others.
-    title: Its name as a card shows it, such as "RefCOCO (unc)".
+    name: Short name of letters, digits and "_", which prefixes its splits when it is combined with others.
+    title: Name on the card, such as "RefCOCO (unc)".
     description: Sentences on what was read, and how.
     origins: Keys of `ORIGINS`.
-    options: What else decides on the content, as JSON knows it. Data of other options never goes to the same folder.
-    published: {split: (dataset, split_by, split)}, by which [`published_counts`] finds its published counts.
+    options: What else decides on the content, in JSON's types. Data with other options never goes to the same folder.
+    published: {split: (dataset, split_by, split)}, the arguments for [`published_counts`].
     """
 
     name: str
@@ -120,21 +118,6 @@ class Source:
 
     def published_counts(self, split: str) -> dict[str, int]:
         return published_counts(*self.published[split]) if split in self.published else {}
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """A finished split: what its files hold, and what is wrong with each image that was left out.
-
-    `num_bytes` is the size of its rows, `file_size` that of its files. `problems` counts by kind all that was left out,
-    images and less, and what should be looked at.
-    """
-
-    counts: Counts
-    left_out: tuple[str, ...] = ()
-    num_bytes: int = 0
-    file_size: int = 0
-    problems: Problems = field(default_factory=Problems)
 
 
 def build_card(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str] = ()) -> DatasetCard:
@@ -166,8 +149,8 @@ def _build_card_data(source: Source, splits: Mapping[str, PreparedSplit]) -> Dat
 
 def _build_info(splits: Mapping[str, PreparedSplit]) -> DatasetInfo:
     """
-    Features and sizes. The sizes are needed, too: `load_dataset` knows a folder by its name and its card alone, and
-    would take the rows of another, or of an earlier one, from its cache.
+    Features and sizes. `load_dataset` identifies a folder by its name and its card alone: without the sizes it would
+    take the rows of another folder, or of an earlier version, from its cache.
     """
     split_infos = SplitDict(dataset_name="default")
     for name, split in splits.items():
@@ -182,7 +165,7 @@ def _build_info(splits: Mapping[str, PreparedSplit]) -> DatasetInfo:
 
 
 def _size_category(num_rows: int) -> str:
-    """The Hub's name of a range of numbers of rows, up to a million."""
+    """The Hub's name for a number of rows, up to a million."""
     for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K")):
         if num_rows < limit:
             return name
@@ -191,7 +174,7 @@ def _size_category(num_rows: int) -> str:
 
 def _build_text(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str]) -> str:
     sections = [
-        f"# {source.title}, one row an image",
+        f"# {source.title}, one row per image",
         "Referring expressions, each with the mask of what it refers to. " + source.description,
         "## Use",
         _USE.format(split=next(iter(splits))),
@@ -216,22 +199,21 @@ def _build_text(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequ
 
 _USE = """```python
 from datasets import load_dataset
-from modeling_restr.data.canonical import decode_mask
+from modeling_restr.data import decode_mask
 
-dataset = load_dataset("path/or/id", split="{split}")  # streaming=True reads no more than it needs
+dataset = load_dataset("path/or/id", split="{split}")  # streaming=True reads only what it needs
 row = dataset[0]
 for reference in row["references"]:
-    mask = decode_mask(reference["mask"])  # (height, width) bool, of the image's own size
+    mask = decode_mask(reference["mask"])  # (height, width) bool, in the image's own size
     texts = [expression["text"] for expression in reference["expressions"]]
 ```
 
-`references` is a list of `ref_id`, `ann_id`, `category`, `bbox` ([x, y, width, height] in pixels), `mask` (COCO's
-compressed RLE, `pycocotools` decodes it) and `expressions` (`sent_id`, `text`)."""
+Each of the `references` has a `ref_id`, `ann_id`, `category`, `bbox` ([x, y, width, height] in pixels), `mask` (COCO's
+compressed RLE, which `pycocotools` decodes) and `expressions` (`sent_id`, `text`)."""
 
-_PREPARATION = """By `restr prepare` of `modeling_restr`. Every image was decoded to its last pixel, and
-its masks are of the size that it decodes to. The files of the images are unchanged, but for those with an EXIF
-orientation that the annotations ignore: they were written anew without it. The parts of an object are united in one
-mask; ids are the source's."""
+_PREPARATION = """By `restr prepare` of `modeling_restr`. Every image was decoded completely, and its masks have the
+decoded size. The image files are unchanged, except those with an EXIF orientation that the annotations ignore: they
+were written again without it. The parts of an object are united in one mask. The ids are the source's."""
 
 
 def _describe_left_out(splits: Mapping[str, PreparedSplit]) -> Iterator[str]:
@@ -240,7 +222,7 @@ def _describe_left_out(splits: Mapping[str, PreparedSplit]) -> Iterator[str]:
     for name, split in splits.items():
         if split.problems:
             lines = [f"- {line}" for line in split.problems.summary().splitlines()]
-            yield f"What is missing from the split {name}, or doubtful in it, by kind:"
+            yield f"What is missing from the split {name} or doubtful in it:"
             yield "\n".join(lines)
     for name, split in splits.items():
         if not split.left_out:
@@ -266,6 +248,3 @@ def _list_citations(source: Source) -> Iterator[str]:
     yield from dict.fromkeys(citation for origin in origins for citation in origin.citations)
     images = dict.fromkeys(origin.images for origin in origins)
     yield from (IMAGE_CITATIONS[name] for name in images if name in IMAGE_CITATIONS)
-
-
-__all__ = ["IMAGE_TERMS", "ORIGINS", "OTHER", "Origin", "PreparedSplit", "Source", "build_card"]

@@ -1,15 +1,13 @@
 """
 Referring expressions from the geometry of instances: category, place, order and size.
 
-Every expression is true of exactly one instance, by construction: each statement is checked with a margin before it is
-put into words, and an instance that allows none is left out.
+Every expression is true of exactly one instance: each statement is checked with a margin before it is put into words,
+and an instance that allows none is left out.
 
     instances = [measure_mask("dog", mask) for mask in masks]
     for target, expressions in generate_expressions(instances, np.random.default_rng(0)).items():
         print(target, [expression.text for expression in expressions])
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -21,121 +19,60 @@ from typing import NamedTuple
 import numpy as np
 
 
-# {0} is the noun, {1} the ordinal, {2} the noun's plural.
-PHRASES: dict[str, tuple[str, ...]] = {
-    "only": ("{0}",),
-    "leftmost": (
-        *("leftmost {0}", "{0} furthest to the left", "far left {0}", "{0} far left"),
-        *("{0} on the far left", "left most {0}"),
-    ),
-    "rightmost": (
-        *("rightmost {0}", "{0} furthest to the right", "far right {0}", "{0} far right"),
-        *("{0} on the far right", "right most {0}"),
-    ),
-    "topmost": (
-        *("topmost {0}", "highest {0}", "{0} closest to the top", "very top {0}", "uppermost {0}", "top most {0}"),
-        *("{0} highest up", "{0} nearest the top", "{0} at the very top", "{0} furthest up"),
-    ),
-    "bottommost": (
-        *("bottommost {0}", "lowest {0}", "{0} closest to the bottom", "very bottom {0}", "lowermost {0}"),
-        *(
-            "bottom most {0}",
-            "{0} lowest down",
-            "{0} nearest the bottom",
-            "{0} at the very bottom",
-            "{0} furthest down",
-        ),
-    ),
-    "left of all": (
-        *("left {0}", "{0} on the left", "{0} to the left", "{0} on the left side", "{0} left"),
-        *("left side {0}", "{0} on left", "{0} at left", "left hand {0}", "{0} at the left"),
-        *("{0} on the left hand side", "{0} to the left side", "{0} on the left side of the picture"),
-        *("left one of the {2}",),
-    ),
-    "right of all": (
-        *("right {0}", "{0} on the right", "{0} to the right", "{0} on the right side", "{0} right"),
-        *("right side {0}", "{0} on right", "{0} at right", "right hand {0}", "{0} at the right"),
-        *("{0} on the right hand side", "{0} to the right side", "{0} on the right side of the picture"),
-        *("right one of the {2}",),
-    ),
-    "above all": (
-        *("top {0}", "upper {0}", "{0} at the top", "{0} on top", "{0} up top", "{0} higher up"),
-        *("higher {0}", "{0} at the top of the picture", "top one of the {2}"),
-    ),
-    "below all": (
-        *("bottom {0}", "lower {0}", "{0} at the bottom", "{0} bottom", "{0} on the bottom"),
-        *("{0} lower down", "{0} at the bottom of the picture", "{0} down below", "{0} on bottom"),
-        *("bottom one of the {2}",),
-    ),
-    **{
-        f"{half} half": tuple(f"{{0}} in the {word} {part}" for word in words for part in ("half", "part"))
-        for half, words in (
-            *(("left", ("left",)), ("right", ("right",))),
-            *(("top", ("top", "upper")), ("bottom", ("bottom", "lower"))),
-        )
-    },
-    "on the left": (
-        *("{0} on the left", "{0} on the left side", "left {0}", "{0} left"),
-        *("{0} on the left hand side", "{0} in the left half", "{0} at left"),
-    ),
-    "on the right": (
-        *("{0} on the right", "{0} on the right side", "right {0}", "{0} right"),
-        *("{0} on the right hand side", "{0} in the right half", "{0} at right"),
-    ),
-    "at the top": (
-        *("{0} at the top", "top {0}", "upper {0}", "{0} in the top half", "{0} on top"),
-        *("{0} in the upper half",),
-    ),
-    "at the bottom": (
-        *("{0} at the bottom", "bottom {0}", "lower {0}", "{0} in the bottom half"),
-        *("{0} in the lower half", "{0} on the bottom"),
-    ),
-    "in the middle": (
-        *("{0} in the middle", "{0} in the center", "center {0}", "middle {0}", "central {0}"),
-        *("{0} in the middle of the picture",),
-    ),
-    "middle of all": (
-        *("middle {0}", "center {0}", "{0} in the middle", "{0} in the center", "{0} middle"),
-        *("{0} center", "{0} in middle"),
-    ),
-    "biggest": ("biggest {0}", "largest {0}"),
-    "smallest": ("smallest {0}", "littlest {0}", "tiniest {0}"),
-    "bigger": ("bigger {0}", "larger {0}", "big {0}", "large {0}"),
-    "smaller": ("smaller {0}", "small {0}", "little {0}"),
-    "left of two": (
-        *("{0} to the left of the other {0}", "{0} left of the other one", "left one of the two {2}"),
-        *("left {0} of the two", "{0} on the left of the other {0}"),
-    ),
-    "right of two": (
-        *("{0} to the right of the other {0}", "{0} right of the other one", "right one of the two {2}"),
-        *("right {0} of the two", "{0} on the right of the other {0}"),
-    ),
-    "top of two": (
-        *("{0} above the other {0}", "{0} above the other one", "upper one of the two {2}"),
-        *("upper {0} of the two", "top {0} of the two", "{0} higher than the other {0}"),
-        *("{0} over the other one",),
-    ),
-    "bottom of two": (
-        *("{0} below the other {0}", "{0} below the other one", "lower one of the two {2}"),
-        *("lower {0} of the two", "bottom {0} of the two", "{0} lower than the other {0}"),
-        *("{0} under the other one",),
-    ),
-    **{
-        f"{vertical} {side}": (
-            *(f"{vertical} {side} {{0}}", f"{{0}} in the {vertical} {side}", f"{other} {side} {{0}}"),
-            *(f"{side} {vertical} {{0}}", f"{{0}} {vertical} {side}", f"{{0}} at {vertical} {side}"),
-        )
-        for vertical, other in (("top", "upper"), ("bottom", "lower"))
-        for side in ("left", "right")
-    },
-    **{
-        f"from the {end}": (
-            *(f"{{1}} {{0}} from the {end}", f"{{0}} that is {{1}} from the {end}", f"{{1}} {{0}} from {end}"),
-            *(f"{{1}} from {end} {{0}}", f"{{0}} {{1}} from the {end}"),
-        )
-        for end in ("left", "right", "top", "bottom")
-    },
+# Ways to say each statement, separated by "|". {0} is the noun, {1} the ordinal, {2} the noun's plural. SIDE stands for
+# left and right, END for left, right, top and bottom.
+_WAYS = {
+    "only": "{0}",
+    "SIDEmost": "SIDEmost {0}|{0} furthest to the SIDE|far SIDE {0}|{0} far SIDE|{0} on the far SIDE|SIDE most {0}",
+    "topmost": "topmost {0}|highest {0}|{0} closest to the top|very top {0}|uppermost {0}|top most {0}|{0} highest up|"
+    "{0} nearest the top|{0} at the very top|{0} furthest up",
+    "bottommost": "bottommost {0}|lowest {0}|{0} closest to the bottom|very bottom {0}|lowermost {0}|bottom most {0}|"
+    "{0} lowest down|{0} nearest the bottom|{0} at the very bottom|{0} furthest down",
+    "SIDE of all": "SIDE {0}|{0} on the SIDE|{0} to the SIDE|{0} on the SIDE side|{0} SIDE|SIDE side {0}|{0} on SIDE|"
+    "{0} at SIDE|SIDE hand {0}|{0} at the SIDE|{0} on the SIDE hand side|{0} to the SIDE side|"
+    "{0} on the SIDE side of the picture|SIDE one of the {2}",
+    "above all": "top {0}|upper {0}|{0} at the top|{0} on top|{0} up top|{0} higher up|higher {0}|"
+    "{0} at the top of the picture|top one of the {2}",
+    "below all": "bottom {0}|lower {0}|{0} at the bottom|{0} bottom|{0} on the bottom|{0} lower down|"
+    "{0} at the bottom of the picture|{0} down below|{0} on bottom|bottom one of the {2}",
+    "SIDE half": "{0} in the SIDE half|{0} in the SIDE part",
+    "top half": "{0} in the top half|{0} in the top part|{0} in the upper half|{0} in the upper part",
+    "bottom half": "{0} in the bottom half|{0} in the bottom part|{0} in the lower half|{0} in the lower part",
+    "on the SIDE": "{0} on the SIDE|{0} on the SIDE side|SIDE {0}|{0} SIDE|{0} on the SIDE hand side|"
+    "{0} in the SIDE half|{0} at SIDE",
+    "at the top": "{0} at the top|top {0}|upper {0}|{0} in the top half|{0} on top|{0} in the upper half",
+    "at the bottom": "{0} at the bottom|bottom {0}|lower {0}|{0} in the bottom half|{0} in the lower half|"
+    "{0} on the bottom",
+    "in the middle": "{0} in the middle|{0} in the center|center {0}|middle {0}|central {0}|"
+    "{0} in the middle of the picture",
+    "middle of all": "middle {0}|center {0}|{0} in the middle|{0} in the center|{0} middle|{0} center|{0} in middle",
+    "biggest": "biggest {0}|largest {0}",
+    "smallest": "smallest {0}|littlest {0}|tiniest {0}",
+    "bigger": "bigger {0}|larger {0}|big {0}|large {0}",
+    "smaller": "smaller {0}|small {0}|little {0}",
+    "SIDE of two": "{0} to the SIDE of the other {0}|{0} SIDE of the other one|SIDE one of the two {2}|"
+    "SIDE {0} of the two|{0} on the SIDE of the other {0}",
+    "top of two": "{0} above the other {0}|{0} above the other one|upper one of the two {2}|upper {0} of the two|"
+    "top {0} of the two|{0} higher than the other {0}|{0} over the other one",
+    "bottom of two": "{0} below the other {0}|{0} below the other one|lower one of the two {2}|lower {0} of the two|"
+    "bottom {0} of the two|{0} lower than the other {0}|{0} under the other one",
+    "top SIDE": "top SIDE {0}|{0} in the top SIDE|upper SIDE {0}|SIDE top {0}|{0} top SIDE|{0} at top SIDE",
+    "bottom SIDE": "bottom SIDE {0}|{0} in the bottom SIDE|lower SIDE {0}|SIDE bottom {0}|{0} bottom SIDE|"
+    "{0} at bottom SIDE",
+    "from the END": "{1} {0} from the END|{0} that is {1} from the END|{1} {0} from END|{1} from END {0}|"
+    "{0} {1} from the END",
 }
+_ENDS = {"SIDE": ("left", "right"), "END": ("left", "right", "top", "bottom")}
+
+
+def _list_phrases() -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, ways in _WAYS.items():
+        placeholder = next((word for word in _ENDS if word in name), "NONE")
+        for end in _ENDS.get(placeholder, [""]):
+            yield name.replace(placeholder, end), tuple(ways.replace(placeholder, end).split("|"))
+
+
+PHRASES = dict(_list_phrases())
 # Plurals that no rule gives.
 PLURALS = {"man": "men", "woman": "women", "person": "people", "child": "children", "sheep": "sheep", "one": "ones"}
 ORDINALS = (("first", "1st"), ("second", "2nd"), ("third", "3rd"), ("fourth", "4th"), ("fifth", "5th"))
@@ -160,11 +97,11 @@ class Instance:
     """
     One object of an image.
 
-    noun: What it is called, in lower case; instances of equal nouns are told apart.
+    noun: Its name in lower case. Expressions distinguish instances with the same noun.
     box: (left, top, right, bottom) as shares of the image's width and height.
     center: (x, y) of the mask's centroid, in the same unit.
     area: The mask's share of the image.
-    can_be_target: `False` for what others are told apart from, but is never referred to itself.
+    can_be_target: Whether expressions may refer to it. Others are distinguished from it in any case.
     """
 
     noun: str
@@ -188,9 +125,10 @@ class Instance:
 
 class Statement(NamedTuple):
     """
-    What is true of the instance of index `target` and of no other instance of its noun.
+    What is true of the instance with the index `target` and of no other instance with its noun.
 
-    `kind` is "category", "place", "order" or "size", `name` a key of `PHRASES`, `rank` from 0 for an order.
+    `kind` is "category", "place", "order" or "size", `name` is a key of `PHRASES`, and the `rank` in an order starts
+    from 0.
     """
 
     kind: str
@@ -208,10 +146,10 @@ class Expression(NamedTuple):
 
 def measure_mask(noun: str, mask: np.ndarray, min_area_share: float = 0.0) -> Instance:
     """
-    The instance of a mask (height, width) bool; it can be a target from `min_area_share` of the image on.
+    The instance of a mask (height, width) bool. It can be a target if it covers `min_area_share` of the image.
 
     Raises:
-        ValueError: for an empty mask.
+        ValueError: The mask is empty.
     """
     if not mask.any():
         raise ValueError("An instance's mask must not be empty.")
@@ -234,10 +172,9 @@ def generate_expressions(
     unclear_nouns: Collection[str] = (),
 ) -> dict[int, list[Expression]]:
     """
-    Up to `expressions_per_instance` different expressions for each instance that allows any, by its index.
+    {index of an instance: up to `expressions_per_instance` different expressions}, for instances that allow any.
 
-    `unclear_nouns` are those of which the image may hold instances that are not given, a crowd for example: nothing
-    is said about them.
+    There are no expressions with `unclear_nouns`, of which the image may hold other instances, such as a crowd.
     """
     statements = defaultdict(list)
     for statement in find_statements(instances, unclear_nouns):
@@ -251,7 +188,7 @@ def generate_expressions(
 def _choose_expressions(
     rng: np.random.Generator, statements: Sequence[Statement], noun: str, count: int
 ) -> list[Expression]:
-    """Each statement once before any is said in other words, in an order drawn by the weights of the kinds."""
+    """Choose each statement once before any is repeated in other words, in an order drawn by the weights of the kinds."""
     num_of_kind = Counter(statement.kind for statement in statements)
     # Sampling without replacement (Efraimidis and Spirakis, 2006): the largest of u ** (1 / weight) come first.
     keys = [rng.random() ** (num_of_kind[s.kind] / KIND_WEIGHTS[s.kind]) for s in statements]
@@ -267,7 +204,7 @@ def _choose_expressions(
 
 
 def say(rng: np.random.Generator, name: str, noun: str, rank: int = 0) -> str:
-    """One of the ways to say `PHRASES[name]` of this noun, without an article before it."""
+    """One of the ways to say `PHRASES[name]` with this noun, without an article."""
     phrases, ordinals = PHRASES[name], ORDINALS[rank]
     text = phrases[rng.integers(len(phrases))].format(noun, ordinals[rng.integers(len(ordinals))], pluralize(noun))
     return " ".join(text.split())
@@ -286,7 +223,7 @@ def pluralize(noun: str) -> str:
 
 
 def find_statements(instances: Sequence[Instance], unclear_nouns: Collection[str] = ()) -> Iterator[Statement]:
-    """Every statement that is clearly true of one instance only. No chance is involved."""
+    """Every statement that is clearly true of one instance only, without randomness."""
     members_of = defaultdict(list)
     for index, instance in enumerate(instances):
         members_of[instance.noun].append(index)
@@ -303,7 +240,7 @@ def _find_in_group(instances: Sequence[Instance], members: Sequence[int]) -> Ite
     if len(members) == 1:
         yield Statement("category", "only", members[0])
     if _PHRASE_WORDS & set(instances[members[0]].noun.split()):
-        return  # "left hand" or "top" of a category would read as a place
+        return  # a category such as "left hand" or "top" would read as a place
     group = {index: instances[index] for index in members}
     yield from _corner_statements(group)
     if len(group) == 1:
@@ -319,7 +256,7 @@ def _find_in_group(instances: Sequence[Instance], members: Sequence[int]) -> Ite
             yield from _order_statements(group, axis, end, from_start)
 
 
-Group = Mapping[int, Instance]  # the instances of one noun, by their index
+Group = Mapping[int, Instance]  # {index: instance} of one noun
 
 
 def is_before(first: Instance, second: Instance, axis: int) -> bool:
@@ -337,7 +274,7 @@ def _is_nearer(first: Instance, second: Instance, axis: int, from_start: bool) -
 
 
 def _offsets(instance: Instance, axis: int, from_start: bool) -> tuple[float, float]:
-    """How far its centre is from the start (left, top) of the axis or from its end: the least and the most."""
+    """The smallest and largest distance of its centre from the start (left, top) of the axis or from its end."""
     places = (instance.center[axis], instance.middle[axis])
     return (min(places), max(places)) if from_start else (1 - max(places), 1 - min(places))
 
@@ -349,9 +286,9 @@ def _end_statements(group: Group, axis: int, end: str, from_start: bool) -> Iter
     if not all(_is_nearer(group[target], other, axis, from_start) for other in others):
         return
     if axis == 1 and not _is_counted(group[target], group):
-        return  # what is small for being far away lies high in the image, but not high up
+        return  # something far away is small and lies high in the image, but is not high up
     yield Statement("place", f"{end}most", target)
-    # "On the left" also says something of the picture: the target must be there, the others must not.
+    # "On the left" also refers to the picture: the target must be there, the others must not.
     offset = _offsets(group[target], axis, from_start)[1]
     least = min(_offsets(other, axis, from_start)[0] for other in others)
     if offset < 0.5 - HALF_MARGIN and least > 0.5 + HALF_MARGIN:
@@ -369,7 +306,7 @@ def _order_statements(group: Group, axis: int, end: str, from_start: bool) -> It
     row = [group[index] for index in ranked]
     for rank in range(min(len(row) // 2 + 1, len(ORDINALS))):
         if not _is_counted(row[rank], group):
-            return  # some would leave it out of the count
+            return  # some would not count it
         if not all(_is_nearer(row[rank], other, axis, from_start) for other in row[rank + 1 :]):
             return
         if _is_in_line(row[: rank + 2], axis):
@@ -387,7 +324,7 @@ def _is_in_line(row: Sequence[Instance], axis: int) -> bool:
 
 
 def _pair_statements(group: Group) -> Iterator[Statement]:
-    """Where one of two is, as seen from the other."""
+    """Where one of two is relative to the other."""
     for axis, ends in enumerate((("left", "right"), ("top", "bottom"))):
         for first, second in itertools.permutations(group, 2):
             if is_before(group[first], group[second], axis):
@@ -396,7 +333,7 @@ def _pair_statements(group: Group) -> Iterator[Statement]:
 
 
 def _middle_statements(group: Group) -> Iterator[Statement]:
-    """The middle one of three or five in a row or a column, when it is also the one nearest to the image's middle."""
+    """The middle one of three or five in a row or a column, if it is also the one nearest to the image's middle."""
     if len(group) not in (3, 5) or not all(_is_counted(instance, group) for instance in group.values()):
         return
     for axis in (0, 1):
@@ -410,7 +347,7 @@ def _middle_statements(group: Group) -> Iterator[Statement]:
 
 
 def _corner_statements(group: Group) -> Iterator[Statement]:
-    """The one in a corner of the image, when the others clearly are not."""
+    """The one in a corner of the image, if the others clearly are not."""
     near_share = 0.36 if len(group) > 1 else OWN_PLACE
     sides, verticals = (("left", True), ("right", False)), (("top", True), ("bottom", False))
     for (side, from_left), (vertical, from_top) in itertools.product(sides, verticals):
@@ -438,7 +375,7 @@ def _own_place_statements(group: Group) -> Iterator[Statement]:
 
 
 def _size_statements(group: Group, everything: Sequence[Instance]) -> Iterator[Statement]:
-    """The biggest and the smallest, by the mask and by the box, where nothing is likely to hide any of their size."""
+    """The biggest and the smallest by mask and by box, if probably nothing hides a part of them."""
     ranked = sorted(group, key=lambda index: group[index].area)
     *others, biggest = (group[index] for index in ranked)
     if all(_is_bigger(biggest, other) for other in others):

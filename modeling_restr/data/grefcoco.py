@@ -3,22 +3,20 @@ gRefCOCO (Liu et al., "GRES: Generalized Referring Expression Segmentation", CVP
 one object, to several, or to nothing in the image. REFER's layout, with `grefs(unc).json` instead of a pickle.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 from .canonical import NO_TARGET, AnnotatedImage, AnnotatedReference
-from .records import ID_OR_IDS
+from .records import ID_OR_IDS, read_json
 from .refer import (
     REF_FIELDS,
     Instances,
     check_refs,
     expressions_of,
     find_annotation_dir,
+    find_file,
     group_by_image,
     parts_of,
-    read_json,
     select_split,
 )
 from .segmentation import SeveralObjects
@@ -34,29 +32,26 @@ def read_grefcoco(
     """
     Read the annotations of gRefCOCO. Images and references are in the order of the file, the text is `sent`.
 
-    The mask of a reference is the union of its objects; without any it is empty, its `ann_id` -1 and its category "".
-    Of several objects, `ann_id` is the first's, `category` all their different names, joined by ", ", and `bbox` the
-    mask's.
+    The mask of a reference is the union of its objects. A reference without objects has an empty mask, the `ann_id` -1
+    and the category "". A reference to several has the `ann_id` of the first, all their different categories, joined
+    by ", ", and the `bbox` of the mask.
 
     Args:
-        annotation_dir (`str` or `Path`): The folder of `grefs(SPLITBY).json` and `instances.json`, or the one above
-            it, when it is named grefcoco or gRefCOCO.
-        image_dir (`str` or `Path`): The folder of COCO's images; see [`read_refer`].
-        split_by (`str`, defaults to `"unc"`): "unc", the only one there is.
-        split (`str`, defaults to `"val"`): One of the file's splits: "train", "val", "testA" or "testB".
+        annotation_dir: The folder of `grefs(SPLITBY).json` and `instances.json`, or the one above it if it is named
+            grefcoco or gRefCOCO.
+        image_dir: The folder of COCO's images, see [`read_refer`].
+        split_by: "unc", the only one there is.
+        split: One of the file's splits: "train", "val", "testA" or "testB".
 
     Returns:
-        `list[AnnotatedImage]`: Images without pixels, for [`build_dataset`].
+        Images without pixels, for [`build_dataset`].
 
     Raises:
-        `ValueError`: A file or the split does not exist (the message lists what does), or the files are not what they
-            should be.
+        ValueError: A file or the split does not exist (the message lists those that do), or the files are not as
+            expected.
     """
     folder = find_annotation_dir(annotation_dir, FOLDERS)
-    path = folder / f"grefs({split_by}).json"
-    if not path.is_file():
-        present = ", ".join(sorted(file.name for file in folder.glob("grefs(*).json"))) or "none"
-        raise ValueError(f"Expected {path.name} in {folder}, got {present}.")
+    path = find_file(folder, "grefs({}).json", split_by)
     refs = select_split(check_refs(read_json(path), path, FIELDS), split, path)
     return group_by_image(refs, Instances.read(folder / "instances.json"), image_dir, _build_reference)
 
@@ -79,11 +74,8 @@ def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedRefe
 
 
 def _targets(ref: dict[str, Any], field: str) -> list[int]:
-    """The ids of a field that is a list, or a number where there is one; none of -1."""
+    """The ids in a field, which is a list or one number. -1 stands for none."""
     ids = ref[field] if isinstance(ref[field], list) else [ref[field]]
     if NO_TARGET in ids and len(set(ids)) > 1:
         raise ValueError(f"ref_id {ref['ref_id']}: {field} has both objects and no target: {ids}.")
     return [number for number in ids if number != NO_TARGET]
-
-
-__all__ = ["read_grefcoco"]

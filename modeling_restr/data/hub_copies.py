@@ -3,14 +3,13 @@ Copies of the RefCOCO family on the Hugging Face Hub, read as they are.
 
 A copy's layout is recognised by its columns, so mirrors of these are read as well:
 
-- jxu124/refcoco, refcocoplus, refcocog: one reference a row, COCO's annotation as JSON, images by path only. The test
-  split of refcoco and refcocoplus is testA, refcocog is the UMD split.
-- jxu124/refcoco-benchmark: one image a row, eleven evaluation splits by names such as refcoco_unc_val.
-- lmms-lab/RefCOCO, RefCOCOplus, RefCOCOg: one reference a row, its outline flattened to one polygon; evaluation only.
-- moondream/refcoco-m: one image a row, RefCOCO's UNC validation split with masks drawn anew.
+- jxu124/refcoco, refcocoplus, refcocog: one reference per row, COCO's annotation as JSON, images by path only. The
+  test split of refcoco and refcocoplus is testA. refcocog is the UMD split.
+- jxu124/refcoco-benchmark: one image per row, eleven evaluation splits with names such as refcoco_unc_val.
+- lmms-lab/RefCOCO, RefCOCOplus, RefCOCOg: one reference per row, its outline flattened to one polygon; evaluation
+  only.
+- moondream/refcoco-m: one image per row, RefCOCO's UNC validation split with new masks.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -60,7 +59,7 @@ _IMAGE_FIELDS = {"id": ID, "file_name": TEXT, "height": ANYTHING, "width": ANYTH
 _ANNOTATION_FIELDS = {"category_id": ID, "segmentation": ANYTHING, "bbox": ANYTHING}
 _SAMPLE_FIELDS = {"id": ID, "category": TEXT, "sentences": TEXT_OR_TEXTS, "mask": ANYTHING, "bbox": ANYTHING}
 _OTHER_NAMES = {"val": "validation", "validation": "val", "testA": "test"}
-# References of the val splits of RefCOCO (UNC), RefCOCO+ (UNC) and RefCOCOg (UMD), each by itself.
+# The numbers of references in the val splits of RefCOCO (UNC), RefCOCO+ (UNC) and RefCOCOg (UMD).
 _NUM_VAL_REFERENCES = {3811, 3805, 2573}
 
 
@@ -68,25 +67,25 @@ def read_hub_copy(
     path_or_id: str | Path, split: str, image_dir: str | Path | None = None, revision: str | None = None
 ) -> list[AnnotatedImage]:
     """
-    Read one split of a copy of RefCOCO, RefCOCO+ or RefCOCOg on the Hub; only the files of that split are fetched.
+    Read one split of a copy of RefCOCO, RefCOCO+ or RefCOCOg on the Hub. Only the files of that split are fetched.
 
-    The texts are the `sent` of the copies that keep REFER's sentences. Ids that a copy does not keep are counted from
-    0 in its order (lmms-lab: `ref_id`, `sent_id`; refcoco-m: `sent_id`); a category that it does not keep is "".
+    The texts are `sent` if the copy keeps REFER's sentences. Ids that a copy does not keep are counted from 0 in its
+    order (lmms-lab: `ref_id`, `sent_id`; refcoco-m: `sent_id`). A category that it does not keep is "".
 
     Args:
-        path_or_id (`str` or `Path`): What `datasets.load_dataset` takes: a Hub id or a local folder.
-        split (`str`): The copy's own name of a split; val and validation stand for each other, and testA for a test
-            beside which there is a testB.
-        image_dir (`str` or `Path`, *optional*): For copies without images: the folder that has COCO's train2014
-            images, in itself or in train2014 or coco/train2014. Rows that name files mean files in it, or in the copy.
-        revision (`str`, *optional*): A branch, tag or commit on the Hub.
+        path_or_id: Hub id or local folder, as for `datasets.load_dataset`.
+        split: The copy's own name of a split. val and validation stand for each other, and testA for test if there is
+            a testB.
+        image_dir: For copies without images: the folder of COCO's train2014 images, or one above it. Rows that name
+            files mean files in it, or by default files in the copy.
+        revision: A branch, tag or commit on the Hub.
 
     Returns:
-        The images in the copy's order, each with all references to it. Images that `image_dir` lacks are among them.
+        The images in the copy's order, each with all references to it, including images that `image_dir` lacks.
 
     Raises:
-        `ValueError`: The split or the columns are none of those expected, a row is not of its layout, or an image
-            folder is needed and not given.
+        ValueError: The split or the columns are not as expected, a row does not fit its layout, or an image folder is
+            needed and not given.
     """
     split, dataset = _load_split(str(path_or_id), split, revision)
     layout = _recognise_layout(dataset.column_names, path_or_id)
@@ -102,7 +101,7 @@ def read_hub_copy(
 
 
 def _folder_of_copy(path_or_id: str | Path) -> Path:
-    """The folder itself, or the one of a Hub id in the Hub's cache."""
+    """The folder itself, or that of a Hub id in the Hub's cache."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     return Path(HF_HUB_CACHE, repo_folder_name(repo_id=str(path_or_id), repo_type="dataset"))
@@ -128,13 +127,13 @@ def _resolve_split(split: str, available: Sequence[str], path_or_id: str) -> str
     raise ValueError(f"{path_or_id} has no split {split!r}, it has {', '.join(sorted(available))}.")
 
 
-ImageSource = Callable[[int, dict[str, Any]], Path | ImageInDataset]  # of a row, by its number and its columns
+ImageSource = Callable[[int, dict[str, Any]], Path | ImageInDataset]  # finds the image of (row number, columns)
 
 
 def _find_images(
     dataset: datasets.Dataset, image_dir: str | Path | None, path_or_id: str | Path
 ) -> tuple[ImageSource, Path]:
-    """What finds the image of a row, and the folder in which its file must lie if it is one."""
+    """A function that finds the image of a row, and the folder in which image files must lie."""
     if "image" in dataset.column_names:
         try:
             images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
@@ -154,7 +153,7 @@ def _find_images(
 
 
 def _iterate_rows(dataset: datasets.Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, columns) of all rows; without the image, which is read when it is needed."""
+    """(number, columns) of all rows, without the image, which is read when its row is built."""
     columns = [name for name in dataset.column_names if name != "image"]
     yield from enumerate(tqdm(dataset.select_columns(columns), desc="Annotations", unit="row", leave=False))
 
@@ -206,7 +205,7 @@ def _read_benchmark(dataset: datasets.Dataset, find_image: ImageSource) -> Itera
 
 
 def _build_refer_reference(ref: dict[str, Any], annotation: dict[str, Any], place: str) -> AnnotatedReference:
-    """Of REFER's own `ref` and COCO's annotation."""
+    """Build a reference from REFER's own `ref` and COCO's annotation."""
     check_fields(ref, {"ref_id": ID, "ann_id": ID, "sentences": LIST}, place)
     check_sentences(ref, f"{place}, ref_id {ref['ref_id']}")
     check_fields(annotation, _ANNOTATION_FIELDS, f"{place}, annotation {ref['ann_id']}")
@@ -214,7 +213,7 @@ def _build_refer_reference(ref: dict[str, Any], annotation: dict[str, Any], plac
         ref_id=ref["ref_id"],
         ann_id=ref["ann_id"],
         category=_COCO_CATEGORIES.get(annotation["category_id"], ""),
-        segmentation=annotation["segmentation"] or [[]],  # one that a copy lost is an error, no "nothing to see"
+        segmentation=annotation["segmentation"] or [[]],  # a lost one is an error and does not mean "nothing"
         expressions=expressions_of(ref),
         bbox=annotation["bbox"],
     )
@@ -249,8 +248,8 @@ def _count_texts(texts: str | Sequence[str], sent_ids: Iterator[int]) -> tuple[t
 
 def _restore_decimals(numbers: Any) -> Any:
     """
-    The decimal numbers that were stored as float32. Polygons are filled on a grid of fifths of a pixel: 10.1 and its
-    nearest float32 may come to lie on different points of it. What are no numbers stays, for the image to be refused.
+    The decimal numbers that were stored as float32. Polygons are filled on a grid of fifths of a pixel, on which 10.1
+    and its nearest float32 may lie on different points. Anything but numbers is returned for the image to be refused.
     """
     return [float(str(np.float32(number))) for number in numbers] if are_numbers(numbers) else numbers
 
@@ -330,26 +329,23 @@ def _warn_of_flattened_polygons(dataset: datasets.Dataset, split: str, path_or_i
     rows = dataset.select_columns(["segmentation", "bbox"])
     num_short = sum(not _spans_box(row["segmentation"], row["bbox"]) for row in rows)
     logger.warning(
-        f"{path_or_id}: this copy has one polygon for each object, also for those that COCO draws in several parts: "
-        f"their masks are wrong. {num_short} of {len(dataset)} polygons do not reach the edges of their boxes. "
+        f"{path_or_id}: this copy has one polygon for each object, even for those that COCO draws in several parts. "
+        f"Their masks are wrong. {num_short} of {len(dataset)} polygons do not reach the edges of their boxes. "
         "jxu124/refcoco-benchmark has the same splits with all parts."
     )
     if split in ("val", "validation") and len(dataset) not in _NUM_VAL_REFERENCES:
         logger.warning(
             f"{path_or_id}: the {split} split of this copy has {len(dataset)} references. lmms-lab's val splits of "
-            "RefCOCO and RefCOCOg mix those of two splits (3,811 UNC and 5,000 Google; 2,573 UMD and 5,000 Google): "
-            "results on them cannot be compared with published ones on either."
+            "RefCOCO and RefCOCOg mix two splits (3,811 UNC and 5,000 Google; 2,573 UMD and 5,000 Google). Results on "
+            "them cannot be compared with published ones."
         )
 
 
 def _spans_box(polygon: Any, box: Any, tolerance: float = 1.0) -> bool:
-    """Whether [x0, y0, x1, y1, ...] reaches all edges of the box [x, y, width, height], to `tolerance` pixels."""
+    """Whether [x0, y0, x1, y1, ...] reaches all edges of the box [x, y, width, height], within `tolerance` pixels."""
     if not are_numbers(polygon) or len(polygon) < 2 or not are_numbers(box) or len(box) != 4:
         return False
     x, y, width, height = box
     horizontal, vertical = polygon[0::2], polygon[1::2]
     edges = [min(horizontal), min(vertical), max(horizontal), max(vertical)]
     return np.allclose(edges, [x, y, x + width, y + height], rtol=0, atol=tolerance)
-
-
-__all__ = ["read_hub_copy"]

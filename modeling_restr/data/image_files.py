@@ -1,9 +1,7 @@
 """
-The image files that annotations name. Names come from other machines, and maybe from people who mean no good: they are
-looked up below the folder of the images only, and what is opened is a regular file that lies in it.
+The image files that annotations name. The names come from other machines and may be hostile, so they are looked up
+below the folder of the images only, and what is opened is a regular file in that folder.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -14,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 
-# Where images lie below the folder that is given, as COCO's archives and REFER's own instructions lay them out.
+# Where images lie below the given folder, as in COCO's archives and REFER's own instructions.
 IMAGE_FOLDERS = (
     ".",
     "train2014",
@@ -25,17 +23,17 @@ IMAGE_FOLDERS = (
     "images/saiapr_tc-12",
     "train2017",
 )
-MAX_NAME = 4096  # characters: what Linux takes
-MAX_BYTES = 2**31 - 1  # of a file: what a cell of a Parquet file holds
+MAX_NAME = 4096  # characters, Linux's limit
+MAX_BYTES = 2**31 - 1  # of a file, the limit of a cell in a Parquet file
 
 
 def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
     """
     A function that finds an image by its name in `image_dir` or a usual folder below it (`IMAGE_FOLDERS`).
 
-    Folders in a name that are not there are left off, one after the other: "C:/work/photos/a.jpg" is photos/a.jpg or
-    a.jpg. Backslashes may stand for slashes, "%20" for a space, and COCO 2014's names for those of 2017. Of an image
-    that is nowhere, it returns where it was expected.
+    Folders in a name that do not exist are left off one by one: "C:/work/photos/a.jpg" is photos/a.jpg or a.jpg.
+    Backslashes may stand for slashes, "%20" for a space, and COCO 2014's names for those of 2017. If an image does not
+    exist, the function returns where it was expected.
 
     Raises:
         ValueError: `image_dir` is no folder.
@@ -54,7 +52,7 @@ def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
 
 
 def _names_below(file_name: str) -> Iterator[str]:
-    """The name and its last parts in every spelling, the likeliest first; none leads out of a folder."""
+    """The name and its last parts in every spelling, the likeliest first. None leads out of a folder."""
     unquoted = unquote(file_name)
     for spelling in (file_name, unquoted, *(unicodedata.normalize(form, unquoted) for form in ("NFC", "NFD"))):
         for parts in (_parts_of(spelling, "/"), _parts_of(spelling)):
@@ -63,15 +61,15 @@ def _names_below(file_name: str) -> Iterator[str]:
 
 
 def _parts_of(file_name: str, separators: str = r"[/\\]|\?d=") -> list[str]:
-    """By default between the separators of URLs, of Windows, and of Label Studio's local files; no drives, no dots."""
+    """The parts of a name without drives and dots. "?d=" separates those of Label Studio's local files."""
     return [part for part in re.split(separators, file_name) if part.strip(".") and not part.endswith(":")]
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path leads to a regular file; one that nothing can lead to does not."""
+    """Whether a path leads to a regular file. Invalid paths do not."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or has a zero byte in it
+    except (OSError, ValueError):  # the name is too long, or has a zero byte in it
         return False
 
 
@@ -80,9 +78,9 @@ def resolve_image(path: Path, image_dir: Path | None = None) -> Path:
     The file that a path leads to, to be opened.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError, ValueError: it is no regular file, is too large, or lies outside of `image_dir`, which may be a folder
-            of the Hub's cache, whose files are links into its blobs.
+        FileNotFoundError: There is none.
+        OSError, ValueError: It is no regular file, is too large, or lies outside of `image_dir`. That may be a folder
+            in the Hub's cache, whose files are links to its blobs.
     """
     resolved = Path(os.path.realpath(path, strict=True))
     if image_dir is not None and not any(resolved.is_relative_to(folder) for folder in _folders_of(image_dir)):
@@ -91,7 +89,7 @@ def resolve_image(path: Path, image_dir: Path | None = None) -> Path:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no regular file")
     if status.st_size > MAX_BYTES:
-        raise ValueError(f"it has {status.st_size:,} bytes, and may have {MAX_BYTES:,}")
+        raise ValueError(f"it has {status.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
     return resolved
 
 
@@ -103,6 +101,3 @@ def _folders_of(image_dir: Path) -> Iterator[Path]:
         repository = snapshot.parent.parent
         if snapshot.parent.name == "snapshots" and re.match(r"(datasets|models|spaces)--", repository.name):
             yield repository / "blobs"
-
-
-__all__ = ["IMAGE_FOLDERS", "image_finder", "is_file", "resolve_image"]

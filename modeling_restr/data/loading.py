@@ -1,4 +1,4 @@
-"""Loading of data that is prepared: a folder or a Hub id, as a whole or as a stream."""
+"""Loading of prepared data: a folder or a Hub id, complete or as a stream."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import datasets
 def find_data_files(
     path_or_id: str | Path, config_name: str | None = None, revision: str | None = None
 ) -> tuple[dict[str, list[str]], datasets.Features | None]:
-    """{split: its files} of a folder or a Hub id, and the features where the card states them."""
+    """{split: its files} of a folder or a Hub id, and the features if the card states them."""
     builder = datasets.load_dataset_builder(str(path_or_id), config_name, revision=revision)
     data_files = builder.config.data_files or {}
     return {str(split): list(files) for split, files in data_files.items()}, builder.info.features
@@ -29,21 +29,21 @@ def load_prepared(
     streaming: bool = False,
 ) -> Any:
     """
-    A split of prepared data: a `datasets.Dataset`, or when it is streamed a `datasets.IterableDataset`.
+    A split of prepared data: a `datasets.Dataset`, or a `datasets.IterableDataset` if `streaming`.
 
-    What a folder holds is read anew when its files have changed. `datasets` alone knows a folder by its name and its
-    card, and may give another folder's rows from its cache.
+    A folder is read again when its files have changed. `datasets` alone identifies a folder by its name and its card,
+    and may return another folder's rows from its cache.
 
     Args:
         path_or_id: Folder or Hub id.
-        split: Such as train or val.
-        max_images: The first rows only.
-        config_name: Which configuration, where there are several.
-        revision: Branch, tag or commit on the Hub; the branch main by default.
+        split: Name of the split, such as train or val.
+        max_images: Number of rows to load, from the first on; all by default.
+        config_name: Which configuration, if there are several.
+        revision: Branch, tag or commit on the Hub; main by default.
         streaming: Whether to read rows as they are asked for, without a copy of all.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: There is no such split.
     """
     files = find_data_files(path_or_id, config_name)[0] if Path(path_or_id).is_dir() else {}
     if files and split not in files:
@@ -59,8 +59,5 @@ def load_prepared(
 
 
 def name_rows(split: str, max_images: int | None, num_rows: int) -> str:
-    """What `load_prepared` returned, as `datasets` names it: the split, or its first rows."""
+    """The name in `datasets` of what `load_prepared` returned: the split, or its first rows."""
     return split if max_images is None or num_rows < max_images else f"{split}[:{num_rows}]"
-
-
-__all__ = ["are_parquet", "find_data_files", "load_prepared", "name_rows"]

@@ -1,5 +1,5 @@
 """
-Variables of MATLAB files, read by a process of its own: a damaged file may crash SciPy's C code, and that process with
+Variables of MATLAB files, read in a separate process: a damaged file may crash SciPy's C code, and the process with
 it. This file is also the program that the process runs.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 
-TIME_LIMIT = 60  # seconds for a file
+TIME_LIMIT = 60  # seconds per file
 
 
 class MatReader:
-    """Reads one file after the other; its process is started for the first, and again after a crash."""
+    """Reads one file after the other. Its process is started for the first, and again after a crash."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,11 +29,11 @@ class MatReader:
         Where a variable of a file is 0, as a bool array of its shape.
 
         Raises:
-            ValueError: the file is damaged, or lacks the variable.
+            ValueError: The file is damaged, or lacks the variable.
         """
         with self._lock:
             if self._process is None:
-                command = [sys.executable, "-P", __file__]  # this folder's modules are not to be imported as SciPy's
+                command = [sys.executable, "-P", __file__]  # SciPy must not import this folder's modules
                 self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             timer = threading.Timer(TIME_LIMIT, self._process.kill)
             timer.start()

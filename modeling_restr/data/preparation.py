@@ -1,11 +1,8 @@
 """
 Annotated images -> a folder of Parquet shards in the canonical form, with a card, as `datasets` and the Hub take it.
 
-A shard is written under a temporary name and moved when it is whole. So a preparation that was stopped goes on where
-it was: shards that are there are kept, all others are made.
+A preparation that was stopped resumes: finished shards are kept, all others are made.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -20,18 +17,17 @@ from typing import Any
 import numpy as np
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from ..files import hold_folder, replace_file
+from ..files import hold_folder, write_json, write_text
 from .canonical import AnnotatedImage, BadImage, check_distinct_files
-from .dataset_card import PreparedSplit, Source, build_card
-from .published_counts import Counts
-from .records import ID, OBJECT, TEXT, Problems, check_fields
-from .refer import read_json
+from .dataset_card import Source, build_card
+from .records import ID, OBJECT, TEXT, check_fields, read_json
 from .segmentation import SeveralObjects
-from .shards import count_bytes, count_rows, make_shards, plan_shards, read_left_out, read_problems, shard_paths
+from .shards import PreparedSplit, make_shards, plan_shards, read_split, shard_paths
 
 
 SETTINGS_NAME = "preparation.json"
 SETTINGS_FIELDS = {"version": ID, "images_per_shard": ID, "source": OBJECT, "splits": OBJECT}
+SOURCE_FIELDS = {"name": TEXT, "title": TEXT, "options": OBJECT, "published": OBJECT}
 IMAGES_PER_SHARD = 1500  # about 250 MB of COCO's images
 VERSION = 1  # of the rows that this file makes; shards of different versions are never mixed
 
@@ -49,26 +45,25 @@ def prepare(
     """
     Write data/SPLIT-00000-of-000NN.parquet, the card README.md and the settings preparation.json.
 
-    Splits that the folder has from an earlier run stay, and the card names them, too.
+    Splits that are in the folder from an earlier run stay, and the card includes them.
 
     Args:
-        source ([`Source`]): Where the data comes from; another one in the same folder is an error.
-        splits (`Mapping[str, Sequence[AnnotatedImage]]`): The images of each split, by its name.
-        output_dir (`str` or `Path`): The folder; made as needed.
-        images_per_shard (`int`, defaults to 1500): Also fixed by the first run in the folder.
-        num_proc (`int`, defaults to 1): Processes that decode and write; the files are the same for any number.
-        skip_bad (`bool`, defaults to `False`): Leave out images that are missing, damaged, of another size than their
-            annotations say, or with an object without a mask. Shards that lack images are made again as soon as this
-            is `False`.
-        notes (`Sequence[str]`): Paragraphs for the card on how the data was made.
+        source: Where the data comes from. Another source in the same folder is an error.
+        splits: {name of a split: its images}.
+        output_dir: The folder, created if needed.
+        images_per_shard: Rows per Parquet file, fixed by the first run in the folder.
+        num_proc: Processes that decode and write. The files are the same for any number.
+        skip_bad: Whether to leave out images that are missing, damaged, of another size than their annotations say, or
+            with an object without a mask. A later run with `False` makes shards that lack images again.
+        notes: Paragraphs for the card on how the data was made.
 
     Returns:
-        `dict[str, PreparedSplit]`: What each split in the folder holds, counted in its files, and what it lacks.
+        What each split in the folder holds, counted in its files, and what it lacks.
 
     Raises:
-        `BadImage`: For bad images, without `skip_bad`; the message lists those of all shards that were looked at. Or
-            when a split has no image that can be used.
-        `ValueError`: The folder holds something else, an argument is out of its range, or two images are one file.
+        BadImage: There are bad images and `skip_bad` is `False` (the message lists those of all shards that were
+            started), or a split has no image that can be used.
+        ValueError: The folder holds something else, an argument is out of its range, or two images are one file.
     """
     output_dir = Path(output_dir)
     _check_arguments(splits, images_per_shard, num_proc)
@@ -83,7 +78,7 @@ def prepare(
             raise BadImage(f"Images that cannot be used (skip_bad leaves them out): {len(bad):,}\n{listing}")
         prepared = read_prepared_splits(output_dir)
         _check_not_empty(prepared)
-        _write_text(output_dir / "README.md", str(build_card(source, prepared, notes)))
+        write_text(output_dir / "README.md", str(build_card(source, prepared, notes)))
     return prepared
 
 
@@ -104,9 +99,12 @@ def _check_arguments(splits: Mapping[str, Sequence[AnnotatedImage]], images_per_
             raise ValueError(f"The split {name!r} has no images.")
     if not splits or images_per_shard < 1 or num_proc < 1:
         raise ValueError(
-            f"Expected at least one split, image a shard and process, got {len(splits)} splits, "
+            f"Expected at least one split, one image per shard and one process, got {len(splits)} splits, "
             f"images_per_shard={images_per_shard} and num_proc={num_proc}."
         )
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
 
 
 def _write_settings(
@@ -135,11 +133,11 @@ def _write_settings(
                 f"The split {name!r} in {output_dir} was prepared from other annotations than those that were read "
                 "now: choose another folder, or remove this one."
             )
-    _write_text(output_dir / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
+    write_json(output_dir / SETTINGS_NAME, settings)
 
 
 def _check_settings(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the splits that the folder has; those that decide on the content must be as before."""
+    """The settings with the splits in the folder, after a check that those that decide on the content are the same."""
     earlier = read_settings(output_dir)
     before, now = _decisive(earlier), _decisive(settings)
     differences = [
@@ -166,14 +164,14 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     The settings of a prepared folder.
 
     Raises:
-        `ValueError`: The folder was not prepared by [`prepare`].
+        ValueError: The folder was not prepared by [`prepare`].
     """
     path = Path(folder) / SETTINGS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} is no prepared dataset: it has no {SETTINGS_NAME}.")
     settings = read_json(path)
     check_fields(settings, SETTINGS_FIELDS, str(path))
-    check_fields(settings["source"], {"name": TEXT, "title": TEXT, "options": OBJECT, "published": OBJECT}, str(path))
+    check_fields(settings["source"], SOURCE_FIELDS, str(path))
     return settings
 
 
@@ -185,7 +183,7 @@ def read_source(folder: str | Path) -> Source:
 
 
 def fingerprint(images: Sequence[AnnotatedImage]) -> str:
-    """A hash of all that the annotations say; where the files lie and what they hold has no part in it."""
+    """A hash of all that the annotations say. It does not depend on where the image files lie or what they hold."""
     digest = hashlib.sha256()
     for image in images:
         references = [vars(reference) for reference in image.references]
@@ -213,13 +211,11 @@ def _to_json(value: Any) -> Any:
     raise TypeError(f"Annotations cannot hold a {type(value).__name__}: {value!r:.100}")
 
 
-def _write_text(path: Path, text: str) -> None:
-    with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+# --- Prepared folders -------------------------------------------------------------------------------------------------
 
 
 def list_shards(folder: str | Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split of a prepared folder that is finished."""
+    """The Parquet files of each finished split of a prepared folder."""
     settings = read_settings(folder)
     paths = {
         name: shard_paths(Path(folder) / "data", name, split["num_images"], settings["images_per_shard"])
@@ -230,28 +226,19 @@ def list_shards(folder: str | Path) -> dict[str, list[Path]]:
 
 def read_prepared_splits(folder: str | Path) -> dict[str, PreparedSplit]:
     """What each finished split of a prepared folder holds, counted in its files."""
-    prepared = {}
-    for name, paths in list_shards(folder).items():
-        counts, problems = Counts(), Problems()
-        for path in paths:
-            counts = counts.plus(count_rows(path))
-            problems.extend(read_problems(path))
-        left_out = tuple(problem for path in paths for problem in read_left_out(path))
-        num_bytes, file_size = sum(map(count_bytes, paths)), sum(path.stat().st_size for path in paths)
-        prepared[name] = PreparedSplit(counts, left_out, num_bytes, file_size, problems)
-    return prepared
+    return {name: read_split(paths) for name, paths in list_shards(folder).items()}
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """
-    Upload a prepared folder to a dataset repository on the Hub, made as needed, in one commit. Older shards of the
-    same splits are removed with it. Where nothing has changed since the last push, there is no commit.
+    Upload a prepared folder to a dataset repository on the Hub, created if needed, in one commit. It also removes
+    older shards of the same splits. If nothing has changed since the last push, there is no commit.
 
     Returns:
-        `str`: The commit's URL.
+        The URL of the commit.
 
     Raises:
-        `ValueError`: The folder is not one that [`prepare`] has finished; no repository is made then.
+        ValueError: The folder is not one that [`prepare`] has finished. No repository is created then.
     """
     folder, api = Path(folder), HfApi(token=token)
     shards = list_shards(folder)
@@ -261,9 +248,9 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
     if missing:
         raise ValueError(f"Expected a prepared folder, but {folder} lacks {', '.join(missing)}: prepare it first.")
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    there = api.list_repo_files(repo_id, repo_type="dataset")
     old = re.compile(rf"data/(?:{'|'.join(map(re.escape, shards))})-\d+-of-\d+\.parquet")
-    stale = [name for name in there if name not in files and old.fullmatch(name)]
+    present = api.list_repo_files(repo_id, repo_type="dataset")
+    stale = [name for name in present if name not in files and old.fullmatch(name)]
     commit = api.create_commit(
         repo_id,
         [
@@ -274,6 +261,3 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
         repo_type="dataset",
     )
     return commit.commit_url
-
-
-__all__ = ["IMAGES_PER_SHARD", "prepare", "push_to_hub", "read_prepared_splits", "read_settings", "read_source"]

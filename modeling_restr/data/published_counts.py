@@ -1,15 +1,15 @@
-"""How many images, references and expressions a split has, beside how many it is published to have."""
+"""How many images, references and expressions a split has, next to how many it is published to have."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .canonical import AnnotatedImage
 
 
 class Counts(NamedTuple):
-    """Of a split: its images, the references to objects in them, and the expressions of these references."""
+    """The numbers of images, of references to objects in them, and of expressions of these references."""
 
     images: int = 0
     references: int = 0
@@ -30,9 +30,9 @@ def _published(
     }
 
 
-# By (dataset, split_by), as REFER names them. Images and references: the table in TensorFlow Datasets' catalogue,
-# https://www.tensorflow.org/datasets/catalog/ref_coco. Expressions: as papers on the task list them for each split;
-# they add up to REFER's own totals of 142,210 (RefCOCO), 141,564 (RefCOCO+) and 95,010 (RefCOCOg).
+# {(dataset, split_by) as in REFER: counts}. Images and references: the table in TensorFlow Datasets' catalogue,
+# https://www.tensorflow.org/datasets/catalog/ref_coco. Expressions: the numbers per split in papers on the task; they
+# add up to REFER's own totals of 142,210 (RefCOCO), 141,564 (RefCOCO+) and 95,010 (RefCOCOg).
 PUBLISHED_COUNTS = {
     ("refcoco", "unc"): _published(
         "train val testA testB", (16994, 1500, 750, 750), (42404, 3811, 1975, 1810), (120624, 10834, 5657, 5095)
@@ -47,43 +47,40 @@ PUBLISHED_COUNTS = {
 
 
 def published_counts(dataset: str | None, split_by: str | None, split: str) -> dict[str, int]:
-    """{what is counted: number} of a split, empty where nothing is published that is known here."""
+    """{what is counted: number} of a split, empty if no published counts are known here."""
     return PUBLISHED_COUNTS.get((dataset or "", split_by or ""), {}).get(split, {})
 
 
-def count_images(images: list[AnnotatedImage]) -> Counts:
+def count_images(images: Sequence[AnnotatedImage]) -> Counts:
     references = [reference for image in images for reference in image.references]
     return Counts(len(images), len(references), sum(len(reference.expressions) for reference in references))
 
 
 def compare_counts(counts: Counts, published: Mapping[str, int]) -> list[str]:
     """Every difference in words, such as "references: 42,400, published 42,404 (4 fewer)"."""
-    differences = []
-    for what, number in published.items():
-        difference = getattr(counts, what) - number
-        if difference:
-            direction = "more" if difference > 0 else "fewer"
-            differences.append(
-                f"{what}: {getattr(counts, what):,}, published {number:,} ({abs(difference):,} {direction})"
-            )
-    return differences
+    return [
+        f"{what}: {counted:,}, published {number:,} ({abs(counted - number):,} "
+        f"{'more' if counted > number else 'fewer'})"
+        for what, number in published.items()
+        if (counted := getattr(counts, what)) != number
+    ]
 
 
-def _verdict(counts: Counts, published: Mapping[str, int]) -> str:
-    """In a word or two, how the counts stand to the published ones."""
+def _summarize(counts: Counts, published: Mapping[str, int]) -> str:
+    """How the counts compare with the published ones, in a few words."""
     if not published:
         return "no published counts"
     differences = compare_counts(counts, published)
     unknown = [what for what in Counts._fields if what not in published]
-    verdict = f"differs in {len(differences)}" if differences else "as published"
-    return f"{verdict}, no published number of {' and '.join(unknown)}" if unknown else verdict
+    summary = f"differs in {len(differences)}" if differences else "as published"
+    return f"{summary}, no published number of {' and '.join(unknown)}" if unknown else summary
 
 
 def format_counts(counts: Mapping[str, Counts], published: Mapping[str, Mapping[str, int]]) -> str:
-    """The table of all splits as plain text; below it, every difference from the published counts."""
+    """The table of all splits as plain text, followed by every difference from the published counts."""
     rows: list[tuple[str, ...]] = [("split", *Counts._fields, "published counts")]
     for split, numbers in counts.items():
-        rows.append((split, *(f"{number:,}" for number in numbers), _verdict(numbers, published.get(split, {}))))
+        rows.append((split, *(f"{number:,}" for number in numbers), _summarize(numbers, published.get(split, {}))))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3)), row[4]])
@@ -96,20 +93,9 @@ def format_counts(counts: Mapping[str, Counts], published: Mapping[str, Mapping[
 
 def format_counts_as_markdown(counts: Mapping[str, Counts], published: Mapping[str, Mapping[str, int]]) -> str:
     """The same as a Markdown table, for a card."""
-    lines = ["| split | images | references | expressions | beside the published counts |", "|---|--:|--:|--:|---|"]
+    lines = ["| split | images | references | expressions | published counts |", "|---|--:|--:|--:|---|"]
     for split, numbers in counts.items():
         differences = compare_counts(numbers, published.get(split, {}))
-        verdict = "; ".join(differences) or _verdict(numbers, published.get(split, {}))
-        lines.append(f"| {split} | {' | '.join(f'{number:,}' for number in numbers)} | {verdict} |")
+        summary = "; ".join(differences) or _summarize(numbers, published.get(split, {}))
+        lines.append(f"| {split} | {' | '.join(f'{number:,}' for number in numbers)} | {summary} |")
     return "\n".join(lines)
-
-
-__all__ = [
-    "PUBLISHED_COUNTS",
-    "Counts",
-    "compare_counts",
-    "count_images",
-    "format_counts",
-    "format_counts_as_markdown",
-    "published_counts",
-]

@@ -1,7 +1,6 @@
-"""The records of annotation files, checked field by field, and what is found wrong with them."""
+"""Annotation files in JSON, their records checked field by field, and what is found wrong with them."""
 
-from __future__ import annotations
-
+import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,19 +25,32 @@ def _is_text(value: Any) -> bool:
         return False
 
 
+def _one_or_list(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: is_kind(value) or (isinstance(value, list) and all(map(is_kind, value)))
+
+
 ID = Kind("a whole number of 64 bits", _is_id)
-ID_OR_IDS = Kind(
-    "a whole number of 64 bits or a list of them",
-    lambda value: _is_id(value) or (isinstance(value, list) and all(map(_is_id, value))),
-)
+ID_OR_IDS = Kind("a whole number of 64 bits or a list of them", _one_or_list(_is_id))
 TEXT = Kind("text", _is_text)
-TEXT_OR_TEXTS = Kind(
-    "text or a list of texts",
-    lambda value: _is_text(value) or (isinstance(value, list) and all(map(_is_text, value))),
-)
+TEXT_OR_TEXTS = Kind("text or a list of texts", _one_or_list(_is_text))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 ANYTHING = Kind("anything", lambda value: True)
+
+
+def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """
+    Read a JSON file; `object_pairs_hook` as for `json.loads`.
+
+    Raises:
+        ValueError: The file is missing, is not JSON, or is nested too deeply.
+    """
+    if not path.is_file():
+        raise ValueError(f"Expected a file {path}, found none.")
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=object_pairs_hook)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be used: {error}.") from error
 
 
 def check_fields(record: Any, kinds: Mapping[str, Kind], place: str) -> None:
@@ -46,7 +58,7 @@ def check_fields(record: Any, kinds: Mapping[str, Kind], place: str) -> None:
     Check that a record has certain fields of certain kinds.
 
     Raises:
-        ValueError: it has not; the message begins with `place`, which names the file and the record.
+        ValueError: It has not. The message begins with `place`, which names the file and the record.
     """
     if not isinstance(record, dict) or not record.keys() >= kinds.keys():
         raise ValueError(f"{place}: expected the fields {sorted(kinds)}, got {reprlib.repr(record)}.")
@@ -60,7 +72,8 @@ def index_records(content: Any, table: str, path: Path) -> dict[int, dict[str, A
     The records of a table in COCO's format ("images", "annotations" or "categories") by their ids.
 
     Raises:
-        ValueError: the table is missing, or an id is none or is there twice; the message names the file and the id.
+        ValueError: The table is missing, or an id is missing, of another kind or repeated. The message names the file
+            and the id.
     """
     records = content.get(table) if isinstance(content, dict) else None
     if not isinstance(records, list):
@@ -76,7 +89,7 @@ def index_records(content: Any, table: str, path: Path) -> dict[int, dict[str, A
 
 class Problems(dict[str, list[str]]):
     """
-    What was dropped or is doubtful: for each kind of problem, said in the plural, the names of what has it.
+    What was dropped or is doubtful: {kind of problem, in the plural: names of what has it}.
 
         problems = Problems()
         problems.add("annotations without a mask", "annotation 7")
@@ -92,12 +105,8 @@ class Problems(dict[str, list[str]]):
             self.add(problem, *names)
 
     def summary(self, num_names: int = 10) -> str:
-        """A line for each kind: how many there are, and the first of them by name."""
+        """One line per kind of problem: how often it occurs, and the first names."""
         return "\n".join(
             f"{problem}: {len(names):,} ({', '.join(names[:num_names])}{', ...' if len(names) > num_names else ''})"
             for problem, names in self.items()
         )
-
-
-__all__ = ["ANYTHING", "ID", "ID_OR_IDS", "LIST", "OBJECT", "TEXT", "TEXT_OR_TEXTS", "Kind", "Problems"]
-__all__ += ["check_fields", "index_records"]

@@ -1,12 +1,11 @@
 """
 The layout of REFER (https://github.com/lichengunc/refer), in which RefCOCO, RefCOCO+, RefCOCOg and RefCLEF are
-published: `refs(SPLITBY).p`, a pickle of references, beside `instances.json`, the objects in COCO's format.
+published: `refs(SPLITBY).p`, a pickle of references, next to `instances.json`, the objects in COCO's format.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import datasets
 
 from .canonical import AnnotatedImage, AnnotatedReference, build_dataset, check_images
 from .image_files import image_finder
-from .records import ANYTHING, ID, LIST, TEXT, Kind, check_fields, index_records
+from .records import ANYTHING, ID, LIST, TEXT, Kind, check_fields, index_records, read_json
 
 
-# dataset -> who split it
+# {dataset: who split it}
 DATASETS = {
     "refcoco": ("unc", "google"),
     "refcoco+": ("unc",),
@@ -30,7 +29,7 @@ DATASETS = {
 
 REF_FIELDS = {"ref_id": ID, "ann_id": ID, "image_id": ID, "category_id": ID, "split": TEXT, "sentences": LIST}
 SENTENCE_FIELDS = {"sent_id": ID, "sent": TEXT}
-# Sizes and segmentations of any kind are compared with the image when its row is built.
+# Sizes and segmentations of any kind are accepted here and compared with the image when its row is built.
 _INSTANCES_FIELDS = {
     "images": {"id": ID, "file_name": TEXT, "height": ANYTHING, "width": ANYTHING},
     "annotations": {"id": ID, "image_id": ID, "segmentation": ANYTHING},
@@ -47,11 +46,11 @@ def load_refer(
     skip_bad: bool = False,
 ) -> datasets.Dataset:
     """
-    A dataset of the RefCOCO family in the canonical form, one row an image; see [`read_refer`] for the arguments.
+    A dataset of the RefCOCO family in the canonical form, one row per image; see [`read_refer`] for the arguments.
 
     Raises:
-        `ValueError`: As [`read_refer`], and for images that are missing, damaged or of another size than the
-            annotations say: the message lists them. `skip_bad=True` leaves them out with a warning.
+        ValueError: As [`read_refer`]; or images are missing, damaged or of another size than the annotations say. The
+            message lists them. `skip_bad=True` leaves them out with a warning.
     """
     return build_dataset(read_refer(annotation_dir, image_dir, dataset, split_by, split), skip_bad=skip_bad)
 
@@ -66,44 +65,39 @@ def read_refer(
     """
     Read the annotations of a dataset in REFER's layout. Images and references are in the order of the file.
 
-    The text of an expression is its `sent`: REFER's cleaned form, in lower case and without punctuation, on which the
-    published numbers are; `raw` is what was typed. Nothing in the pickle is run: it may hold containers, numbers and
-    text only.
+    The text of an expression is its `sent`: REFER's cleaned form, in lower case and without punctuation, which the
+    published results are based on (`raw` is what was typed). The pickle may hold containers, numbers and text only,
+    and no code in it is run.
 
     Args:
-        annotation_dir (`str` or `Path`): The folder that holds `DATASET/refs(SPLITBY).p` and
-            `DATASET/instances.json`, or the dataset's folder itself.
-        image_dir (`str` or `Path`): The folder of the images, or one above it: `train2014/` and the folders that
-            REFER's instructions name are looked into. COCO 2017's names (without `COCO_train2014_`) are found, too.
-        dataset (`str`, defaults to `"refcoco"`): "refcoco", "refcoco+", "refcocog" or "refclef".
-        split_by (`str`, defaults to `"unc"`): Who split it: "unc", "google" (refcoco and refcocog), "umd" (refcocog)
-            or "berkeley" (refclef).
-        split (`str`, defaults to `"val"`): One of the file's splits. As in REFER, "testA" is also what belongs to
-            several test sets ("testAB"), and "test" is all of them.
+        annotation_dir: The folder of `refs(SPLITBY).p` and `instances.json`, or the one above it.
+        image_dir: The folder of the images, or one above it: `train2014/` and the folders of REFER's instructions are
+            searched. COCO 2017's names (without `COCO_train2014_`) are found, too.
+        dataset: "refcoco", "refcoco+", "refcocog" or "refclef".
+        split_by: Who split it: "unc", "google" (refcoco and refcocog), "umd" (refcocog) or "berkeley" (refclef).
+        split: One of the file's splits. As in REFER, "testA" includes what belongs to several test sets ("testAB"),
+            and "test" is all of them.
 
     Returns:
-        `list[AnnotatedImage]`: Images without pixels, for [`build_dataset`].
+        Images without pixels, for [`build_dataset`].
 
     Raises:
-        `ValueError`: The dataset, its file or the split does not exist (the message lists what does), or the files
-            are not what they should be.
+        ValueError: The dataset, its file or the split does not exist (the message lists those that do), or the files
+            are not as expected.
     """
     check_split_by(dataset, split_by)
     folder = find_annotation_dir(annotation_dir, [dataset])
-    path = folder / f"refs({split_by}).p"
-    if not path.is_file():
-        present = ", ".join(sorted(file.name for file in folder.glob("refs(*).p"))) or "none"
-        raise ValueError(f"Expected {path.name} in {folder}, got {present}.")
+    path = find_file(folder, "refs({}).p", split_by)
     refs = select_split(check_refs(load_plain_pickle(path), path), split, path)
     return group_by_image(refs, Instances.read(folder / "instances.json"), image_dir, _build_reference)
 
 
 def check_split_by(dataset: str, split_by: str | None = None) -> str:
     """
-    Who split a dataset, by default the usual ones.
+    Who split a dataset, by default the first in `DATASETS`.
 
     Raises:
-        `ValueError`: There is no such dataset, or it has no split of theirs.
+        ValueError: There is no such dataset, or it has no split of theirs.
     """
     if dataset not in DATASETS:
         raise ValueError(f"Expected a dataset of {', '.join(DATASETS)}, got {dataset!r}.")
@@ -124,13 +118,14 @@ def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedRefe
     )
 
 
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Without classes and functions, a pickle can build nothing but containers, numbers and text."""
 
     def find_class(self, module: str, name: str) -> Any:
-        advice = (
-            "write NumPy's numbers as int() and float() make them" if module.startswith("numpy") else "do not trust it"
-        )
+        advice = "write NumPy's numbers as int() and float()" if module.startswith("numpy") else "do not trust it"
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which annotations have no use for: {advice}")
 
 
@@ -145,13 +140,13 @@ codecs.register_error("restr_windows_1252", _decode_as_windows_1252)
 
 def load_plain_pickle(path: Path) -> Any:
     """
-    Load a pickle of plain containers, numbers and text; nothing in it is run.
+    Load a pickle of plain containers, numbers and text. No code in it is run.
 
-    Python 2 wrote two kinds of text: `unicode`, which needs no care, and `str`, bytes without an encoding. Those are
-    read as UTF-8, and what is not UTF-8 in them as Windows-1252.
+    Python 2 wrote two kinds of text: `unicode`, and `str`, which is bytes of unknown encoding. `str` is read as UTF-8,
+    and what is not UTF-8 in it as Windows-1252.
 
     Raises:
-        `ValueError`: The pickle asks for anything else (the message says for what), or is damaged.
+        ValueError: The pickle asks for anything else (the message says for what), or is damaged.
     """
     with open(path, "rb") as file:
         try:
@@ -160,27 +155,12 @@ def load_plain_pickle(path: Path) -> Any:
             raise ValueError(f"{path} was refused: {error}.") from error
 
 
-def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """
-    Read a JSON file; `object_pairs_hook` as for `json.loads`.
-
-    Raises:
-        `ValueError`: The file is missing or no JSON, or is nested too deeply.
-    """
-    if not path.is_file():
-        raise ValueError(f"Expected a file {path}, found none.")
-    try:
-        return json.loads(path.read_bytes(), object_pairs_hook=object_pairs_hook)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be used: {error}.") from error
-
-
 def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Path:
     """
-    The folder of a dataset that goes by one of several names: below `annotation_dir`, or that folder itself.
+    The folder of a dataset that has one of several names: below `annotation_dir`, or that folder itself.
 
     Raises:
-        `ValueError`: There is none, or the folder is named after another dataset.
+        ValueError: There is none, or the folder is named after another dataset.
     """
     folder = Path(annotation_dir)
     for name in names:
@@ -191,12 +171,29 @@ def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Pat
     return folder
 
 
-def check_refs(refs: Any, path: Path, fields: Mapping[str, Kind] = REF_FIELDS) -> list[dict[str, Any]]:
+def find_file(folder: Path, pattern: str, key: str) -> Path:
     """
-    The references of a file, as they are.
+    The file of a folder whose name is `pattern` with `key` in place of {}.
 
     Raises:
-        `ValueError`: The file holds something else; the message names the reference and the field.
+        ValueError: There is none. The message lists the files with other keys.
+    """
+    path = folder / pattern.format(key)
+    if not path.is_file():
+        present = ", ".join(sorted(file.name for file in folder.glob(pattern.format("*")))) or "none"
+        raise ValueError(f"Expected {path.name} in {folder}, got {present}.")
+    return path
+
+
+# --- References -------------------------------------------------------------------------------------------------------
+
+
+def check_refs(refs: Any, path: Path, fields: Mapping[str, Kind] = REF_FIELDS) -> list[dict[str, Any]]:
+    """
+    The references of a file, unchanged.
+
+    Raises:
+        ValueError: The file holds something else. The message names the reference and the field.
     """
     if not isinstance(refs, list):
         raise ValueError(f"Expected {path} to hold a list of references, got {type(refs).__name__}.")
@@ -207,19 +204,18 @@ def check_refs(refs: Any, path: Path, fields: Mapping[str, Kind] = REF_FIELDS) -
 
 
 def check_sentences(ref: dict[str, Any], place: str) -> None:
-    """Check that each of a reference's sentences has an id and a text; raises `ValueError` as [`check_fields`]."""
+    """Check that each sentence of a reference has an id and a text; raises `ValueError` as [`check_fields`]."""
     for sentence in ref["sentences"]:
         check_fields(sentence, SENTENCE_FIELDS, f"{place}, sentences")
 
 
-def select_split(refs: Iterable[dict[str, Any]], split: str, path: Path) -> list[dict[str, Any]]:
+def select_split(refs: Sequence[dict[str, Any]], split: str, path: Path) -> list[dict[str, Any]]:
     """
     The references of a split.
 
     Raises:
-        `ValueError`: There are none; the message lists the splits that the file has.
+        ValueError: There are none. The message lists the splits in the file.
     """
-    refs = list(refs)
     selected = [ref for ref in refs if _belongs_to(ref["split"], split)]
     if not selected:
         found = ", ".join(sorted({ref["split"] for ref in refs}))
@@ -228,7 +224,7 @@ def select_split(refs: Iterable[dict[str, Any]], split: str, path: Path) -> list
 
 
 def _belongs_to(ref_split: str, split: str) -> bool:
-    """RefCLEF (unc) has references of several test sets, such as "testAB"; REFER counts them in each of these."""
+    """RefCLEF (unc) has references in several test sets, such as "testAB". REFER counts them in each of these."""
     if split == "test":
         return ref_split.startswith("test")
     if split in ("testA", "testB", "testC"):
@@ -242,14 +238,14 @@ def expressions_of(ref: dict[str, Any]) -> tuple[tuple[int, str], ...]:
 
 
 def parts_of(annotation: dict[str, Any]) -> list[Any]:
-    """The polygons or RLEs of an annotated object; one without any has a part that is none, and makes a bad image."""
+    """The polygons or RLEs of an object. Without any, one empty part makes the image a bad one."""
     segmentation = annotation["segmentation"] or [[]]
     return segmentation if isinstance(segmentation, list) else [segmentation]
 
 
 @dataclass(frozen=True)
 class Instances:
-    """The content of an `instances.json` by id, as references ask for it."""
+    """The records of an `instances.json` by id. Those that references ask for are checked."""
 
     path: Path
     images: dict[int, dict[str, Any]]
@@ -276,7 +272,7 @@ class Instances:
         if annotation["image_id"] != ref["image_id"]:
             raise ValueError(
                 f"ref_id {ref['ref_id']} is about image {ref['image_id']}, but its annotation {ann_id} in {self.path} "
-                f"about image {annotation['image_id']}."
+                f"is about image {annotation['image_id']}."
             )
         return annotation
 
@@ -294,7 +290,7 @@ def group_by_image(
     The images in the order in which `refs` first name them, each with its references.
 
     Raises:
-        `ValueError`: References and instances do not fit, or two images are one file.
+        ValueError: References and instances do not fit, or two images are one file.
     """
     find_image = image_finder(image_dir)
     records: dict[int, dict[str, Any]] = {}
@@ -315,6 +311,3 @@ def group_by_image(
     ]
     check_images(images, instances.path.parent)
     return images
-
-
-__all__ = ["load_refer", "read_refer"]

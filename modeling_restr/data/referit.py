@@ -1,10 +1,8 @@
 """
 ReferIt (Kazemzadeh et al., EMNLP 2014) on the photos of SAIAPR TC-12, in the layout of its first use for
 segmentation (Hu et al., "Segmentation from Natural Language Expressions", ECCV 2016): `referit_query_SPLIT.json`, one
-MATLAB mask an object, and the images.
+MATLAB mask per object, and the images.
 """
-
-from __future__ import annotations
 
 import re
 import reprlib
@@ -17,13 +15,13 @@ import numpy as np
 
 from .canonical import AnnotatedImage, AnnotatedReference, check_images
 from .mat_files import MatReader
-from .records import TEXT
-from .refer import read_json
+from .records import TEXT, read_json
+from .refer import find_file
 
 
 MASK_KEY = "segimg_t"
 _NAME = re.compile(r"[0-9]{1,12}_[0-9]{1,3}")  # all ids made of it fit into 64 bits
-_STRIDE = 1000  # more than an image has objects, and an object expressions
+_STRIDE = 1000  # more than the objects of an image and the expressions of an object
 _MAT_READER = MatReader()
 
 
@@ -34,21 +32,21 @@ def read_referit(
     Read the annotations of ReferIt. Images and references are in the order of the file.
 
     The files number images and their objects only. `ref_id` and `ann_id` are `1000 * image + object` and `sent_id` is
-    `1000 * ref_id + index`, so that an expression has the same numbers in every split's file that holds it. There are
-    no categories: `category` is "". Masks are read when the rows are built.
+    `1000 * ref_id + index`, so an expression has the same ids in every split's file. There are no categories:
+    `category` is "". Masks are read when the rows are built.
 
     Args:
-        annotation_dir (`str` or `Path`): The folder of `referit_query_SPLIT.json`: {"IMAGE_OBJECT": [text, ...]}.
-        mask_dir (`str` or `Path`): The folder of `IMAGE_OBJECT.mat`; the object is where `segimg_t` is 0.
-        image_dir (`str` or `Path`): The folder of `IMAGE.jpg`.
-        split (`str`, defaults to `"test"`): "train", "val", "trainval" or "test".
+        annotation_dir: The folder of `referit_query_SPLIT.json`: {"IMAGE_OBJECT": [text, ...]}.
+        mask_dir: The folder of `IMAGE_OBJECT.mat`; the object is where `segimg_t` is 0.
+        image_dir: The folder of `IMAGE.jpg`.
+        split: "train", "val", "trainval" or "test".
 
     Returns:
-        `list[AnnotatedImage]`: Images without pixels, for [`build_dataset`].
+        Images without pixels, for [`build_dataset`].
 
     Raises:
-        `ValueError`: The split's file does not exist (the message lists those that do) or is not as above.
-        `ImportError`: SciPy is not installed; it reads the masks.
+        ValueError: The split's file does not exist (the message lists those that do) or is not as above.
+        ImportError: SciPy, which reads the masks, is not installed.
     """
     try:
         import scipy.io  # noqa: F401  (in the process that reads the masks)
@@ -56,10 +54,7 @@ def read_referit(
         raise ImportError(
             'ReferIt\'s masks are MATLAB files, which SciPy reads: `pip install "modeling-restr[train]"`.'
         ) from error
-    path = Path(annotation_dir) / f"referit_query_{split}.json"
-    if not path.is_file():
-        present = ", ".join(sorted(file.name for file in path.parent.glob("referit_query_*.json"))) or "none"
-        raise ValueError(f"Expected {path.name} in {path.parent}, got {present}.")
+    path = find_file(Path(annotation_dir), "referit_query_{}.json", split)
     references: dict[int, list[AnnotatedReference]] = {}
     for name, texts in _read_queries(path).items():
         image_id, reference = _build_reference(name, texts, Path(mask_dir))
@@ -75,18 +70,20 @@ def read_referit(
 
 def _read_queries(path: Path) -> dict[str, list[str]]:
     queries = read_json(path, _to_dict)
+    wrong = None
     if not isinstance(queries, dict):
-        raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got a {type(queries).__name__}.')
-    for name, texts in queries.items():
+        wrong = f"a {type(queries).__name__}"
+    for name, texts in queries.items() if wrong is None else ():
         is_texts = isinstance(texts, list) and len(texts) < _STRIDE and all(map(TEXT.matches, texts))
         if not (_NAME.fullmatch(name) and is_texts):
-            got = f"{reprlib.repr(name)}: {reprlib.repr(texts)}"
-            raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got {got}.')
+            wrong = f"{reprlib.repr(name)}: {reprlib.repr(texts)}"
+    if wrong is not None:
+        raise ValueError(f'Expected {path} to hold {{"IMAGE_OBJECT": [text, ...]}}, got {wrong}.')
     return queries
 
 
 def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two fields of one name, `json` takes the last without a word."""
+    """`json` silently takes the last of several fields of one name, which is an error here."""
     names = Counter(name for name, _ in pairs)
     if len(names) < len(pairs):
         raise ValueError(f"{names.most_common(1)[0][0]} is there twice")
@@ -110,7 +107,7 @@ def load_mask(path: Path) -> np.ndarray:
     The mask of an object, (height, width) bool.
 
     Raises:
-        `ValueError`: The file is missing, damaged or without `segimg_t`.
+        ValueError: The file is missing, damaged or without `segimg_t`.
     """
     if not path.is_file():
         raise ValueError(f"The mask {path} is missing.")
@@ -118,6 +115,3 @@ def load_mask(path: Path) -> np.ndarray:
         return _MAT_READER.read_zeros(path, MASK_KEY)
     except ValueError as error:
         raise ValueError(f"The mask {path} cannot be read ({error}).") from error
-
-
-__all__ = ["read_referit"]

@@ -1,8 +1,8 @@
 """
 Objects in any form that annotation files hold, as masks in COCO's run-length encoding (RLE).
 
-pycocotools checks nothing: it walks along an outline wherever that leads, and reads runs that are not there. So it gets
-outlines within bounds, and runs that add up to the size of the image, only.
+pycocotools checks nothing: it follows an outline wherever it leads, and reads runs that do not exist. So it only gets
+outlines within bounds, and runs that add up to the size of the image.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pycocotools import mask as coco_mask
 
 # A polygon [x0, y0, x1, y1, ...] or [[x0, y0], [x1, y1], ...], or a COCO RLE (compressed or not).
 Part = Sequence[Any] | dict[str, Any]
-# An RLE, a list of parts (an empty one refers to nothing in the image), one polygon, a mask (height, width), or a
-# function that loads a mask, called when the row is built.
+# An RLE, a list of parts (empty for nothing in the image), one polygon, a mask (height, width), or a function that loads
+# a mask, called when the row is built.
 Segmentation = dict[str, Any] | Sequence[Any] | np.ndarray | Callable[[], np.ndarray]
 
 _POLYGON = "A polygon must be [x0, y0, x1, y1, ...] of at least 3 points"
@@ -31,7 +31,7 @@ MAX_OUTLINE = 100  # times height + width: the longest outline of a polygon, in 
 
 @dataclass(frozen=True)
 class SeveralObjects:
-    """The parts of each of several objects that are referred to together; none may be without a mask."""
+    """The parts of each of several objects that are referred to together. Each needs a mask."""
 
     objects: tuple[Sequence[Part], ...]
 
@@ -48,7 +48,7 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     The inverse of [`encode_mask`]: (height, width) bool.
 
     Raises:
-        ValueError: for runs that do not add up to the size, and for a mask larger than any image that Pillow opens.
+        ValueError: The runs do not add up to the size, or the mask is larger than any image that Pillow opens.
     """
     (height, width), runs = _read_runs(rle)
     limit = Image.MAX_IMAGE_PIXELS
@@ -62,10 +62,10 @@ def object_to_rle(
     segmentation: Segmentation | SeveralObjects, size: tuple[int, int], may_be_empty: bool = False
 ) -> dict[str, Any]:
     """
-    The mask of an object, or of several united, as [`segmentation_to_rle`] makes it.
+    The mask of an object, or the union of several, as [`segmentation_to_rle`] makes it.
 
     Raises:
-        ValueError: as [`segmentation_to_rle`], and unless it `may_be_empty` for an object without a single pixel.
+        ValueError: As [`segmentation_to_rle`]; or an object covers no pixel, unless it `may_be_empty`.
     """
     objects: Iterable[Segmentation]
     objects = segmentation.objects if isinstance(segmentation, SeveralObjects) else (segmentation,)
@@ -77,14 +77,14 @@ def object_to_rle(
 
 def segmentation_to_rle(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
     """
-    Any form of a segmentation as one compressed RLE; its parts are united.
+    Any form of a segmentation as one compressed RLE, which unites its parts.
 
-    Stray polygons of one or two points, as annotation tools leave them beside good ones, are passed over
+    Stray polygons of one or two points, which annotation tools leave next to good ones, are dropped
     ([`count_stray_parts`] counts them). What lies outside of the image is cut off.
 
     Raises:
-        ValueError: for a mask or RLE whose size is not the image's (height, width), for polygons that are none or lead
-            further out of the image than its size, and for anything else.
+        ValueError: A mask or RLE has another size than the image's (height, width), a polygon is invalid or leads
+            further out of the image than its size, or the segmentation is something else.
     """
     if callable(segmentation):
         segmentation = segmentation()
@@ -99,7 +99,7 @@ def segmentation_to_rle(segmentation: Segmentation, size: tuple[int, int]) -> di
 
 
 def count_stray_parts(segmentation: Segmentation | SeveralObjects) -> int:
-    """The number of parts that [`segmentation_to_rle`] passes over, of a segmentation that it takes."""
+    """The number of parts of a valid segmentation that [`segmentation_to_rle`] drops."""
     if isinstance(segmentation, SeveralObjects):
         return sum(map(count_stray_parts, segmentation.objects))
     if callable(segmentation) or isinstance(segmentation, np.ndarray):
@@ -108,13 +108,13 @@ def count_stray_parts(segmentation: Segmentation | SeveralObjects) -> int:
 
 
 def are_numbers(values: Any) -> bool:
-    """Whether these are nothing but numbers, in a list; not that they are finite."""
+    """Whether this is a list of numbers, which may be infinite."""
     is_list = isinstance(values, list | tuple | np.ndarray)
     return is_list and all(issubclass(kind, Real) and kind is not bool for kind in set(map(type, values)))
 
 
 def _list_parts(segmentation: Any) -> list[list[Any] | dict[str, Any]]:
-    """RLEs and polygons [x0, y0, x1, y1, ...], of numbers that are not checked yet."""
+    """RLEs and polygons [x0, y0, x1, y1, ...] with unchecked numbers."""
     if isinstance(segmentation, dict):
         return [segmentation]
     if not isinstance(segmentation, list | tuple):
@@ -157,7 +157,7 @@ def _check_size(found: Iterable[int], size: tuple[int, int]) -> None:
 
 
 def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:
-    """pycocotools takes 40 bytes for each pixel of the outline."""
+    """Limit what pycocotools allocates, 40 bytes per pixel of the outline."""
     if _is_stray(polygon):
         raise ValueError(f"{_POLYGON}, got {polygon}.")
     height, width = size
@@ -174,7 +174,7 @@ def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:
 
 
 def _read_runs(rle: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """[height, width] and the lengths of the runs of an RLE, outside and inside by turns; they add up to the size."""
+    """[height, width] and the lengths of an RLE's runs, alternately outside and inside, which add up to the size."""
     if not {"size", "counts"} <= rle.keys():
         raise ValueError(f"An RLE must have size and counts, got {reprlib.repr(list(rle))}.")
     size, counts = rle["size"], rle["counts"]
@@ -199,8 +199,8 @@ def _decompress(counts: str | bytes) -> list[int]:
     """
     The runs of a compressed RLE.
 
-    A run is written in digits of base 32, the lowest first; bit 5 says that another digit follows, bit 4 of the last is
-    the sign. From the fourth run on it is the change since the last but one.
+    A run is written in digits of base 32, the lowest first. Bit 5 says that another digit follows, bit 4 of the last
+    digit is the sign. From the fourth run on, the number is the change since the last run but one.
     """
     runs: list[int] = []
     run = shift = 0
@@ -224,7 +224,3 @@ def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
         "size": [int(side) for side in rle["size"]],
         "counts": counts.decode() if isinstance(counts, bytes) else counts,
     }
-
-
-__all__ = ["Segmentation", "SeveralObjects", "are_numbers", "count_stray_parts", "decode_mask", "encode_mask"]
-__all__ += ["object_to_rle", "segmentation_to_rle"]

@@ -1,5 +1,5 @@
 """
-Own photos and own sentences: a JSONL or CSV file, one sentence per line.
+Own photos and sentences: a JSONL or CSV file, one sentence per line.
 
     {"image": "kitchen.jpg", "sentence": "the cup on the left", "mask": "masks/kitchen_1.png"}
     {"image": "kitchen.jpg", "sentence": "the cup behind the plate", "polygon": [[61, 40], [90, 40], [90, 77], [61, 77]]}
@@ -7,18 +7,16 @@ Own photos and own sentences: a JSONL or CSV file, one sentence per line.
 | column | holds |
 |---|---|
 | image | name of the photo's file, below the folder of the photos |
-| sentence | what is said of one thing in it |
+| sentence | referring expression about one thing in it |
 | mask | name of a picture of the photo's size: 0 (black, transparent) outside, one other value inside |
 | polygon | outline in pixels: [x0, y0, x1, y1, ...], [[x0, y0], [x1, y1], ...] or a list of several of the first |
 | rle | COCO's run-length encoding, compressed or not: {"size": [height, width], "counts": ...} |
 | box | [left, top, width, height] in pixels, where boxes may stand for masks |
 | split | optional, in all lines or in none: train, val or another name |
 
-One of mask, polygon, rle and box in each line; for prediction none of them is needed. Other columns are passed over.
-In CSV, polygons, RLEs and boxes are written as in JSON. Pixels are those of the photo as a viewer shows it.
+Each line needs one of mask, polygon, rle and box, except for prediction. Other columns are ignored. In CSV, polygons,
+RLEs and boxes are written as in JSON. Pixels are those of the photo as a viewer shows it.
 """
-
-from __future__ import annotations
 
 import csv
 import io
@@ -36,7 +34,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .canonical import AnnotatedImage, AnnotatedReference
-from .coco import SPLITS, draw_share, split_of
+from .coco import SPLITS, check_val_share, draw_share, split_of
 from .image_files import image_finder, is_file, resolve_image
 from .records import TEXT, Problems, check_fields
 from .segmentation import Segmentation, are_numbers
@@ -48,14 +46,14 @@ NUM_ERRORS_SHOWN = 20
 
 
 class Line(NamedTuple):
-    """A line of the file, by its number, and those of its columns that have a value."""
+    """The number of a line, and its columns that have a value."""
 
     number: int
     columns: dict[str, Any]
 
     @property
     def image(self) -> str:
-        """The photo's name, however its folders are separated."""
+        """The photo's name, with slashes between folders."""
         return str(PurePosixPath(self.columns["image"].replace("\\", "/")))
 
     @property
@@ -73,29 +71,28 @@ def read_sentences(
     problems: Problems | None = None,
 ) -> dict[str, list[AnnotatedImage]]:
     """
-    The photos of a file of own sentences by split, each in the order in which the file first names them.
+    {split: its photos} of a file of own sentences, in the order in which the file first names them.
 
     Sentences about one mask of a photo refer to one object. `ref_id` and `sent_id` are the numbers of their lines.
 
     Args:
-        path: The file, .jsonl or .csv; this module's docstring lists its columns.
-        image_dir: Folder of the photos; by default that of the file.
-        mask_dir: Folder of the masks; by default that of the file.
-        val_share: Expected share of the photos in "val", 0 to 1, where the file has no column `split`. A photo's part
-            depends on its name only; at least one of several is in "val" unless the share is 0.
-        boxes_as_masks: Whether a box's rectangle is taken as a mask. A model that learns from boxes finds boxes.
-        problems: Takes note of what is left out: lines that repeat another.
+        path: The file, .jsonl or .csv. The docstring of this module lists its columns.
+        image_dir: Folder of the photos, by default that of the file.
+        mask_dir: Folder of the masks, by default that of the file.
+        val_share: Expected share of the photos in "val", 0 to 1, if the file has no column `split`. A photo's part
+            depends on its name only. At least one of several photos is in "val" unless the share is 0.
+        boxes_as_masks: Whether to take a box's rectangle as a mask. A model that learns from boxes finds boxes.
+        problems: Takes note of lines that repeat another, which are left out.
 
     Returns:
-        Images without pixels, for [`build_dataset`]. Photos that cannot be used, or have a mask that cannot, are among
-        them: building their rows says what is wrong.
+        Images without pixels, for [`build_dataset`]. They include photos that cannot be used or have an unusable mask:
+        building their rows says what is wrong.
 
     Raises:
-        ValueError: for a file that is not as described; the message names the lines.
+        ValueError: The file is not as described. The message names the lines.
     """
     path = Path(path)
-    if not 0 <= val_share <= 1:
-        raise ValueError(f"val_share must be between 0 and 1, got {val_share}.")
+    check_val_share(val_share)
     lines = _read_lines(path)
     mask_dir, image_dir = Path(mask_dir or path.parent), Path(image_dir or path.parent)
     names = dict.fromkeys(line.columns["mask"] for line in lines if "mask" in line.columns)
@@ -112,13 +109,13 @@ def read_sentences(
 
 def load_sentences(path: str | Path, image_dir: str | Path | None = None) -> datasets.Dataset:
     """
-    A file of own sentences for prediction, one row per photo: `image`, `file_name` and `texts`. Masks are passed over.
+    A file of own sentences for prediction, one row per photo: `image`, `file_name` and `texts`. Masks are ignored.
 
     Args:
         path, image_dir: As for [`read_sentences`].
 
     Raises:
-        ValueError: for a file that is not as described; the message names the lines.
+        ValueError: The file is not as described. The message names the lines.
     """
     path = Path(path)
     texts: dict[str, list[str]] = {}
@@ -154,17 +151,17 @@ def _read_lines(path: Path) -> list[Line]:
             lines.append(_check_line(number, columns))
         except ValueError as error:
             errors.append(str(error))
-    _raise(path, errors)
+    _raise_errors(path, errors)
     if not lines:
         raise ValueError(f"Expected at least one sentence in {path}, found none.")
     return lines
 
 
-def _raise(path: Path, errors: list[str]) -> None:
+def _raise_errors(path: Path, errors: list[str]) -> None:
     if errors:
         more = f"\n  ... and {len(errors) - NUM_ERRORS_SHOWN:,} more" if len(errors) > NUM_ERRORS_SHOWN else ""
         listing = "\n".join(f"  {error}" for error in errors[:NUM_ERRORS_SHOWN])
-        raise ValueError(f"{path} cannot be used; mend these lines, or take them out:\n{listing}{more}")
+        raise ValueError(f"{path} cannot be used. Correct or remove these lines:\n{listing}{more}")
 
 
 def _parse_jsonl(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -177,7 +174,7 @@ def _parse_jsonl(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _parse_csv(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Rows by the line that they end in; the cells may be separated by commas, semicolons or tabs."""
+    """Rows and the line that each ends in. The cells may be separated by commas, semicolons or tabs."""
     header = text.partition("\n")[0]
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # an outline may be long
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
@@ -214,17 +211,17 @@ def _check_line(number: int, columns: Any) -> Line:
 
 
 class _Masks:
-    """What the lines of a file say about masks. Files are opened when rows are built."""
+    """Reads what the lines of a file say about masks. Mask files are opened when rows are built."""
 
     def __init__(self, paths: Mapping[str, Path], folder: Path, boxes_as_masks: bool):
         self.paths, self.folder, self.boxes_as_masks = paths, folder, boxes_as_masks
 
     def read(self, line: Line) -> tuple[str, Segmentation]:
         """
-        The segmentation, and a text that is the same for equal ones.
+        A key that is equal for equal masks, and the segmentation.
 
         Raises:
-            ValueError: there is none, or it is none.
+            ValueError: The line has no mask, several, or an invalid one.
         """
         given = [name for name in MASK_COLUMNS if name in line.columns]
         if len(given) != 1:
@@ -267,7 +264,7 @@ def load_mask(path: Path, folder: Path) -> np.ndarray:
     The mask in a picture, (height, width) bool: what is neither 0, black nor transparent.
 
     Raises:
-        ValueError: the file is missing, is no picture, lies outside of `folder`, or has several values inside.
+        ValueError: The file is missing, is no picture, lies outside of `folder`, or has several values inside.
     """
     try:
         with Image.open(resolve_image(path, folder)) as opened:
@@ -284,8 +281,8 @@ def load_mask(path: Path, folder: Path) -> np.ndarray:
     mask = values.max(axis=2) != 0
     if (values[mask] != values[mask][:1]).any():
         raise ValueError(
-            f"The mask {path} must be of two values, 0 outside and another one inside, got more: save one object per "
-            "file, without smooth edges, and as PNG."
+            f"The mask {path} must have two values, 0 outside and another one inside, got more: save one object per "
+            "file as PNG, without smooth edges."
         )
     return mask
 
@@ -293,7 +290,7 @@ def load_mask(path: Path, folder: Path) -> np.ndarray:
 def _group_references(
     path: Path, lines: list[Line], masks: _Masks, problems: Problems
 ) -> dict[str, dict[str, AnnotatedReference]]:
-    """{name of a photo: its references, by what their masks are known by}."""
+    """{name of a photo: {key of a mask: its reference}}."""
     references: dict[str, dict[str, AnnotatedReference]] = {}
     errors = []
     for line in lines:
@@ -308,7 +305,7 @@ def _group_references(
             problems.add(f"lines of {path.name} that repeat another, dropped", f"line {line.number}")
         else:
             known[key] = replace(reference, expressions=(*reference.expressions, (line.number, line.sentence)))
-    _raise(path, errors)
+    _raise_errors(path, errors)
     return references
 
 
@@ -316,7 +313,7 @@ def _group_references(
 
 
 def _find_files(path: Path, names: Iterable[str], folder: Path) -> dict[str, Path]:
-    """{name: its file in the folder, or where it was expected}."""
+    """{name: its file in the folder, or where the file was expected}."""
     find = image_finder(folder)
     paths = {name: find(name) for name in names}
     first: dict[Path, str] = {}
@@ -330,7 +327,7 @@ def _find_files(path: Path, names: Iterable[str], folder: Path) -> dict[str, Pat
 
 
 def _read_splits(path: Path, lines: list[Line]) -> dict[str, str]:
-    """{name of a photo: its split}, empty for a file that names none."""
+    """{name of a photo: its split}, empty if the file names no splits."""
     splits: dict[str, str] = {}
     errors = []
     named = [line for line in lines if "split" in line.columns]
@@ -339,7 +336,7 @@ def _read_splits(path: Path, lines: list[Line]) -> dict[str, str]:
         if split is None or splits.setdefault(line.image, split) != split:
             expected = splits.get(line.image, "a name, as other lines have")
             errors.append(f"line {line.number}: expected split to be {expected}, got {split}.")
-    _raise(path, errors)
+    _raise_errors(path, errors)
     return splits
 
 
@@ -349,6 +346,3 @@ def _draw_splits(names: list[str], val_share: float) -> dict[str, str]:
     if val_share > 0 and val not in splits.values() and len(names) > 1:
         splits[min(names, key=draw_share)] = val
     return splits
-
-
-__all__ = ["load_sentences", "read_sentences"]

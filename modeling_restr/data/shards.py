@@ -1,19 +1,18 @@
 """
-Parquet shards of annotated images, several at a time. A shard is written under a temporary name and moved when it is
-whole; those that are there already are kept.
+Parquet shards of annotated images, written by one or several processes. A shard is written under a temporary name and
+moved when it is complete. Finished shards are kept.
 """
-
-from __future__ import annotations
 
 import json
 import multiprocessing
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from ..files import replace_file
 from .canonical import FEATURES, AnnotatedImage, BadImage, build_row_or_error
 from .published_counts import Counts
 from .records import Problems
 
 
-ROWS_PER_GROUP = 100  # what `datasets` takes for images: streaming reads a group at a time
+ROWS_PER_GROUP = 100  # as `datasets` writes images: streaming reads a group at a time
 LEFT_OUT_KEY = b"left_out"  # in a shard's metadata: what is wrong with each image that it lacks
 PROBLEMS_KEY = b"problems"  # and all that was dropped or is doubtful, by kind
 
-_counter: Any = None  # in a worker: how many images all workers have seen
+_counter: Any = None  # in a worker: how many images all workers have processed
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,24 @@ class Shard:
 
     path: Path
     images: Sequence[AnnotatedImage]
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """
+    What the shards of a split hold.
+
+    left_out: What is wrong with each image that was left out.
+    num_bytes: Size of the rows before compression.
+    file_size: Size of the files.
+    problems: All that was left out or should be looked at, by kind.
+    """
+
+    counts: Counts
+    left_out: tuple[str, ...] = ()
+    num_bytes: int = 0
+    file_size: int = 0
+    problems: Problems = field(default_factory=Problems)
 
 
 def shard_paths(folder: Path, split: str, num_images: int, images_per_shard: int) -> list[Path]:
@@ -52,45 +70,52 @@ def plan_shards(folder: Path, split: str, images: Sequence[AnnotatedImage], imag
     return [Shard(path, part) for path, part in zip(paths, parts)]
 
 
-def count_rows(path: Path) -> Counts:
-    """What a shard holds, as its rows say."""
-    leaf = "references.list.element.expressions.list.element.sent_id"
-    column = pq.ParquetFile(path).read(columns=[leaf])["references"]
-    references = column.combine_chunks().flatten()
-    return Counts(len(column), len(references), len(references.field("expressions").flatten()))
+# --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def count_bytes(path: Path) -> int:
-    """The size of a shard's rows before compression."""
-    metadata = pq.read_metadata(path)
-    return sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+def read_split(paths: Iterable[Path]) -> PreparedSplit:
+    """What the shards of a split hold, counted in the files."""
+    counts, left_out, problems, num_bytes, file_size = Counts(), [], Problems(), 0, 0
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            column = file.read(columns=["references.list.element.expressions.list.element.sent_id"])["references"]
+            metadata = file.metadata
+        references = column.combine_chunks().flatten()
+        expressions = references.field("expressions").flatten()
+        counts = counts.plus(Counts(len(column), len(references), len(expressions)))
+        left_out += _read_note(metadata, LEFT_OUT_KEY, b"[]")
+        problems.extend(_read_note(metadata, PROBLEMS_KEY, b"{}"))
+        num_bytes += sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+        file_size += path.stat().st_size
+    return PreparedSplit(counts, tuple(left_out), num_bytes, file_size, problems)
 
 
-def read_left_out(path: Path) -> list[str]:
-    """What is wrong with each image that a shard lacks."""
-    return json.loads((pq.read_metadata(path).metadata or {}).get(LEFT_OUT_KEY, b"[]"))
-
-
-def read_problems(path: Path) -> Problems:
-    """What was dropped from a shard or is doubtful in it."""
-    return Problems(json.loads((pq.read_metadata(path).metadata or {}).get(PROBLEMS_KEY, b"{}")))
+def _read_note(metadata: pq.FileMetaData, key: bytes, default: bytes) -> Any:
+    return json.loads((metadata.metadata or {}).get(key, default))
 
 
 def _is_finished(shard: Shard, skip_bad: bool) -> bool:
     try:
-        num_rows, left_out = pq.read_metadata(shard.path).num_rows, read_left_out(shard.path)
-    except (OSError, pa.ArrowInvalid):  # not there, or damaged since
+        metadata = pq.read_metadata(shard.path)
+    except (OSError, pa.ArrowInvalid):  # missing, or damaged since
         return False
-    return num_rows + len(left_out) == len(shard.images) and (skip_bad or not left_out)
+    left_out = _read_note(metadata, LEFT_OUT_KEY, b"[]")
+    return metadata.num_rows + len(left_out) == len(shard.images) and (skip_bad or not left_out)
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def make_shards(shards: Sequence[Shard], num_proc: int = 1, skip_bad: bool = False) -> list[str]:
     """
-    Make those shards that are not there, and those that lack images unless `skip_bad` says so, with a progress bar.
+    Make the shards that are missing, and unless `skip_bad` those that lack images, with a progress bar.
 
     Returns:
-        `list[str]`: What is wrong with images of the shards that were made now. Without `skip_bad` no shard is begun
-        after the first bad image.
+        What is wrong with images of the shards that were made now. Without `skip_bad` no shard is begun after the
+        first bad image.
+
+    Raises:
+        ChildProcessError: A process ended early.
     """
     for leftover in {path for shard in shards for path in shard.path.parent.glob(".*.tmp")}:  # of a killed run
         leftover.unlink(missing_ok=True)
@@ -112,23 +137,23 @@ def make_shards(shards: Sequence[Shard], num_proc: int = 1, skip_bad: bool = Fal
 def _make_in_this_process(shards: Sequence[Shard], skip_bad: bool, bar: tqdm) -> list[str]:
     bad = []
     for shard in shards:
-        bad += write_shard(shard.path, shard.images, skip_bad, bar.update)
+        bad += write_shard(shard, skip_bad, bar.update)
         if bad and not skip_bad:
             break
     return bad
 
 
 def _make_in_processes(shards: Sequence[Shard], skip_bad: bool, bar: tqdm, num_proc: int) -> list[str]:
-    context = multiprocessing.get_context("spawn")  # forking is not safe beside the threads of Arrow
+    context = multiprocessing.get_context("spawn")  # forking is not safe with Arrow's threads
     counter = context.Value("q", 0)
     with ProcessPoolExecutor(num_proc, context, _start_worker, (counter,)) as pool:
-        futures = [pool.submit(_write_shard_in_worker, shard.path, shard.images, skip_bad) for shard in shards]
+        futures = [pool.submit(write_shard, shard, skip_bad, _count_in_worker) for shard in shards]
         pending: set[Future] = set(futures)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             bar.update(counter.value + bar.initial - bar.n)
             if any(future.exception() or (future.result() and not skip_bad) for future in done):
-                pending = {future for future in pending if not future.cancel()}  # what runs goes on to its end
+                pending = {future for future in pending if not future.cancel()}  # running ones finish their shard
     bar.update(counter.value + bar.initial - bar.n)
     return [problem for future in futures if not future.cancelled() for problem in future.result()]
 
@@ -140,15 +165,11 @@ def _start_worker(counter: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """A worker whose parent was killed would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _write_shard_in_worker(path: Path, images: Sequence[AnnotatedImage], skip_bad: bool) -> list[str]:
-    return write_shard(path, images, skip_bad, _count_in_worker)
 
 
 def _count_in_worker(number: int) -> None:
@@ -156,28 +177,27 @@ def _count_in_worker(number: int) -> None:
         _counter.value += number
 
 
-def write_shard(
-    path: Path, images: Sequence[AnnotatedImage], skip_bad: bool, advance: Callable[[int], Any]
-) -> list[str]:
+class _IncompleteShard(Exception):
+    """Keeps a shard that lacks images from being moved to its place."""
+
+
+def write_shard(shard: Shard, skip_bad: bool, advance: Callable[[int], Any]) -> list[str]:
     """
-    Write one Parquet file with the images embedded, and say what is wrong with those that are bad. Without `skip_bad`
-    a file that would lack any is not written. `advance` is called with 1 after each image.
+    Write a shard with its images embedded, and return what is wrong with bad images. Without `skip_bad` a shard that
+    would lack images is not written. `advance` is called with 1 after each image.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     bad: list[str] = []
     problems = Problems()
-    try:
+    with suppress(_IncompleteShard), replace_file(shard.path) as temporary:
         with pq.ParquetWriter(temporary, FEATURES.arrow_schema) as writer:
-            for start in range(0, len(images), ROWS_PER_GROUP):
-                rows = _build_good_rows(images[start : start + ROWS_PER_GROUP], bad, problems, advance)
+            for start in range(0, len(shard.images), ROWS_PER_GROUP):
+                rows = _build_good_rows(shard.images[start : start + ROWS_PER_GROUP], bad, problems, advance)
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
             left_out = [_strip_folders(problem) for problem in bad]
             writer.add_key_value_metadata({LEFT_OUT_KEY: json.dumps(left_out), PROBLEMS_KEY: json.dumps(problems)})
-        if skip_bad or not bad:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if bad and not skip_bad:
+            raise _IncompleteShard
     return bad
 
 
@@ -186,8 +206,7 @@ def _build_good_rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for image in images:
-        row, found = build_row_or_error(image)
-        problems.extend(found)
+        row = build_row_or_error(image, problems)
         if isinstance(row, BadImage):
             bad.append(str(row))
         else:
@@ -197,8 +216,5 @@ def _build_good_rows(
 
 
 def _strip_folders(text: str) -> str:
-    """Without the folders of paths: nobody else's business in a dataset that is shared."""
+    """Without the folders of paths, which are private when the dataset is shared."""
     return re.sub(r"(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[^/\\:\n]*[/\\])*", "", text)
-
-
-__all__ = ["Shard", "count_rows", "make_shards", "plan_shards", "read_left_out", "shard_paths", "write_shard"]

@@ -1,4 +1,4 @@
-"""Pretrained word vectors (GloVe, Pennington et al., EMNLP 2014) as the start of the word embedding."""
+"""Pretrained word vectors (GloVe, Pennington et al., EMNLP 2014) as initial values of the word embedding."""
 
 import logging
 import re
@@ -33,9 +33,9 @@ class WordVectors:
     """
     Word vectors of a vocabulary.
 
-    matrix (`torch.Tensor` of shape `(largest id + 1, dim)`, float32): Row i is the vector of the word with the id i.
-    found (`list[str]`): The words with a vector in the file, by id.
-    missing (`list[str]`): The words without one, by id. Special tokens are in neither list.
+    matrix: (largest id + 1, dim) float32. Row i is the vector of the word with the id i.
+    found: The words with a vector in the file, sorted by id.
+    missing: The words without one, sorted by id. Special tokens are in neither list.
     """
 
     matrix: torch.Tensor
@@ -44,7 +44,7 @@ class WordVectors:
 
     @property
     def coverage(self) -> float:
-        """Share of the words that have a vector in the file, 0 to 1."""
+        """Share of the words with a vector in the file, 0 to 1."""
         return len(self.found) / (len(self.found) + len(self.missing))
 
     def __str__(self) -> str:
@@ -57,27 +57,24 @@ class WordVectors:
 
 def load_word_vectors(path: str | Path, vocabulary: Mapping[str, int], *, seed: int = 0) -> WordVectors:
     """
-    Read the vectors of a vocabulary's words from a file in GloVe's text format: one word a line and its numbers,
-    separated by single spaces. The dimension is that of the first line.
+    Read the vectors of a vocabulary's words from a file in GloVe's text format: one word per line and its numbers,
+    separated by single spaces. The first line determines the dimension.
 
-    A word that the file lacks gets numbers from a normal distribution with the mean and the standard deviation that
-    the found vectors have in that channel, and so do the special tokens and the ids of no word. Padding is zeros. A
-    word that stands in the file twice gets its first vector. The coverage is logged.
+    A word that the file lacks gets numbers from a normal distribution with the mean and the standard deviation of the
+    found vectors in each channel. So do special tokens and ids without a word. Padding is zeros. A word that occurs
+    twice gets its first vector. The coverage is logged.
 
-    The file is read as a stream, only the wanted rows are kept. The words of a line are matched as they are: the
-    tokenizer's are in lower case.
+    The file is read as a stream, and only the wanted rows are kept. Words must match exactly; the tokenizer's are in
+    lower case.
 
     Args:
-        path (`str` or `Path`): The file, plain text (UTF-8), such as `glove.840B.300d.txt`.
-        vocabulary (`Mapping[str, int]`): word -> id.
-        seed (`int`, defaults to 0): Seed of the random numbers; the same seed gives the same matrix.
-
-    Returns:
-        [`WordVectors`]
+        path: The file, plain text (UTF-8), such as `glove.840B.300d.txt`.
+        vocabulary: {word: id}.
+        seed: Seed of the random numbers. The same seed gives the same matrix.
 
     Raises:
-        `ValueError`: A line is malformed or has another dimension (the message names it), the file is empty, or it
-            has none of the words.
+        ValueError: A line is malformed or has another dimension (the message names it), or the file is empty or has
+            none of the words.
     """
     words = sorted(vocabulary.keys() - SPECIAL_TOKENS.keys(), key=vocabulary.__getitem__)
     if not words:
@@ -112,23 +109,22 @@ def tokenizer_and_word_vectors(
     seed: int = 0,
 ) -> tuple[PreTrainedTokenizerFast, WordVectors]:
     """
-    Build what a new model starts from: the tokenizer and, row for row, its word vectors.
+    Build the tokenizer of a new model and its word vectors.
 
     Args:
-        path (`str` or `Path`): A file in GloVe's text format, see [`load_word_vectors`].
-        sentences (`Iterable[str]`, *optional*): Referring expressions whose words become the vocabulary.
-        vocabulary_file (`str` or `Path`, *optional*): Or a vocabulary file, one word a line.
-        min_count (`int`, defaults to 1): How often a word of `sentences` has to occur to be part of the vocabulary.
-        max_length (`int`, defaults to 20): Number of word slots of the model.
-        seed (`int`, defaults to 0): Seed of the vectors of missing words.
+        path: A file in GloVe's text format, see [`load_word_vectors`].
+        sentences: Referring expressions whose words become the vocabulary.
+        vocabulary_file: Or a vocabulary file with one word per line.
+        min_count: How often a word has to occur in `sentences` to be in the vocabulary.
+        max_length: Number of word slots of the model.
+        seed: Seed of the vectors of missing words.
 
     Returns:
-        The tokenizer and [`WordVectors`]. A model for them has
-        `ReSTRTextConfig(vocab_size=rows, hidden_size=dim)` with `rows, dim = vectors.matrix.shape`, and gets the
-        vectors from [`set_word_vectors`].
+        The tokenizer and the vectors. Their model has `ReSTRTextConfig(vocab_size=rows, hidden_size=dim)` with
+        `rows, dim = vectors.matrix.shape`. [`set_word_vectors`] gives it the vectors.
 
     Raises:
-        `ValueError`: Not exactly one of `sentences` and `vocabulary_file` is given, or one of the files is malformed.
+        ValueError: Not exactly one of `sentences` and `vocabulary_file` is given, or one of the files is malformed.
     """
     if sentences is not None and vocabulary_file is None:
         vocabulary = vocabulary_from_expressions(sentences, min_count)
@@ -145,7 +141,7 @@ def set_word_vectors(model: PreTrainedModel, word_vectors: WordVectors) -> None:
     Copy the vectors into a model's word embedding, which stays trainable.
 
     Raises:
-        `ValueError`: The model has another number or dimension of word vectors.
+        ValueError: The model has another number or dimension of word vectors.
     """
     weight: Any = model.get_input_embeddings().weight
     if weight.shape != word_vectors.matrix.shape:
@@ -160,7 +156,7 @@ def set_word_vectors(model: PreTrainedModel, word_vectors: WordVectors) -> None:
 
 
 def _read_rows(path: Path, wanted: set[bytes]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (word, vector) of the wanted words, in the file's order; check the form of all lines."""
+    """Yield (word, vector) of the wanted words in the file's order, and check the form of all lines."""
     dim = None
     with (
         open(path, "rb") as file,  # bytes: only "\n" ends a line, and unwanted words need no decoding
@@ -178,11 +174,11 @@ def _read_rows(path: Path, wanted: set[bytes]) -> Iterator[tuple[str, np.ndarray
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if dim is None:
-        raise ValueError(f"{path} is empty: expected one word and its numbers a line.")
+        raise ValueError(f"{path} is empty: expected one word and its numbers per line.")
 
 
 def _infer_dimension(line: bytes) -> int:
-    """How many numbers stand at the end of the first line, behind at least one field that is the word."""
+    """The number of numbers at the end of the first line, after the word, which takes at least one field."""
     fields = line.split(b" ")
     dim = 0
     while dim < len(fields) - 1 and _NUMBER.fullmatch(fields[-1 - dim]):
@@ -197,7 +193,7 @@ def _infer_dimension(line: bytes) -> int:
 
 
 def _split_line(line: bytes, dim: int) -> tuple[bytes, bytes]:
-    """The word, which may have spaces itself (glove.840B has such), and its numbers."""
+    """The word, which may contain spaces (as some in glove.840B), and its numbers."""
     num_spaces = line.count(b" ")
     if num_spaces < dim:
         raise ValueError(f"expected a word and {dim} numbers, as in the first line, got {_shorten(line)}.")
@@ -222,6 +218,3 @@ def _parse_numbers(numbers: bytes) -> np.ndarray:
 def _shorten(line: bytes, length: int = 60) -> str:
     text = line.decode(errors="replace")
     return repr(text if len(text) <= length else f"{text[:length]}...")
-
-
-__all__ = ["WordVectors", "load_word_vectors", "set_word_vectors", "tokenizer_and_word_vectors"]
