@@ -4,7 +4,6 @@ import base64
 import copy
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -79,19 +78,6 @@ def make_model(vision_config=None, **values):
 def pipe():
     processor = ReSTRProcessor(ReSTRImageProcessor(size=IMAGE_SIZE), build_tokenizer(VOCABULARY))
     return ReSTRPipeline(model=make_model(), processor=processor, device="cpu")
-
-
-def run_example(script, *arguments):
-    """Run an example script in this process, where all that it imports is loaded; returns what it prints."""
-    path, num_threads = REPOSITORY / "examples" / script, torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(StringIO()) as printed:
-        monkeypatch.syspath_prepend(path.parent)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        finally:
-            torch.set_num_threads(num_threads)
-    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -512,8 +498,13 @@ def test_costs_are_measured(folder, tmp_path):
         {"val": images},
         tmp_path / "data",
     )
-    options = ["--data", tmp_path / "data", "--split", "val", "--output_dir", tmp_path / "results"]
-    run_example("evaluate_onnx.py", folder.parent / "model", folder, *options)
+    num_threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "examples")
+        from benchmarks.exported import benchmark_export
+
+        benchmark_export(str(folder.parent / "model"), folder, str(tmp_path / "data"), output_dir=tmp_path / "results")
+    torch.set_num_threads(num_threads)
     results = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
     assert list(results) == ["torch", "float32", "int8"]
     intersection = union = sentences = 0

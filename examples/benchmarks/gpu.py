@@ -1,9 +1,9 @@
 """
-What `examples/benchmark.py --what gpu` measures: the same numbers as on a CPU, no wait for the device in forward, how
-fast the model answers and trains, and what that takes of the card.
+What a GPU does with ReSTR: whether it computes the same numbers as a CPU, whether forward waits for it, how fast it
+answers and trains, and how much memory that takes.
 
-It imports neither data nor metrics. Every section has a time limit, and so has the whole; each row is printed and
-written as soon as it is known, and a section that fails is reported and left behind.
+No data and no metrics are imported. Each section has a time limit, and so has the whole. A row is printed and written
+as soon as it is known. A section that fails is reported, and the next one starts.
 """
 
 import contextlib
@@ -11,37 +11,36 @@ import gc
 import json
 import logging
 import math
-import platform
 import signal
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from measuring import describe_hardware, peak_memory, synchronize
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
 from modeling_restr.convert_restr_original_to_hf import model_from_original_state_dict
+from modeling_restr.files import write_json, write_text
 from modeling_restr.training.recipe import create_parameter_groups
+
+from .measuring import create_batch, create_model, describe_machine, peak_memory, synchronize, time_calls
 
 
 logger = logging.getLogger(__name__)
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "fixtures" / "coupled.safetensors"
+GOLDEN = Path(__file__).parents[2] / "tests" / "fixtures" / "coupled.safetensors"
 PAPER_STEPS, PAPER_PAIRS = 400_000, 8
-# Another device adds the same numbers in another order, so it may be as many times as far from float64 as the CPU is;
-# or this share of the largest value, where the CPU happens to be nearly exact.
+# Another device adds the same numbers in another order. Its distance from float64 may be this many times the CPU's, or
+# this share of the largest value where the CPU happens to be nearly exact.
 TIMES_CPU_ERROR, LEAST_ERROR = 8, 1e-6
-GOLDEN_ERROR = 1e-5  # what the tests allow next to the original implementation
-# The kinds of kernels by parts of their names, the first that fits. The compiler's carry the names of what they fuse.
+GOLDEN_ERROR = 1e-5  # as in the tests against the original implementation
+# Kinds of kernels by parts of their names. The first match counts, since the compiler names kernels after what it fuses.
 KERNELS = {
     "fused by the compiler": ("triton_poi", "triton_red", "triton_per", "triton_for"),
     "attention": ("flash", "fmha", "sdpa", "attention"),
@@ -56,12 +55,12 @@ Results = dict[str, torch.Tensor]
 
 
 class TimeIsUp(BaseException):
-    """Raised in a section that has had its time; no `except Exception` of a library on the way holds it up."""
+    """A section has used up its time. It is no `Exception`, so that no library on the way catches it."""
 
 
 @dataclass
 class Report:
-    """Rows of measurements by section, printed as they come and kept in `gpu.json` and `gpu.md` of a folder."""
+    """Rows of measurements by section, printed and written to `gpu.json` and `gpu.md` in a folder one by one."""
 
     folder: Path
     facts: dict[str, Any]
@@ -75,7 +74,7 @@ class Report:
         self.write()
 
     def check(self, section: str, what: str, error: float, bound: float, **values: Any) -> None:
-        """A row for an error, which is a failure beyond its bound."""
+        """Add a row about a numerical error, and a failure when it exceeds its bound."""
         is_within = error <= bound  # NaN is not
         self.add(section, what, error=error, bound=bound, **values, ok=is_within)
         if not is_within:
@@ -84,44 +83,34 @@ class Report:
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"facts": self.facts, "failures": self.failures, "sections": self.sections}
-        (self.folder / "gpu.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_json(self.folder / "gpu.json", content)
         lines = [", ".join(f"{name} {value}" for name, value in self.facts.items())]
         for section, rows in self.sections.items():
             columns = list(dict.fromkeys(name for row in rows for name in row))
             lines += ["", f"### {section}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
             lines += [f"| {' | '.join(str(row.get(name, '')) for name in columns)} |" for row in rows]
-        (self.folder / "gpu.md").write_text("\n".join(lines) + "\n")
+        write_text(self.folder / "gpu.md", "\n".join(lines) + "\n")
 
 
 @dataclass
 class Setup:
-    """What is measured, on which device, and for how long."""
+    """The model, the device, and how much is measured."""
 
     device: torch.device
     config: ReSTRConfig
     report: Report
     backend: str  # of torch.compile
     batch_sizes: tuple[int, int, int] = (1, 8, 64)
-    images_per_step: int = 16
-    sentences_per_image: int = 4
+    batch_per_step: tuple[int, int] = (16, 4)  # images, sentences per image
     matrix_side: int = 8192
     seconds: float = 1.0  # per measurement
     matmul_rate: float = math.nan  # FLOP/s, measured first
 
     def time(self, function: Callable[[], object]) -> float:
-        """Median seconds per call of five blocks of calls, each waited for once, after two calls that warm up."""
-        for _ in range(2):
-            function()
-        num_calls = max(1, int(self.seconds / 5 / self.time_block(function, 1)))
-        return statistics.median(self.time_block(function, num_calls) for _ in range(5))
-
-    def time_block(self, function: Callable[[], object], num_calls: int) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            function()
-        synchronize(self.device)
-        return (time.perf_counter() - start) / num_calls
+        """Median seconds per call over five blocks of calls, after three calls to warm up."""
+        time_calls(function, self.device, 2)
+        num_calls = max(1, int(self.seconds / 5 / time_calls(function, self.device)))
+        return statistics.median(time_calls(function, self.device, num_calls) for _ in range(5))
 
 
 def tiny_config(**values: Any) -> ReSTRConfig:
@@ -139,75 +128,25 @@ def tiny_config(**values: Any) -> ReSTRConfig:
     )
 
 
-def create_model(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> ReSTRForImageSegmentation:
-    torch.manual_seed(0)
-    with device:
-        model: Any = ReSTRForImageSegmentation(config)
-    return model.to(dtype).eval()
-
-
-def create_batch(
-    config: Any,
-    device: torch.device,
-    num_images: int,
-    sentences_per_image: int,
-    dtype: torch.dtype = torch.float32,
-    labels: bool = False,
-) -> dict[str, torch.Tensor]:
-    size, num_words = config.vision_config.image_size, config.text_config.max_position_embeddings
-    count = num_images * sentences_per_image
-    with device:
-        batch = {
-            "pixel_values": torch.randn(num_images, 3, size, size, dtype=dtype),
-            "input_ids": torch.randint(4, config.text_config.vocab_size, (count, num_words)),
-            "image_indices": torch.arange(num_images).repeat_interleave(sentences_per_image),
-        }
-        if labels:
-            batch["labels"] = torch.randint(0, 2, (count, size, size), dtype=torch.uint8)
-    return batch
-
-
 def describe(num_images: int, sentences_per_image: int) -> str:
     return f"images: {num_images}, sentences per image: {sentences_per_image}"
 
 
-def count_macs(config: Any, num_images: int, num_expressions: int) -> dict[str, int]:
+def count_flops(config: Any, num_images: int, sentences_per_image: int) -> int:
     """
-    Multiply-accumulates of the matrix products of a forward pass. A block over L tokens of width D, whose MLP has width
-    M, takes 4 L D^2 (queries, keys, values, output) + 2 L^2 D (scores, weighted sums) + 2 L D M. In the decoder every
-    map runs before its upsampling, and the first is split into a part per image and a part per sentence. At the paper's
-    size: 92 G per image, and 0.14 G (language) + 17 G (fusion) + 4.3 G (decoder) per sentence.
-
-    A multiply-accumulate is two FLOPs. A backward pass takes two products for each of the forward pass: one for the
-    gradient of the weights, one for that of the inputs.
+    FLOPs of the matrix products in a forward pass, two per multiply-accumulate. A backward pass takes twice as many.
+    They are counted on the meta device, which computes nothing.
     """
-    vision, text, dim = config.vision_config, config.text_config, config.hidden_size
-    side, num_words = vision.image_size // vision.patch_size, text.max_position_embeddings
-    num_patches = side**2
-
-    def block(length: int, part: Any) -> int:
-        width = part.hidden_size
-        return 4 * length * width**2 + 2 * length**2 * width + 2 * length * width * part.intermediate_size
-
-    image = num_patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
-    image += vision.num_hidden_layers * block(num_patches + 1, vision)
-    words = text.num_hidden_layers * block(num_words, text) + num_words * text.hidden_size * text.projection_dim
-    fusion = num_words * text.projection_dim * dim  # projection of the words
-    fusion += config.num_fusion_layers * (block(num_patches + num_words, config) + block(num_words + 1, config))
-    fusion += (num_patches + 1) * dim**2 + num_patches * dim  # patches, classifier, their scalar products
-    widths = [max(1, dim // 2**index) for index in range(max(1, math.ceil(math.log2(vision.patch_size))))]
-    decoder = num_patches * dim**2 + vision.image_size**2 * widths[-1]  # the first map's part, the last map
-    decoder += sum((side * 2**index) ** 2 * old * new for index, (old, new) in enumerate(pairwise(widths), start=1))
-    return {
-        "vision": num_images * image,
-        "language": num_expressions * words,
-        "fusion": num_images * num_patches * vision.hidden_size * dim + num_expressions * fusion,
-        "decoder": num_images * num_patches * dim**2 + num_expressions * decoder,
-    }
+    meta = torch.device("meta")
+    model = create_model(config, meta)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**create_batch(config, meta, num_images, sentences_per_image))
+    return counter.get_total_flops()
 
 
 def measure_card(setup: Setup) -> None:
-    """The card's rates of products and copies, against which the rest is held."""
+    """Measure the card's rates of matrix products and copies, the yardstick for the rest."""
     side = setup.matrix_side
     with setup.device:
         left, right = torch.randn(2, side, side, dtype=torch.bfloat16)
@@ -222,7 +161,7 @@ def measure_card(setup: Setup) -> None:
 def run_golden(
     device: str | torch.device, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> Results:
-    """Loss, logits and gradients of the small golden model; "golden" are the original implementation's logits."""
+    """Loss, logits and gradients of the small golden model, and as "golden" the original implementation's logits."""
     with safe_open(GOLDEN, "pt") as file:
         settings = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
@@ -241,7 +180,7 @@ def run_golden(
     )
     outputs.loss.backward()
     results = {"golden": tensors["pixel_logits"][:, 0], "loss": outputs.loss, "logits": outputs.logits}
-    # A key's bias shifts all scores of a query alike: its gradient is rounding and nothing else.
+    # A key's bias shifts all scores of a query alike. Its gradient is nothing but rounding.
     gradients = {name: weight.grad for name, weight in model.named_parameters() if not name.endswith("k_proj.bias")}
     return {name: tensor.detach().cpu().double() for name, tensor in {**results, **gradients}.items()}
 
@@ -253,7 +192,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Products without TF32, which has 10 bits for float32's 23."""
+    """Compute products without TF32, which has 10 bits where float32 has 23."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     allowed = [backend.allow_tf32 for backend in backends]
     for backend in backends:
@@ -266,7 +205,7 @@ def full_float32() -> Iterator[None]:
 
 
 def check_parity(setup: Setup, attn_implementation: str) -> None:
-    """Forward and backward of the golden model in float32, on the device and on the CPU, against float64."""
+    """Compare forward and backward of the golden model in float32, on the device and the CPU, with float64."""
     with full_float32():
         exact, cpu = run_golden("cpu", torch.float64), run_golden("cpu")
         device = run_golden(setup.device, attn_implementation=attn_implementation)
@@ -281,7 +220,7 @@ def check_parity(setup: Setup, attn_implementation: str) -> None:
 
 @contextlib.contextmanager
 def waiting_is_an_error(device: torch.device) -> Iterator[None]:
-    """Let PyTorch raise where the program waits for a GPU."""
+    """Make PyTorch raise an error where the program waits for a GPU."""
     if device.type != "cuda":
         yield
         return
@@ -293,7 +232,7 @@ def waiting_is_an_error(device: torch.device) -> Iterator[None]:
 
 
 def check_waits(setup: Setup) -> None:
-    """Forward must not wait for the device, and neither does backward."""
+    """Check that neither forward nor backward waits for the device."""
     cases: dict[str, dict[str, Any]] = {
         "coupled": {},
         "vanilla": {"fusion_type": "vanilla"},
@@ -307,7 +246,7 @@ def check_waits(setup: Setup) -> None:
         batch = create_batch(config, setup.device, 2, 3, labels=True)
         for attn_implementation in ("eager", "sdpa"):
             model.set_attn_implementation(attn_implementation)
-            model(**batch).loss.backward()  # the first call sets up what the next ones find
+            model(**batch).loss.backward()  # the first call sets things up
             with waiting_is_an_error(setup.device):
                 losses[f"{what}, {attn_implementation}"] = model(**batch).loss
             setup.report.add("no wait for the device", f"forward, {what}, {attn_implementation}", **outcome)
@@ -325,7 +264,7 @@ def check_flex_attention(setup: Setup) -> None:
 
 
 def time_attention(setup: Setup, attn_implementation: str) -> None:
-    """Milliseconds of a batch in bfloat16, without torch.compile."""
+    """Time a batch in bfloat16 without torch.compile."""
     model, count = create_model(setup.config, setup.device, torch.bfloat16), setup.batch_sizes[1]
     model.set_attn_implementation(attn_implementation)
     batch = create_batch(setup.config, setup.device, count, 1, torch.bfloat16)
@@ -335,17 +274,17 @@ def time_attention(setup: Setup, attn_implementation: str) -> None:
 
 
 def time_answers(setup: Setup, compiled: bool) -> None:
-    """Images and sentences per second in bfloat16, of n images with a sentence each, and of one with n sentences."""
+    """Time n images with a sentence each, and one image with n sentences, in bfloat16."""
     section = f"answers, bfloat16, {'torch.compile' if compiled else 'eager'}"
     one, *others = setup.batch_sizes
-    # In this order one dynamic program serves several sizes; each number of 1 is a program of its own.
+    # In this order one dynamic program serves several sizes. A size of 1 gets a program of its own.
     sizes = [*((n, 1) for n in others), (one, 1), *((1, n) for n in others)]
     model = create_model(setup.config, setup.device, torch.bfloat16)
     forward = torch.compile(model, dynamic=True, backend=setup.backend) if compiled else model
     for num_images, sentences_per_image in sizes:
         batch = create_batch(setup.config, setup.device, num_images, sentences_per_image, torch.bfloat16)
         with torch.inference_mode():
-            first = setup.time_block(lambda: forward(**batch), 1)  # noqa: B023  (called at once)
+            first = time_calls(lambda: forward(**batch), setup.device)  # noqa: B023  (called at once)
             seconds = setup.time(lambda: forward(**batch))  # noqa: B023
         setup.report.add(
             section,
@@ -374,7 +313,7 @@ def create_step(
 
 
 def measure_memory(setup: Setup) -> None:
-    """MiB per pair, of 16 pairs over 8: weights, optimizer and whatever else does not grow drop out."""
+    """Measure MiB per pair as 16 pairs minus 8, so that weights, optimizer and all else that is constant drop out."""
     model, memory = create_model(setup.config, setup.device), {}
     for sentences in (1, 4, 8):
         for num_pairs in (8, 16):
@@ -395,50 +334,33 @@ def measure_memory(setup: Setup) -> None:
         )
 
 
-def train(setup: Setup, compiled: bool) -> None:
-    """A step of several sentences per image against the card's rate, where its time goes, and the paper's run."""
-    kind = "torch.compile" if compiled else "eager"
-    num_images, sentences = setup.images_per_step, setup.sentences_per_image
+def train(setup: Setup, num_images: int, sentences_per_image: int, compiled: bool = False) -> None:
+    """Time a training step, and report its rate, how long the paper's training takes in such steps, and its kernels."""
+    kind = f"{describe(num_images, sentences_per_image)}, {'torch.compile' if compiled else 'eager'}"
     model = create_model(setup.config, setup.device).train()
     forward = torch.compile(model, dynamic=False, backend=setup.backend) if compiled else model
-    step = create_step(
-        setup, model, forward, create_batch(setup.config, setup.device, num_images, sentences, labels=True)
-    )
-    first = setup.time_block(step, 1)
+    batch = create_batch(setup.config, setup.device, num_images, sentences_per_image, labels=True)
+    step = create_step(setup, model, forward, batch)
+    first = time_calls(step, setup.device)
     seconds, peak = setup.time(step), peak_memory(step, setup.device)
-    rate = 6 * sum(count_macs(setup.config, num_images, num_images * sentences).values()) / seconds
+    rate = 3 * count_flops(setup.config, num_images, sentences_per_image) / seconds
+    pairs_per_second = num_images * sentences_per_image / seconds
     setup.report.add(
         TRAINING,
-        f"{describe(num_images, sentences)}, {kind}",
+        kind,
         ms=seconds * 1e3,
         tflops=rate / 1e12,
         share_of_matmul_rate=rate / setup.matmul_rate,
-        pairs_per_s=num_images * sentences / seconds,
+        pairs_per_s=pairs_per_second,
+        hours_for_the_papers_pairs=PAPER_STEPS * PAPER_PAIRS / pairs_per_second / 3600,
         peak_gib=peak,
         first_step_s=first,
-    )
-    pairs = PAPER_STEPS * PAPER_PAIRS
-    setup.report.add(
-        TRAINING,
-        f"the paper's {pairs:,} pairs in such steps, {kind}",
-        hours=pairs / (num_images * sentences) * seconds / 3600,
     )
     profile_step(setup, step, seconds, f"where a training step goes, {kind}")
 
 
-def train_as_in_the_paper(setup: Setup) -> None:
-    """The paper's 400,000 steps of 8 pairs, extrapolated."""
-    model = create_model(setup.config, setup.device).train()
-    step = create_step(setup, model, model, create_batch(setup.config, setup.device, PAPER_PAIRS, 1, labels=True))
-    seconds = setup.time(step)
-    setup.report.add(
-        TRAINING, f"{describe(PAPER_PAIRS, 1)}, eager", ms=seconds * 1e3, pairs_per_s=PAPER_PAIRS / seconds
-    )
-    setup.report.add(TRAINING, f"the paper's {PAPER_STEPS:,} steps, eager", hours=PAPER_STEPS * seconds / 3600)
-
-
 def profile_step(setup: Setup, step: Callable[[], None], seconds: float, section: str) -> None:
-    """Milliseconds per step by kind of kernel, and of the longest ones; what is left of the step the device idles."""
+    """Report milliseconds per step by kind of kernel, of the longest kernels, and of the idle device."""
     is_cuda = setup.device.type == "cuda"
     num_steps = 3 if is_cuda else 1
     with torch.profiler.profile() as profile:
@@ -461,7 +383,7 @@ def profile_step(setup: Setup, step: Callable[[], None], seconds: float, section
         setup.report.add(f"{section}: longest kernels", name[:100].replace("|", "/"), ms=milliseconds)
 
 
-# In order, with the seconds that each may take. What the compiler needs time for comes last.
+# In order, with the seconds that each may take. What takes the compiler long comes last.
 SECTIONS: tuple[tuple[str, Callable[[Setup], None], float], ...] = (
     ("card", measure_card, 20),
     ("parity", lambda setup: check_parity(setup, "eager"), 20),
@@ -470,10 +392,10 @@ SECTIONS: tuple[tuple[str, Callable[[Setup], None], float], ...] = (
     ("attention", lambda setup: time_attention(setup, "eager"), 15),
     ("attention", lambda setup: time_attention(setup, "sdpa"), 15),
     ("answers", lambda setup: time_answers(setup, compiled=False), 25),
-    ("training", lambda setup: train(setup, compiled=False), 30),
-    ("training", train_as_in_the_paper, 15),
+    ("training", lambda setup: train(setup, *setup.batch_per_step), 30),
+    ("training as in the paper", lambda setup: train(setup, PAPER_PAIRS, 1), 20),
     ("memory", measure_memory, 20),
-    ("training, compiled", lambda setup: train(setup, compiled=True), 100),
+    ("training, compiled", lambda setup: train(setup, *setup.batch_per_step, compiled=True), 100),
     ("answers, compiled", lambda setup: time_answers(setup, compiled=True), 80),
     ("flex attention", check_flex_attention, 40),
     ("flex attention", lambda setup: time_attention(setup, "flex_attention"), 40),
@@ -522,20 +444,25 @@ def run_sections(setup: Setup, time_limit: float) -> None:
 
 def benchmark_gpu(device: torch.device, output_dir: Path, time_limit: float, is_tiny: bool, backend: str) -> list[str]:
     """
-    Run all sections within `time_limit` seconds; a tiny model, for a rehearsal on a CPU, is measured for an instant.
-    Returns what failed: errors beyond their bounds, waits for the device, sections that raised.
+    Run all sections within `time_limit` seconds.
+
+    Args:
+        output_dir: Folder of `gpu.json` and `gpu.md`.
+        is_tiny: Whether to rehearse with a tiny model, measured for an instant.
+        backend: Backend of torch.compile.
+
+    Returns:
+        The failures: errors beyond their bounds, waits for the device, sections that raised an error.
     """
-    facts = {
-        "device": describe_hardware(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "model": "tiny" if is_tiny else "ViT-B/16 at 480x480, random weights",
-    }
-    report = Report(output_dir, facts)
+    model = "tiny" if is_tiny else "ViT-B/16 at 480x480 with random weights"
+    report = Report(output_dir, describe_machine(device) | {"model": model})
     if is_tiny:
-        sizes: dict[str, Any] = {"batch_sizes": (1, 2, 3), "images_per_step": 2, "matrix_side": 64, "seconds": 0.01}
+        sizes: dict[str, Any] = {
+            "batch_sizes": (1, 2, 3),
+            "batch_per_step": (2, 4),
+            "matrix_side": 64,
+            "seconds": 0.01,
+        }
         setup = Setup(device, tiny_config(), report, backend, **sizes)
     else:
         setup = Setup(device, ReSTRConfig(), report, backend)
