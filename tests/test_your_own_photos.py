@@ -57,12 +57,19 @@ def write_photos(folder: Path) -> None:
         pixels = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(np.where(inside[..., None], 200, pixels)).save(folder / "photos" / photo)
         Image.fromarray(inside).save(folder / mask)
-    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 20], "area": 600, "iscrowd": 0}
-    annotation |= {"segmentation": [[5, 5, 35, 5, 35, 25, 5, 25]], "caption": "the left headlamp"}
-    images = [{"id": 1, "file_name": "car_01.jpg", "height": 60, "width": 80}]
-    instances = {"images": images, "annotations": [annotation], "categories": [{"id": 1, "name": "headlamp"}]}
-    (folder / "instances.json").write_text(json.dumps(instances))
+    write_instances(folder / "instances.json", {1: "car_01.jpg", 9: "car_02.jpg"})  # 9 is in val
     (folder / "questions.csv").write_text("image,sentence\ncar_01.jpg,the zorblax\ncar_02.jpg,the hood\n")
+
+
+def write_instances(path: Path, images: dict[int, str]) -> None:
+    instance = {"category_id": 1, "bbox": [5, 5, 30, 20], "area": 600, "iscrowd": 0, "caption": "the left headlamp"}
+    outline = [[5, 5, 35, 5, 35, 25, 5, 25]]
+    content = {
+        "images": [{"id": number, "file_name": name, "height": 60, "width": 80} for number, name in images.items()],
+        "annotations": [{**instance, "id": n, "image_id": n, "segmentation": outline} for n in images],
+        "categories": [{"id": 1, "name": "headlamp"}],
+    }
+    path.write_text(json.dumps(content))
 
 
 def build_script() -> str:
