@@ -21,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, load, send_to_device
@@ -56,7 +55,7 @@ from modeling_restr.training.runs import (
     run_script,
     start_run,
 )
-from modeling_restr.training.validation import PADDING, compute_metrics, count_pixels, save_panel
+from modeling_restr.training.validation import PADDING, compute_metrics, count_pixels, show_panel
 
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -192,15 +191,10 @@ def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader, run: Run,
     numbers = {f"eval/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
     accelerator.log(numbers, step=step)
     accelerator.print(f"Step {step}:", ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-    panel = save_panel(model, run.processor, run.overlay_rows, run.args.output_dir, step)
-    for tracker in accelerator.trackers if panel is not None else ():
-        if tracker.name == "tensorboard":
-            tracker.log_images({"eval/overlays": np.asarray(panel)[None]}, step=step, dataformats="NHWC")
-            tracker.writer.flush()  # shows it now
-        elif tracker.name == "trackio":
-            import trackio
-
-            tracker.log({"eval/overlays": trackio.Image(panel)}, step=step)
+    trackers = {tracker.name: tracker for tracker in accelerator.trackers}
+    writers = [trackers["tensorboard"].writer] if "tensorboard" in trackers else []
+    rows, output_dir = run.overlay_rows, run.args.output_dir
+    show_panel(model, run.processor, rows, output_dir, step, writers, with_trackio="trackio" in trackers)
     model.train()
 
 

@@ -14,7 +14,7 @@ from modeling_restr.training.validation import (
     compute_metrics,
     count_pixels,
     draw_panel,
-    save_panel,
+    show_panel,
 )
 from modeling_restr.visualization import get_color
 
@@ -70,5 +70,5 @@ def test_each_mask_is_drawn_in_its_colour_on_its_image():
 
 def test_no_panel_without_sentences(tmp_path):
     (row,) = make_dataset(1)
-    assert save_panel(Oracle([]), make_processor(), [row | {"references": []}], tmp_path, 3) is None
+    show_panel(Oracle([]), make_processor(), [row | {"references": []}], tmp_path, 3)
     assert not list(tmp_path.iterdir())

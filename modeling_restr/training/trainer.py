@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -24,7 +23,7 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .recipe import Recipe, create_parameter_groups
-from .validation import PADDING, compute_metrics, count_pixels, save_panel
+from .validation import PADDING, compute_metrics, count_pixels, show_panel
 
 
 logger = logging.getLogger(__name__)
@@ -209,7 +208,16 @@ class ReferringTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # so that an evaluation does not change the course of training
             metrics = super().evaluate(*args, **kwargs)
             if self.overlay_rows:
-                self._show_overlays()
+                writers = [getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks]
+                show_panel(
+                    self.model,
+                    self.processor,
+                    self.overlay_rows,
+                    self.output_dir,
+                    self.state.global_step,
+                    tensorboard_writers=filter(None, writers),
+                    with_trackio="trackio" in (self.args.report_to or ()),
+                )
         return metrics
 
     def prediction_step(
@@ -225,20 +233,6 @@ class ReferringTrainer(Trainer):
             outputs = model(**inputs)
         counts = count_pixels(outputs.logits, inputs["labels"], inputs["image_indices"])
         return outputs.loss, None if prediction_loss_only else counts, (counts[..., 0] != PADDING).long()
-
-    def _show_overlays(self) -> None:
-        step = self.state.global_step
-        panel = save_panel(self.model, self.processor, self.overlay_rows, self.output_dir, step)
-        if panel is None:
-            return
-        for callback in self.callback_handler.callbacks:
-            if getattr(callback, "tb_writer", None) is not None:
-                callback.tb_writer.add_image("eval/overlays", np.asarray(panel), step, dataformats="HWC")
-                callback.tb_writer.flush()  # as Trainer does after its metrics
-        if "trackio" in (self.args.report_to or ()):
-            import trackio
-
-            trackio.log({"eval/overlays": trackio.Image(panel)}, step=step)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_dir or super()._get_output_dir(trial)

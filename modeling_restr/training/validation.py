@@ -56,20 +56,30 @@ def compute_metrics(counts: np.ndarray | torch.Tensor) -> dict[str, float]:
     return ReferringIoU(keep_in_memory=True).compute(predictions=predictions)
 
 
-def save_panel(
-    model: Any, processor: Any, rows: Iterable[Mapping[str, Any]], output_dir: str | Path, step: int
-) -> Image.Image | None:
+def show_panel(
+    model: Any,
+    processor: Any,
+    rows: Iterable[Mapping[str, Any]],
+    output_dir: str | Path,
+    step: int,
+    tensorboard_writers: Iterable[Any] = (),
+    with_trackio: bool = False,
+) -> None:
     """
-    Draw the masks that the model finds at the moment in OUTPUT_DIR/overlays/step-STEP.png. All processes call this.
-
-    Returns:
-        The panel on the main process if any row has a sentence, otherwise None.
+    Save the panel of [`draw_panel`] as OUTPUT_DIR/overlays/step-STEP.png and send it to trackers as "eval/overlays". All
+    processes call this.
     """
     panel = draw_panel(model, processor, rows)
     if panel is None or not PartialState().is_main_process:
-        return None
+        return
     save_image(panel, Path(output_dir) / "overlays" / f"step-{step:07d}.png")
-    return panel
+    for writer in tensorboard_writers:
+        writer.add_image("eval/overlays", np.asarray(panel), step, dataformats="HWC")
+        writer.flush()
+    if with_trackio:
+        import trackio
+
+        trackio.log({"eval/overlays": trackio.Image(panel)}, step=step)
 
 
 @torch.no_grad()
@@ -115,4 +125,4 @@ def _draw_tile(image: Image.Image, masks: list[Image.Image], labels: list[str]) 
     return add_legend(draw_masks(small, [mask.resize(size, Image.Resampling.NEAREST) for mask in masks]), labels)
 
 
-__all__ = ["PADDING", "choose_sentences", "compute_metrics", "count_pixels", "draw_panel", "save_panel"]
+__all__ = ["PADDING", "choose_sentences", "compute_metrics", "count_pixels", "draw_panel", "show_panel"]
