@@ -22,7 +22,6 @@ from training_runs import (
     TRAINER,
     CountReads,
     LinearModel,
-    assert_close,
     assert_equal,
     make_inputs,
     measure_overall_iou,
@@ -174,21 +173,3 @@ def test_accelerate_launches_what_its_configurations_say(path, tmp_path):
         assert environment["ACCELERATE_MIXED_PRECISION"] == written["mixed_precision"]
         for name, value in written.get("fsdp_config", {}).items():
             assert environment[name.upper()].lower() == str(value).lower()
-
-
-@pytest.mark.slow
-@pytest.mark.numerics
-@pytest.mark.parametrize(("share", "options"), [(0.05, {"mixed_precision": "bf16"}), (1e-5, {"torch_compile": True})])
-def test_other_ways_to_compute_change_the_weights_little(inputs, tmp_path, share, options):
-    def compile_eagerly():
-        compile_module = torch.nn.Module.compile
-        torch.nn.Module.compile = lambda module: compile_module(module, backend="eager")  # tests need no C++ compiler
-
-    one, other = tmp_path / "one", tmp_path / "other"
-    options = {"model": "plain", "sgd": True, "max_steps": 2, **options}
-    assert LOOP.run(one, inputs, model="plain", sgd=True, max_steps=2) == 0, read_log(one)
-    assert LOOP.run(other, inputs, compile_eagerly, **options) == 0, read_log(other)
-    assert_close(other, one, inputs / "plain", share)
-    assert {tensor.dtype for tensor in read_weights(other).values()} == {torch.float32}
-    recipe = json.loads((other / "checkpoint-2" / "recipe.json").read_text())
-    assert recipe["precision"] == ("bfloat16" if "mixed_precision" in options else "float32")

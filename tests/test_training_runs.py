@@ -47,8 +47,8 @@ def script(request):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(script, inputs, tmp_path_factory):
-    output_dir = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(script, inputs, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("uninterrupted")
     assert script.run(output_dir, inputs) == 0, read_log(output_dir)
     return output_dir
 
@@ -64,7 +64,7 @@ def large_batch(script, inputs, tmp_path_factory):
 @pytest.mark.parametrize(
     "moment", ["optimizer", *(pytest.param(moment, marks=pytest.mark.slow) for moment in (*MOMENTS, "random state"))]
 )
-def test_a_killed_run_ends_with_the_same_weights(script, inputs, undisturbed, tmp_path, moment):
+def test_a_killed_run_ends_with_the_same_weights(script, inputs, uninterrupted, tmp_path, moment):
     files = {"optimizer": script.optimizer_file, "random state": script.random_file}
     if moment in MOMENTS:
         kill = partial(signal_when, moment, signal.SIGKILL)
@@ -74,18 +74,18 @@ def test_a_killed_run_ends_with_the_same_weights(script, inputs, undisturbed, tm
     assert not (tmp_path / "model").exists()
     left = [get_step(path) for path in list_checkpoints(tmp_path)]
     assert script.run(tmp_path, inputs) == 0, read_log(tmp_path)
-    assert_equal(tmp_path, undisturbed)
+    assert_equal(tmp_path, uninterrupted)
     if moment in files:
         assert left == [2] and (tmp_path / "checkpoint-6").exists()
 
 
-def test_sigterm_saves_and_exits_with_143(script, inputs, undisturbed, tmp_path):
+def test_sigterm_saves_and_exits_with_143(script, inputs, uninterrupted, tmp_path):
     stop = partial(signal_when, "the first checkpoint is begun", signal.SIGTERM)
     assert script.run(tmp_path, inputs, stop, dataloader_num_workers=1) == 143
     left = [get_step(path) for path in list_checkpoints(tmp_path)]
     assert left == [2, 3] and not (tmp_path / "model").exists()  # it came while 2 was written
     assert script.run(tmp_path, inputs) == 0, read_log(tmp_path)
-    assert_equal(tmp_path, undisturbed)
+    assert_equal(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_sigterm_saves_and_exits_with_143(script, inputs, undisturbed, tmp_path)
     ],
     ids=["evaluation", "recomputed activations"],
 )
-def test_evaluation_and_recomputed_activations_change_nothing(script, inputs, undisturbed, tmp_path, options):
+def test_evaluation_and_recomputed_activations_change_nothing(script, inputs, uninterrupted, tmp_path, options):
     assert script.run(tmp_path, inputs, **options) == 0, read_log(tmp_path)
-    assert_equal(tmp_path, undisturbed)
+    assert_equal(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -159,6 +159,30 @@ def test_shards_on_two_processes_equal_one_large_batch(script, inputs, large_bat
     assert_close(tmp_path, large_batch, inputs / "plain")
 
 
+def compile_eagerly():
+    """Without a C++ compiler."""
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: compile_module(module, backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.numerics
+@pytest.mark.parametrize("kind", ["bfloat16", "compiled"])
+def test_bfloat16_and_compilation_change_the_weights_little(script, inputs, tmp_path, kind):
+    if kind == "bfloat16":
+        options = {"mixed_precision": "bf16"} if script.is_loop else {"bf16": True}
+    else:
+        options = {"torch_compile": True} | ({} if script.is_loop else {"torch_compile_backend": "eager"})
+    plain, changed = tmp_path / "plain", tmp_path / "changed"
+    common = {"model": "plain", "sgd": True, "max_steps": 2}
+    assert script.run(plain, inputs, **common) == 0, read_log(plain)
+    assert script.run(changed, inputs, compile_eagerly, **common, **options) == 0, read_log(changed)
+    assert_close(changed, plain, inputs / "plain", share=0.05 if kind == "bfloat16" else 1e-5)
+    assert {tensor.dtype for tensor in read_weights(changed).values()} == {torch.float32}
+    recipe = json.loads((changed / "checkpoint-2" / "recipe.json").read_text())
+    assert recipe["precision"] == ("bfloat16" if kind == "bfloat16" else "float32")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(script, inputs, tmp_path):
     assert script.run(tmp_path, inputs, learning_rate=1e30, save_steps=1, warmup_steps=2) == 1
     assert "LossNotFiniteError" in read_log(tmp_path) and "image_ids [" in read_log(tmp_path)
@@ -175,36 +199,36 @@ def test_all_processes_stop_at_a_loss_of_one_that_is_not_finite(script, inputs, 
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_run_resumes_on_its_own_data_only(script, inputs, undisturbed, tmp_path):
+def test_a_run_resumes_on_its_own_data_only(script, inputs, uninterrupted, tmp_path):
     moved, other = tmp_path / "moved", tmp_path / "other" / inputs.name
     shutil.copytree(inputs, moved)
     other.mkdir(parents=True)
     make_inputs(other, seed=1)
-    shutil.copytree(undisturbed / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    shutil.copytree(uninterrupted / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
     start = {"model_name_or_path": inputs / "drop_path"}
     assert script.run(tmp_path / "run", other, **start) == 1
     assert "data_fingerprint: " in read_log(tmp_path / "run") and "Traceback" not in read_log(tmp_path / "run")
     assert script.run(tmp_path / "run", moved, **start) == 0, read_log(tmp_path / "run")
-    assert_equal(tmp_path / "run", undisturbed)
+    assert_equal(tmp_path / "run", uninterrupted)
 
 
-def test_a_run_of_an_earlier_version_resumes(script, inputs, undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "checkpoint-4", tmp_path / "checkpoint-4")
+def test_a_run_of_an_earlier_version_resumes(script, inputs, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted / "checkpoint-4", tmp_path / "checkpoint-4")
     path = tmp_path / "checkpoint-4" / "recipe.json"
     recipe = json.loads(path.read_text())
     assert recipe.pop("data_fingerprint")
     replace_file(path, json.dumps(recipe).encode())
     assert script.run(tmp_path, inputs) == 0, read_log(tmp_path)
-    assert_equal(tmp_path, undisturbed)
+    assert_equal(tmp_path, uninterrupted)
     assert "no fingerprint was taken" in read_log(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["model", "optimizer", "random state", "other", "recipe"])
-def test_damaged_files_of_a_checkpoint_are_reported(script, inputs, undisturbed, tmp_path, kind):
+def test_damaged_files_of_a_checkpoint_are_reported(script, inputs, uninterrupted, tmp_path, kind):
     names = {"model": "model.safetensors", "optimizer": script.optimizer_file, "random state": script.random_file}
     names |= {"other": "custom_checkpoint_0.pkl" if script.is_loop else "trainer_state.json", "recipe": "recipe.json"}
     path = tmp_path / "checkpoint-4" / names[kind]
-    shutil.copytree(undisturbed / "checkpoint-4", path.parent)
+    shutil.copytree(uninterrupted / "checkpoint-4", path.parent)
     content = path.read_bytes()
     replace_file(path, b"null" if path.suffix == ".json" else content[: len(content) // 2])
     assert script.run(tmp_path, inputs) == 1
@@ -212,8 +236,8 @@ def test_damaged_files_of_a_checkpoint_are_reported(script, inputs, undisturbed,
     assert "Traceback" not in read_log(tmp_path)
 
 
-def test_a_run_does_not_resume_with_another_recipe_or_script(script, inputs, undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path / "run")
+def test_a_run_does_not_resume_with_another_recipe_or_script(script, inputs, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
     assert script.run(tmp_path / "run", inputs, expressions_per_image=1) == 1
     assert "expressions_per_image: 3 there, 1 now" in read_log(tmp_path / "run")
     other = TRAINER if script.is_loop else LOOP

@@ -106,6 +106,3 @@ class RecipeArguments:
         """The recipe of these options. `others` are the fields of [`Recipe`] that the options do not set."""
         names = {argument.name for argument in fields(RecipeArguments)} & {field.name for field in fields(Recipe)}
         return Recipe(**{name: getattr(self, name) for name in names}, **others)
-
-
-__all__ = ["DataArguments", "ModelArguments", "RecipeArguments", "option", "papers"]

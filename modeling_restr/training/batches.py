@@ -336,15 +336,3 @@ def loss_weight(batch: Mapping[str, torch.Tensor], num_pairs: int | torch.Tensor
         num_batches: Number of accumulated batches times number of processes.
     """
     return len(batch["input_ids"]) * num_batches / num_pairs
-
-
-__all__ = [
-    "ReferringCollator",
-    "ReferringDataset",
-    "ReferringStream",
-    "build_item",
-    "count_expressions",
-    "create_loader",
-    "loss_weight",
-    "split_ids",
-]

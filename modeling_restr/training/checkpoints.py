@@ -305,19 +305,3 @@ def _name_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch
         named += [(f"{key} of {name}", value) for key, value in states.items() if isinstance(value, torch.Tensor)]
     for name, tensor in named:
         yield name, getattr(tensor, "to_local", tensor.detach)()  # FSDP: this process's shard
-
-
-__all__ = [
-    "EXIT_CODE_TERMINATED",
-    "LossMonitor",
-    "LossNotFiniteError",
-    "ResumeError",
-    "StopSignal",
-    "check_weights",
-    "find_checkpoint",
-    "get_step",
-    "ignore_sigterm_in_workers",
-    "keep_last_checkpoints",
-    "list_checkpoints",
-    "write_checkpoint",
-]

@@ -49,6 +49,3 @@ def _read_file(image: dict[str, Any]) -> bytes:
         return image["bytes"]
     with fsspec.open(image["path"], "rb") as file:
         return file.read()
-
-
-__all__ = ["fingerprint_data"]

@@ -197,6 +197,3 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe = PAPER) -
         lr_end=0.0,
         power=recipe.power,
     )
-
-
-__all__ = ["PAPER", "RECIPE_NAME", "Recipe", "create_optimizer", "create_parameter_groups", "create_scheduler"]

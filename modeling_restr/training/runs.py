@@ -23,11 +23,11 @@ from ..data.canonical import FEATURES
 from ..data.loading import load_prepared, name_rows
 from ..data.word_vectors import load_word_vectors, set_word_vectors
 from ..evaluation.counts import check_dataset, evaluate_dataset, fingerprint, fingerprint_rows
+from ..evaluation.run import summarize
 from ..files import write_json
 from ..hub import push_to_hub, save_bundle, write_model_card
 from ..hub.bundle import hash_weights
 from ..image_processing_restr import ReSTRImageProcessor
-from ..metrics import ReferringIoU
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from ..tokenization_restr import build_tokenizer, read_vocabulary, split_expression, vocabulary_from_expressions
@@ -381,7 +381,6 @@ def evaluate_folder(folder: str | Path, data: datasets.Dataset, device: torch.de
     progress = tqdm(rows, desc="Evaluation", unit="image", disable=not state.is_main_process)
     records = gather_object([record for records in evaluate_dataset(model, processor, progress) for record in records])
     records.sort(key=lambda record: (record["image_id"], record["ref_id"], record["sent_id"]))
-    counts = [{name: record[name] for name in ("intersection", "union")} for record in records]
     size = processor.image_processor.size
     return {
         "model": {"name": Path(folder).name, "revision": hash_weights(Path(folder))},
@@ -389,8 +388,7 @@ def evaluate_folder(folder: str | Path, data: datasets.Dataset, device: torch.de
         "threshold": 0.5,
         "dtype": "float32",
         "image_size": [size["height"], size["width"]],
-        "metrics": ReferringIoU(keep_in_memory=True).compute(predictions=counts),
-        "expressions": records,
+        **summarize(records, by_length=False, num_bootstrap=None),
     }
 
 
@@ -404,18 +402,3 @@ def _write_card(folder: Path, recipe: Recipe, args: DataArguments, evaluations: 
         datasets=[] if Path(args.dataset_name).exists() else [args.dataset_name],
         base_model=recipe.base_model,
     )
-
-
-__all__ = [
-    "Run",
-    "create_eval_dataset",
-    "create_model",
-    "create_train_dataset",
-    "evaluate_folder",
-    "finish_run",
-    "iterate_sentences",
-    "load_data",
-    "load_model",
-    "run_script",
-    "start_run",
-]

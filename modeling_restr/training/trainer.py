@@ -285,6 +285,3 @@ class _StepCallback(TrainerCallback):
         if self.trainer._stop_signal.is_requested():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # there may not be time for it
-
-
-__all__ = ["ReferringTrainer", "use_one_device"]

@@ -123,6 +123,3 @@ def _draw_tile(image: Image.Image, masks: list[Image.Image], labels: list[str]) 
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     return add_legend(draw_masks(small, [mask.resize(size, Image.Resampling.NEAREST) for mask in masks]), labels)
-
-
-__all__ = ["PADDING", "choose_sentences", "compute_metrics", "count_pixels", "draw_panel", "show_panel"]
