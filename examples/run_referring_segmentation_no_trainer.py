@@ -66,7 +66,7 @@ TRACKER_PROJECT = "referring-segmentation"
 class LoopArguments(RecipeArguments):
     """How to train, with names that TrainingArguments uses, too."""
 
-    mixed_precision: str | None = option(None, "Precision: no or bf16. Default: that of `accelerate launch`.")
+    mixed_precision: str | None = option(None, "Precision: no or bf16; without it, that of `accelerate launch`.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = option(False, "Compile the model with torch.compile.")
     report_to: list[str] = field(
@@ -191,10 +191,15 @@ def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader, run: Run,
     numbers = {f"eval/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
     accelerator.log(numbers, step=step)
     accelerator.print(f"Step {step}:", ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-    trackers = {tracker.name: tracker for tracker in accelerator.trackers}
-    writers = [trackers["tensorboard"].writer] if "tensorboard" in trackers else []
-    rows, output_dir = run.overlay_rows, run.args.output_dir
-    show_panel(model, run.processor, rows, output_dir, step, writers, with_trackio="trackio" in trackers)
+    show_panel(
+        model,
+        run.processor,
+        run.overlay_rows,
+        run.args.output_dir,
+        step,
+        tensorboard_writers=(tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"),
+        with_trackio="trackio" in (tracker.name for tracker in accelerator.trackers),
+    )
     model.train()
 
 
@@ -207,13 +212,12 @@ def init_trackers(accelerator: Accelerator, recipe: Recipe, args: LoopArguments)
 def train(model_args: ModelArguments, data_args: DataArguments, args: LoopArguments) -> bool:
     """Train, save and evaluate. Returns False if SIGTERM stopped the run."""
     accelerator = create_accelerator(args)
+    batches_per_step = args.gradient_accumulation_steps * accelerator.num_processes
     run = start_run(
         model_args,
         data_args,
         args,
-        images_per_step=args.per_device_train_batch_size
-        * args.gradient_accumulation_steps
-        * accelerator.num_processes,
+        images_per_step=args.per_device_train_batch_size * batches_per_step,
         by_trainer=False,
         precision=PRECISIONS[accelerator.mixed_precision],
     )

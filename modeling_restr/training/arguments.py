@@ -29,25 +29,27 @@ class ModelArguments:
     )
     word_vectors: str | None = option(
         None,
-        "Text file with the pretrained word vectors of a new model, in GloVe's format. Default: random vectors. The"
-        " paper's: GloVe, 300 numbers per word.",
+        "Text file with pretrained word vectors for a new model, in GloVe's format; without it, they are random. The"
+        " paper's: GloVe with 300 numbers per word.",
     )
     vocabulary_file: str | None = option(
-        None, "Text file with the words of a new model, one per line. Default: all words of the training data."
+        None, "Text file with the words of a new model, one per line; without it, all words of the training data."
     )
     image_size: int = papers("image_size", "Side of a new model's square input in pixels.")
     max_words: int = papers("max_words", "Maximum number of words per sentence in a new model.")
     fusion_type: str = papers("fusion_type", "Fusion of a new model: coupled, independent or vanilla.")
-    patch_loss_weight: float = papers("patch_loss_weight", "Weight of the loss of the patch classifier.")
+    patch_loss_weight: float = papers("patch_loss_weight", "Weight of the patch loss, next to 1 for the pixel loss.")
 
 
 @dataclass
 class DataArguments:
     """Data and augmentation."""
 
-    dataset_name: str = field(metadata={"help": "Folder or Hub id of prepared data with one row per image."})
+    dataset_name: str = field(
+        metadata={"help": "Folder or Hub id of prepared data with one row per image (required)."}
+    )
     data_revision: str | None = option(
-        None, "Branch, tag or commit of the data on the Hub. Default: main.", aliases=["--dataset_revision"]
+        None, "Branch, tag or commit of the data on the Hub; without it, main.", aliases=["--dataset_revision"]
     )
     train_split: str = option("train", "Split to train on.")
     validation_split: str = option("val", "Split to evaluate on during and after training; '' for none.")
@@ -57,8 +59,8 @@ class DataArguments:
     )
     streaming: bool = option(False, "Read the training data as a stream, without downloading or caching all of it.")
     shuffle_buffer_size: int = option(1000, "Number of items of a stream to hold in memory for shuffling.")
-    max_train_samples: int | None = option(None, "Number of training images to use, from the first on. Default: all.")
-    max_eval_samples: int | None = option(None, "Number of validation images to use. Default: all.")
+    max_train_samples: int | None = option(None, "Number of training images to use; without it, all.")
+    max_eval_samples: int | None = option(None, "Number of validation images to use; without it, all.")
     augment_scale: float = option(0.0, "Probability of showing an image smaller. The paper's: no augmentation.")
     augment_crop: float = option(0.0, "Probability of a crop that keeps all that the sentences refer to.")
     augment_color: float = option(0.0, "Probability of changed colours. Hues stay where a sentence names a colour.")
@@ -73,7 +75,9 @@ class RecipeArguments:
     output_dir: str = option("runs/restr", "Folder for checkpoints, pictures and, at the end, the model.")
     max_steps: int = papers("max_steps", "Number of optimizer steps.")
     num_train_epochs: float = option(0.0, "Length of the run in epochs; if above 0, it replaces max_steps.")
-    per_device_train_batch_size: int = papers("images_per_step", "Number of images per batch and device.")
+    per_device_train_batch_size: int = option(
+        PAPER.images_per_step, "Number of images per batch and device. The paper's: 8 per step, over all devices."
+    )
     gradient_accumulation_steps: int = option(1, "Number of batches per device in each step.")
     per_device_eval_batch_size: int = option(4, "Number of images per batch and device in evaluation.")
     learning_rate: float = papers("learning_rate", "Learning rate of fusion, decoder and language encoder.")
@@ -92,15 +96,15 @@ class RecipeArguments:
     save_steps: int = option(2_000, "Number of steps between checkpoints.")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep.")
     resume_from_checkpoint: str | None = option(
-        None, "Checkpoint to resume from. Default: the last one in output_dir, if there is one."
+        None, "Checkpoint to resume from; without it, the last one in output_dir if there is one."
     )
     logging_steps: int = option(50, "Number of steps between log entries.")
     dataloader_num_workers: int = option(4, "Number of processes per device that decode images.")
     seed: int = option(PAPER.seed, "Seed of new weights, the order of the data, augmentation and drop path.")
     push_to_hub: bool = option(False, "Upload the final model with its card to the Hub.")
-    hub_model_id: str | None = option(None, "Hub repository to upload to. Default: the name of output_dir.")
-    hub_private_repo: bool | None = option(None, "Create the repository as a private one.")
-    hub_token: str | None = option(None, "Token for the Hub. Default: that of `hf auth login`.")
+    hub_model_id: str | None = option(None, "Hub repository to upload to; without it, the name of output_dir.")
+    hub_private_repo: bool | None = option(None, "Whether to create the repository as a private one.")
+    hub_token: str | None = option(None, "Token for the Hub; without it, that of `hf auth login`.")
 
     def make_recipe(self, **others: Any) -> Recipe:
         """The recipe of these options. `others` are the fields of [`Recipe`] that the options do not set."""

@@ -67,7 +67,7 @@ def show_panel(
 ) -> None:
     """
     Save the panel of [`draw_panel`] as OUTPUT_DIR/overlays/step-STEP.png and send it to trackers as "eval/overlays". All
-    processes call this.
+    processes call this; only the main one has writers and uses them.
     """
     panel = draw_panel(model, processor, rows)
     if panel is None or not PartialState().is_main_process:
