@@ -1,7 +1,7 @@
 """
 ReSTR, referring image segmentation with transformers.
 
-Importing the package registers it with transformers: the Auto classes and `pipeline` then load its models without
+Importing the package registers it with transformers: Auto classes and `pipeline` then load its models without
 `trust_remote_code`.
 """
 

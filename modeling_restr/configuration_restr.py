@@ -1,6 +1,6 @@
 """ReSTR model configuration."""
 
-from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
 
 # isort: split
@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 
-if TYPE_CHECKING:  # `__post_init__` resolves these fields: a config never holds None or a dict
+if TYPE_CHECKING:  # `__post_init__` replaces None and dicts in these fields
     _Config: TypeAlias = Any
     _Int: TypeAlias = Any
     _Float: TypeAlias = Any
@@ -26,13 +26,13 @@ else:
 
 logger = logging.get_logger(__name__)
 
-# Where the classes are in a folder or Hub repository that carries the code.
+# The classes' places in a folder or Hub repository that carries the code.
 _AUTO_MAP = {
     "AutoConfig": "configuration_restr.ReSTRConfig",
     "AutoModel": "modeling_restr.ReSTRModel",
     "AutoModelForImageSegmentation": "modeling_restr.ReSTRForImageSegmentation",
 }
-# What the card of whatever is pushed is tagged with.
+# Tags of the cards of everything that is pushed.
 MODEL_TAGS = ("referring-image-segmentation", "restr")
 _PIPELINE = {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
 
@@ -45,8 +45,8 @@ def _one_of(values: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {tuple(values)}", lambda value: value in values
 
 
-# What each field must be, by its name. The upper bounds of counts are far above every known model: with them, a digit
-# too many is an error at once, where it would fill the memory or build layers for hours.
+# The values that each field may have. The upper bounds of counts are far above every known model. They turn a digit
+# too many into an error at once, instead of full memory or hours of building layers.
 _BOUNDS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "projection_dim"), _count(2**16)),
     **dict.fromkeys(("num_hidden_layers", "num_fusion_layers"), _count(1000)),
@@ -58,17 +58,17 @@ _BOUNDS = {
     **dict.fromkeys(("attention_dropout", "drop_path_rate"), ("in [0, 1)", lambda value: 0 <= value < 1)),
     "layer_norm_eps": ("positive and at most 1", lambda value: 0 < value <= 1),
     **dict.fromkeys(
-        ("initializer_range", "patch_loss_weight"), ("from 0 to 1000000", lambda value: 0 <= value <= 10**6)
+        ("initializer_range", "patch_loss_weight"), ("from 0 to 10**6", lambda value: 0 <= value <= 10**6)
     ),
     "pad_token_id": ("not negative", lambda value: value >= 0),
 }
 
 
-# Vision models whose shapes would pass or whose weights have another way in: why not, and what to take.
+# Vision models whose shapes would pass or whose weights can be used in another way: the reason and the advice.
 _REFUSED_VISION_MODELS = {
     "vit_mae": (
         "it shuffles its patches at every call",
-        "Its weights load as a plain ViT: save what `ViTModel.from_pretrained(...)` makes of them, and take that.",
+        "Its weights load as a plain ViT: take what `ViTModel.from_pretrained(...).save_pretrained(...)` saves.",
     ),
     "siglip2_vision_model": (
         "it reads patches of images of any shape (NaFlex)",
@@ -82,17 +82,17 @@ def refuse_vision_config(
     reason: str,
     advice: str = "Take one that makes one token per patch, in rows: ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP.",
 ) -> NoReturn:
-    """Raise the `ValueError` for a vision encoder that is no plain ViT."""
+    """Raise a `ValueError` for a vision encoder that is no plain ViT."""
     name = f"{type(config).__name__} ({config.model_type!r})"
     raise ValueError(f"The vision encoder must be a plain ViT, got a {name}: {reason}. {advice}")
 
 
 def check_vision_config(config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` that says what to take instead if a config cannot be that of a plain ViT."""
+    """Refuse a config that cannot be that of a plain ViT, and say what to take instead."""
     if config.model_type in _REFUSED_VISION_MODELS:
         refuse_vision_config(config, *_REFUSED_VISION_MODELS[config.model_type])
     if isinstance(getattr(config, "vision_config", None), PreTrainedConfig):
-        refuse_vision_config(config, "it has a vision encoder among its parts", "Pass its `vision_config`.")
+        refuse_vision_config(config, "its vision encoder is one of several parts", "Pass its `vision_config`.")
     if getattr(config, "depths", None):
         refuse_vision_config(config, "it has several stages, each with fewer tokens")
     if getattr(config, "num_detection_tokens", 0):
@@ -105,9 +105,10 @@ def check_vision_config(config: PreTrainedConfig) -> None:
 
 
 class ReSTRBaseConfig(PreTrainedConfig):
-    """What ReSTR's configs share: they keep keys that they do not know, and hold the bounds of those that they do."""
+    """Base of ReSTR's configs. They check the values of their fields and keep unknown keys, as other configs do."""
 
     def __post_init__(self, **kwargs):
+        self._refuse_names_of_methods(kwargs)
         self.resolve_defaults()
         self.validate_architecture()
         super().__post_init__(**kwargs)
@@ -115,38 +116,50 @@ class ReSTRBaseConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, which sets what `from_pretrained(..., key=value)` is given after the checks."""
+        """As in transformers, which does not check the values of `from_pretrained(..., key=value)` as this does."""
+        cls._refuse_names_of_methods(kwargs)
         config, unused_kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         config.resolve_defaults()
         config.validate_architecture()
         config._warn_of_misspelt_keys(unused_kwargs)
         return (config, unused_kwargs) if return_unused_kwargs else config
 
+    @classmethod
+    def _refuse_names_of_methods(cls, keys: Iterable[str]) -> None:
+        names = [key for key in keys if callable(getattr(cls, key, None))]
+        if names:
+            raise ValueError(
+                f"{cls.__name__}: expected keys that are no methods of a config, got {names}. Rename them."
+            )
+
     def resolve_defaults(self) -> None:
-        """Fill in what follows from other values; a subclass that has such fields overrides this."""
+        """Derive fields that were left open from others."""
 
     def validate_architecture(self) -> None:
-        """Raise a `ValueError` when a value is out of its bounds; subclasses add what has to fit one another."""
+        """Raise a `ValueError` for values that are out of bounds or do not fit one another."""
         for name in (field.name for field in dataclasses.fields(self) if field.name in _BOUNDS):
             expected, is_valid = _BOUNDS[name]
             if not is_valid(getattr(self, name)):
                 raise ValueError(f"{type(self).__name__}: `{name}` must be {expected}, got {getattr(self, name)!r}.")
-        if self.hidden_size % self.num_attention_heads != 0:
+        self._check_multiple("hidden_size", "num_attention_heads")
+
+    def _check_multiple(self, name: str, divisor_name: str) -> None:
+        value, divisor = getattr(self, name), getattr(self, divisor_name)
+        if value % divisor != 0:
             raise ValueError(
-                f"{type(self).__name__}: `hidden_size` must be a multiple of `num_attention_heads`, got "
-                f"{self.hidden_size} and {self.num_attention_heads}."
+                f"{type(self).__name__}: `{name}` must be a multiple of `{divisor_name}`, got {value} and {divisor}."
             )
 
     def _known_fields(self) -> dict[str, str]:
-        """Every field's name and how a user reaches it, parts included: `{"patch_size": "vision_config.patch_size"}`."""
+        """Name of every field, also of the parts, and its path: `{"patch_size": "vision_config.patch_size"}`."""
         parts = {name: getattr(self, name) for name in self.sub_configs}
         fields = {f.name: f"{part}.{f.name}" for part, config in parts.items() for f in dataclasses.fields(config)}
         return {**fields, **{field.name: field.name for field in dataclasses.fields(self)}}
 
     def _warn_of_misspelt_keys(self, keys: Iterable[str]) -> None:
         """
-        Log one warning that names the field which each key probably means. Other keys pass in silence, as they do in
-        transformers, whose tools write many: the ids of special tokens, for one, resemble `pad_token_id`.
+        Log one warning that names the field which each key probably means. Keys of transformers' own tools pass, such
+        as the ids of special tokens, which resemble `pad_token_id`.
         """
         fields = self._known_fields()
         nearest = {key: difflib.get_close_matches(key, fields, n=1, cutoff=0.8) for key in keys}
@@ -203,13 +216,8 @@ class ReSTRVisionConfig(ReSTRBaseConfig):
     initializer_range: float | int = 0.02
 
     def validate_architecture(self) -> None:
-        """Raise a `ValueError` when values are out of bounds or do not fit one another."""
         super().validate_architecture()
-        if self.image_size % self.patch_size != 0:
-            raise ValueError(
-                f"{type(self).__name__}: `image_size` must be a multiple of `patch_size`, got {self.image_size} and "
-                f"{self.patch_size}."
-            )
+        self._check_multiple("image_size", "patch_size")
 
 
 @strict
@@ -256,7 +264,6 @@ class ReSTRTextConfig(ReSTRBaseConfig):
     initializer_range: float | int = 0.02
 
     def validate_architecture(self) -> None:
-        """Raise a `ValueError` when values are out of bounds or do not fit one another."""
         super().validate_architecture()
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(
@@ -284,8 +291,8 @@ class ReSTRConfig(ReSTRBaseConfig):
             Whether each fusion encoder has one block that is applied `num_fusion_layers` times.
         hidden_size (`int`, *optional*): Width of the fusion encoders; that of the vision encoder by default.
         num_attention_heads (`int`, *optional*):
-            Attention heads of the fusion encoders; divides `hidden_size`. By default 12, or as many as the vision
-            encoder has where 12 does not divide `hidden_size`.
+            Attention heads of the fusion encoders; divides `hidden_size`. By default 12, or those of the vision
+            encoder where 12 does not divide `hidden_size`.
         intermediate_size (`int`, *optional*): Width of the fusion MLPs; four times `hidden_size` by default.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the fusion MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the fusion LayerNorms.
@@ -295,9 +302,9 @@ class ReSTRConfig(ReSTRBaseConfig):
         patch_loss_weight (`float`, *optional*):
             Weight of the patch loss, added to the pixel loss; 0.1 with the pixel decoder, 0 without it.
         attend_to_padding (`bool`, defaults to `True`):
-            The original's rule: padding slots are zeroed after their projection, and attended to, so that every
-            expression has to be padded to `max_position_embeddings`. `False` keeps them out of every attention; then
-            the length of the padding does not change the answer.
+            Whether padding slots, zeroed after their projection, are attended to, as in the original. Every expression
+            then has to be padded to `max_position_embeddings`. `False` keeps padding out of every attention, so that
+            its length does not change the answer.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
 
     Example:
@@ -313,7 +320,7 @@ class ReSTRConfig(ReSTRBaseConfig):
     ```"""
 
     model_type = "restr"
-    # Trainer's evaluation then gathers the logits alone.
+    # Outputs that Trainer's evaluation does not gather: all but the loss and the logits.
     keys_to_ignore_at_inference = [
         "loss_pixel",
         "loss_patch",
@@ -346,7 +353,7 @@ class ReSTRConfig(ReSTRBaseConfig):
     initializer_range: float | int = 0.02
 
     def resolve_defaults(self) -> None:
-        """Fill in the encoders' configs, and the values that follow from them where the caller left them open."""
+        """Create the encoders' configs, and derive values that were left open from them."""
         self.vision_config = self._resolve_vision_config(self.vision_config)
         check_vision_config(self.vision_config)
         self.text_config = self._resolve_text_config(self.text_config)
@@ -355,7 +362,7 @@ class ReSTRConfig(ReSTRBaseConfig):
             self.patch_loss_weight = 0.1 if self.use_pixel_decoder else 0.0
 
     def _resolve_widths(self) -> None:
-        """Derive the widths that were left open, and remember which: they may have to follow another encoder."""
+        """Derive the widths that were left open, and remember which ones, for `with_vision_config`."""
         names = ("hidden_size", "num_attention_heads", "intermediate_size")
         left_open = [name for name in names if getattr(self, name) is None]
         if self.hidden_size is None:
@@ -370,8 +377,8 @@ class ReSTRConfig(ReSTRBaseConfig):
 
     def with_vision_config(self, vision_config: PreTrainedConfig) -> "ReSTRConfig":
         """
-        A copy of this config with another vision encoder. `hidden_size`, `num_attention_heads` and `intermediate_size`
-        follow it if they were left open when this config was made, and not set since.
+        Copy this config with another vision encoder. `hidden_size`, `num_attention_heads` and `intermediate_size`
+        follow it if they were left open in this config and not set since.
         """
         config = copy.deepcopy(self)
         config.vision_config = vision_config
@@ -383,14 +390,11 @@ class ReSTRConfig(ReSTRBaseConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers: every value, whether it was derived or not."""
+        """As in transformers, with all values, also derived ones."""
         return {name: value for name, value in super().to_dict().items() if name != "_derived_widths"}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """
-        As in transformers, which names the one class that is saved with its code: here every class that the code has
-        is named, so that `AutoModel` and `pipeline` find theirs, too.
-        """
+        """As in transformers, with every class of the saved code, so that `AutoModel` and `pipeline` find theirs."""
         if self._auto_class is not None:
             self.auto_map = {**_AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
             self.custom_pipelines = {"image-segmentation": dict(_PIPELINE)}
@@ -406,8 +410,8 @@ class ReSTRConfig(ReSTRBaseConfig):
             return ReSTRVisionConfig(**values)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
-                f"`vision_config` has the `model_type` {model_type!r}, which transformers does not know: expected "
-                f"{ReSTRVisionConfig.model_type!r} or that of a plain ViT, such as 'vit', 'deit' or 'dinov2'."
+                f"Expected a `vision_config` of `model_type` {ReSTRVisionConfig.model_type!r} or of a plain ViT, such "
+                f"as 'vit', 'deit' or 'dinov2', got {model_type!r}, which transformers does not know."
             )
         return CONFIG_MAPPING[model_type](**values)
 
@@ -420,7 +424,6 @@ class ReSTRConfig(ReSTRBaseConfig):
         return text_config if isinstance(text_config, PreTrainedConfig) else ReSTRTextConfig(**values)
 
     def validate_architecture(self) -> None:
-        """Raise a `ValueError` when values, also of the parts, are out of bounds or do not fit one another."""
         for part in (self.vision_config, self.text_config):
             if part.model_type in (ReSTRVisionConfig.model_type, ReSTRTextConfig.model_type):
                 part.validate_architecture()

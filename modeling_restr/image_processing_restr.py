@@ -1,6 +1,6 @@
-"""ReSTR's image processor: letterboxed pixel values and labels, and masks back at the images' own sizes."""
+"""ReSTR's image processor: letterboxes images and masks, and resizes predicted masks to the images' own sizes."""
 
-from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
 
 # isort: split
@@ -37,7 +37,7 @@ from .image_reading_restr import (
 )
 
 
-# No image has more: as many as Pillow's 32-bit sizes and PyTorch's 32-bit indices can count.
+# The most pixels that Pillow's 32-bit sizes and PyTorch's 32-bit indices can count.
 _MAX_PIXELS = 2**31 - 1
 
 
@@ -52,7 +52,7 @@ class ReSTRImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 def get_letterbox(image_size: tuple[int, int], canvas_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where an image lies on its canvas: as large as fits with its aspect ratio kept, and centred.
+    """Place an image on its canvas: as large as fits with its aspect ratio kept, and centred.
 
     Args:
         image_size: (height, width) of the image in pixels.
@@ -70,15 +70,16 @@ def get_letterbox(image_size: tuple[int, int], canvas_size: tuple[int, int]) -> 
 
 class ReSTRImageProcessor(PilBackend):
     r"""
-    Letterboxes images to the size of a ReSTR model, and undoes the letterbox for the model's masks.
+    Letterbox images to the size of a ReSTR model, and undo the letterbox for the model's masks.
 
     An image is resized with its aspect ratio kept and centred on a canvas of `size`, which is black unless
     `pad_after_normalization` is set. Before that it becomes 8-bit RGB:
 
-    - the EXIF orientation is applied: sizes are those that a viewer shows;
-    - transparency is composited onto white; grey, palette and CMYK images are converted;
-    - 16-bit images are scaled by 255 / 65535 (what a 16-bit grey PNG calls transparent is white), float images by 255 if they lie in 0..1 (those in 0..255 stay);
-    - arrays may be (height, width), (height, width, channels) or (channels, height, width), of 1, 3 or 4 channels.
+    - The EXIF orientation is applied, so that sizes are those that a viewer shows.
+    - Transparency is composited onto white. Grey, palette and CMYK images are converted.
+    - 16-bit images are scaled by 255 / 65535, and float images in 0..1 by 255. Float images in 0..255 stay. The
+      transparent value of a 16-bit grey PNG becomes white.
+    - Arrays may be (height, width), (height, width, channels) or (channels, height, width), with 1, 3 or 4 channels.
       Where both ends could be the channels, NumPy arrays are read as channels-last, tensors as channels-first.
 
     With `do_rescale=False` float images keep their values.
@@ -105,21 +106,21 @@ class ReSTRImageProcessor(PilBackend):
     ) -> BatchFeature:
         """
         Args:
-            images: one image or a list of B: PIL images, NumPy arrays, tensors, paths, URLs, data URIs, the bytes of
-                a file, open files. They are read one after the other.
+            images: One image or a list of B: PIL images, NumPy arrays, tensors, paths, URLs, data URIs, bytes of a
+                file, open files. They are read one after the other.
             segmentation_maps: N binary masks, one per expression: PIL images, arrays or tensors of two values, each
-                (height, width) or (height, width, 1) of its image. Letterboxed as the image is, by area: a pixel of
-                the label is set where the mask covers more than half of it.
-            image_indices: the image of each mask; by default all 0 for one image, else 0 .. N - 1.
+                (height, width) or (height, width, 1) of its image. They are letterboxed with the image, by area: a
+                pixel of the label is set where the mask covers more than half of it.
+            image_indices: Index of the image of each mask. By default all 0 for one image, otherwise 0 .. N - 1.
 
         Returns:
             `pixel_values` (B, 3, height, width), `original_sizes` (B, 2) as (height, width), and `labels`
             (N, height, width) of 0 and 1 if there are `segmentation_maps`.
 
         Raises:
-            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
-                place in the list.
-            ValueError: for masks that cannot be read as such or do not match up, and for options out of range.
+            UnreadableImageError: (a ValueError) An image cannot be read. The message has its path or its place in the
+                list.
+            ValueError: Masks are not binary or do not match the images, or options are out of range.
         """
         return super().preprocess(images, segmentation_maps, image_indices, **kwargs)
 
@@ -131,25 +132,25 @@ class ReSTRImageProcessor(PilBackend):
         return_probabilities: bool = True,
         size: Any | None = None,
     ) -> list[dict[str, torch.Tensor | float]]:
-        """Undoes the letterbox: resizes the logits bilinearly in float32, and only then takes probabilities.
+        """Undo the letterbox: resize the logits bilinearly in float32, and only then take probabilities.
 
         Args:
-            outputs: the model's outputs, with `logits` (N, height, width). Logits of a smaller grid than the model's
+            outputs: The model's outputs, with `logits` (N, height, width). Logits of a smaller grid than the model's
                 input, such as one logit per patch, are resized to it first.
-            target_sizes: (height, width) of each expression's image in pixels, N of them. From the processor's
+            target_sizes: (height, width) in pixels of the image of each of the N expressions. From the processor's
                 outputs: `inputs["original_sizes"][inputs["image_indices"]]`.
-            threshold: probability above which a pixel belongs to the mask.
-            return_probabilities: whether the results have `probabilities`, which take four times a mask's memory.
-            size: what the processor was called with, if that was another size than its own. The outputs of a model
-                with a pixel decoder show it; those of a coarse-only model do not.
+            threshold: Probability above which a pixel belongs to the mask.
+            return_probabilities: Whether results have `probabilities`, which take four times a mask's memory.
+            size: Size that the processor was called with, if it was not its own. The outputs of a model with a pixel
+                decoder show it. Those of a coarse-only model do not.
 
         Returns:
-            A dict for each expression, on the device of the logits: `mask` (bool, height x width), `probabilities`
+            One dict per expression, on the device of the logits: `mask` (bool, height x width), `probabilities`
             (float32, height x width) and `score`, the mean probability inside the mask (0.0 if it is empty).
 
         Raises:
-            ValueError: for logits of another shape or that are not finite, another number of sizes than of
-                expressions, sizes that are not positive integers, a threshold outside 0..1.
+            ValueError: Logits have another shape or are not finite, there is not one size per expression, sizes are
+                not positive integers, or the threshold is outside 0..1.
         """
         logits = _check_logits(outputs)
         target_sizes = _check_target_sizes(target_sizes, len(logits))
@@ -168,10 +169,10 @@ class ReSTRImageProcessor(PilBackend):
         return results
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens images in any form, in lists too, with their mode, transparency and EXIF orientation intact."""
+        """Open images in any form, also in lists, with their mode, transparency and EXIF orientation intact."""
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
-            list_images(source)  # which refuses lists without end
+            list_images(source)  # refuses lists that hold themselves
             return [self.fetch_images(item) for item in source]
         with naming_the_image(source):
             return open_image(source)
@@ -183,7 +184,7 @@ class ReSTRImageProcessor(PilBackend):
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Converts one image to an array of shape (channels, height, width), uint8 or (see the class) float32."""
+        """Convert one image to an array of shape (channels, height, width), uint8 or (see the class) float32."""
         with naming_the_image(image):
             pixels = _read_pixels(image, do_convert_rgb, input_data_format, **kwargs)
         array = _to_array(pixels)
@@ -246,8 +247,8 @@ class ReSTRImageProcessor(PilBackend):
         return _place(image, canvas_size, top, left) if do_resize and pad_after_normalization else image
 
     def _get_canvas_size(self, outputs: Any, size: Any | None) -> tuple[int, int]:
-        """The letterbox's canvas: `size` of the call, or else that of logits that are finer than the patches, or else
-        the processor's own if the grid of the logits divides it evenly, or else that grid itself.
+        """Size of the letterbox's canvas: `size` if given, or the grid of logits that are finer than the patches, or
+        the processor's own size if the grid of the logits divides it evenly, or that grid.
         """
         if size is not None:
             return _to_tuple(_read_size(size))
@@ -264,34 +265,29 @@ def _to_tuple(size: Mapping[str, int] | SizeDict) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
+def _is_image_size(size: Any) -> bool:
+    """Whether a list or tuple is (height, width) in pixels: two positive integers of any number type."""
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        return False
+    if not all(isinstance(length, (Real, torch.Tensor)) and not isinstance(length, bool) for length in size):
+        return False
+    height, width = map(float, size)
+    return height.is_integer() and width.is_integer() and min(size) >= 1 and height * width <= _MAX_PIXELS
+
+
 def _read_size(size: Any) -> SizeDict:
-    """Reads a `size` of any form that transformers knows.
-
-    Raises:
-        ValueError: if it is not a height and a width of at least one pixel.
-    """
-    values = size
-    if isinstance(size, Integral):
-        values = {"height": size, "width": size}
-    elif isinstance(size, (list, tuple)) and len(size) == 2:
-        values = {"height": size[0], "width": size[1]}
-    elif isinstance(size, SizeDict):
+    """Read a `size` in any form that transformers knows: a number, a pair or a dict."""
+    pair = (size, size) if isinstance(size, Real) else size
+    if isinstance(size, (Mapping, SizeDict)):
         values = dict(size)
-    is_size = isinstance(values, Mapping) and set(values) == {"height", "width"}
-    if not is_size or not all(_is_integer(length) and length > 0 for length in values.values()):
+        pair = tuple(values.get(name) for name in ("height", "width")) if len(values) == 2 else None
+    if not _is_image_size(pair):
         raise ValueError(f"Expected a size with a positive 'height' and 'width', got {size!r}.")
-    return SizeDict(height=int(values["height"]), width=int(values["width"]))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return SizeDict(height=int(pair[0]), width=int(pair[1]))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: for options that are no numbers or switches, or that make pixels infinite or NaN.
-    """
+    """Refuse options that are no numbers or switches, or that make pixels infinite or NaN."""
     for name, lowest in (("rescale_factor", -math.inf), ("image_mean", -math.inf), ("image_std", 0)):
         value = options.get(name)
         numbers: Any = list(value) if isinstance(value, Iterable) and name != "rescale_factor" else [value]
@@ -303,7 +299,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if not isinstance(options.get(name), (bool, np.bool_, type(None))):
             raise ValueError(f"Expected True or False as {name} of the image processor, got {options[name]!r}.")
     resample = options.get("resample")
-    if resample is not None and not (_is_integer(resample) and resample in set(PILImageResampling)):
+    is_integer = isinstance(resample, Integral) and not isinstance(resample, bool)
+    if resample is not None and not (is_integer and resample in set(PILImageResampling)):
         raise ValueError(f"Expected resample as one of {list(map(int, PILImageResampling))}, got {resample!r}.")
 
 
@@ -335,7 +332,7 @@ def _to_array(pixels: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _resize(image: Image.Image | np.ndarray, height: int, width: int, resample: PILImageResampling) -> np.ndarray:
-    """Resizes to (channels, height, width), channel by channel, in the image's own number type."""
+    """Resize to (channels, height, width), channel by channel, in the image's own number type."""
     if _get_size(image) == (height, width):
         return _to_array(image)
     if isinstance(image, Image.Image):
@@ -356,7 +353,7 @@ def _make_labels(
     image_sizes: list[tuple[int, int]],
     canvas_size: tuple[int, int] | None,
 ) -> list[np.ndarray]:
-    """(height, width) of 0 and 1 for each map; one that is given for several sentences is letterboxed once."""
+    """Make one label (height, width) of 0 and 1 per map. A map of several sentences is letterboxed once."""
     maps = _list_segmentation_maps(segmentation_maps, set(image_sizes))
     indices = _resolve_image_indices(image_indices, len(maps), len(image_sizes))
     labels: dict[tuple[int, int], np.ndarray] = {}
@@ -370,8 +367,8 @@ def _make_labels(
 def _list_segmentation_maps(
     segmentation_maps: Any, image_sizes: set[tuple[int, int]], max_depth: int = MAX_DEPTH
 ) -> list[Any]:
-    """Flattens what was passed as masks: one, a list, a list of lists, an array (N, height, width), with or without a
-    last axis of one channel.
+    """Flatten masks: one, a list, a list of lists or an array (N, height, width), each with or without a last axis of
+    one channel.
     """
     if isinstance(segmentation_maps, Image.Image):
         return [segmentation_maps]
@@ -381,7 +378,7 @@ def _list_segmentation_maps(
         ]
     shape: Any = tuple(getattr(segmentation_maps, "shape", ()))
     if isinstance(segmentation_maps, (np.ndarray, torch.Tensor)) and len(shape) in (2, 3, 4):
-        # (N, height, 1) are maps of images that are one pixel wide.
+        # (N, height, 1) are maps of images one pixel wide.
         is_stack = len(shape) == 3 and shape[:2] not in image_sizes and 1 in {width for _, width in image_sizes}
         has_channel = shape[-1] == 1 and len(shape) > 2 and not is_stack
         maps = segmentation_maps[..., 0] if has_channel else segmentation_maps
@@ -406,7 +403,7 @@ def _resolve_image_indices(image_indices: Iterable[int] | None, num_maps: int, n
 
 
 def _check_mask(mask: Any, number: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Returns the mask as a bool array (height, width) after checking its size and its values."""
+    """Convert a mask to a bool array (height, width) after checking its size and values."""
     if isinstance(mask, Image.Image):
         with naming_the_image(mask, number):
             mask = np.asarray(ImageOps.exif_transpose(mask))
@@ -427,7 +424,7 @@ def _check_mask(mask: Any, number: int, image_size: tuple[int, int]) -> np.ndarr
 
 
 def _letterbox_mask(mask: np.ndarray, canvas_size: tuple[int, int] | None) -> np.ndarray:
-    """Letterboxes a bool mask by area: set where it covers more than half of a pixel. Returns int64 of 0 and 1."""
+    """Letterbox a bool mask by area to int64: 1 where it covers more than half of a pixel, otherwise 0."""
     if canvas_size is None:
         return mask.astype(np.int64)
     top, left, height, width = get_letterbox(mask.shape, canvas_size)
@@ -443,13 +440,13 @@ def _letterbox_mask(mask: np.ndarray, canvas_size: tuple[int, int] | None) -> np
 
 
 def _sum_intervals(array: np.ndarray, start: int, length: int, num_intervals: int) -> np.ndarray:
-    """Cuts an axis of `length` into equal intervals and sums over each, with the parts of what a border cuts.
+    """Cut an axis of `length` into equal intervals and sum over each, with fractions at the borders.
 
     Args:
-        array: what there is on the axis from `start` on, its first; zeros elsewhere.
+        array: Values along its first axis, from `start` on. There are zeros elsewhere.
 
     Returns:
-        (num_intervals, ...) in float64.
+        Sums of shape (num_intervals, ...) in float64.
     """
     integral = np.zeros((len(array) + 1, *array.shape[1:]), dtype=np.float64 if array.dtype != bool else np.int32)
     np.cumsum(array, axis=0, out=integral[1:])
@@ -467,7 +464,7 @@ def _check_logits(outputs: Any) -> torch.Tensor:
     if not logits.isfinite().all():
         raise ValueError(
             "Expected finite logits, got some that are infinite or not a number. The model may have overflowed in"
-            f" {logits.dtype}: run it in another one."
+            f" {logits.dtype}: run it in another type."
         )
     return logits
 
@@ -489,16 +486,8 @@ def _check_target_sizes(
     return [(int(height), int(width)) for height, width in rows]
 
 
-def _is_image_size(size: Any) -> bool:
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
-        return False
-    if not all(isinstance(length, (Real, torch.Tensor)) and float(length).is_integer() for length in size):
-        return False
-    return min(size) >= 1 and float(size[0]) * float(size[1]) <= _MAX_PIXELS
-
-
 def _undo_letterbox(logits: torch.Tensor, canvas_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
-    """Cuts the image out of one logit map (height, width) of the canvas and resizes it to the image's size."""
+    """Cut the image out of a canvas of logits (height, width) and resize it to the image's size."""
     logits = logits[None, None].float()
     if logits.shape[-2:] != canvas_size:
         logits = F.interpolate(logits, canvas_size, mode="bilinear", align_corners=False)

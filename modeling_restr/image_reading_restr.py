@@ -1,6 +1,6 @@
-"""Images in any form that people hold, made upright and decoded: the first step of ReSTR's image processor."""
+"""Reading of images in any form, upright and decoded: the first step of ReSTR's image processor."""
 
-from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
 
 # isort: split
@@ -22,24 +22,24 @@ from transformers.image_utils import ChannelDimension
 _CHANNELS = (1, 3, 4)
 # How far a float image may overshoot its range, as resampling filters do, before it counts as another range.
 _OVERSHOOT = 1e-3
-# A list of lists for each image of a batch is as deep as anyone needs; a list that holds itself has no end.
+# Depth of nested lists of images. A list that holds itself has no end.
 MAX_DEPTH = 3
 
 
 class UnreadableImageError(ValueError):
-    """What was given as an image is missing, damaged, too large, of an unknown kind, or no image. The message names it."""
+    """An image is missing, damaged, too large or of an unknown kind, or a value is no image. The message names it."""
 
 
 def is_image_file(value: Any) -> bool:
-    """Whether a value is the content of an image's file, or an open one."""
+    """Whether a value is the content of a file, or an open file."""
     return isinstance(value, (bytes, bytearray, memoryview)) or callable(getattr(value, "read", None))
 
 
 def list_images(images: Any, max_depth: int = MAX_DEPTH) -> list[Any]:
-    """Flattens lists of images and arrays of shape (images, ...); nothing is opened.
+    """Flatten lists of images and arrays of shape (images, ...) without opening anything.
 
     Raises:
-        UnreadableImageError: for lists in lists without end.
+        UnreadableImageError: Lists are nested too deep.
     """
     if isinstance(images, (list, tuple)):
         if not max_depth:
@@ -52,7 +52,7 @@ def list_images(images: Any, max_depth: int = MAX_DEPTH) -> list[Any]:
 
 @contextmanager
 def naming_the_image(source: Any, place: int | None = None) -> Iterator[None]:
-    """Turns whatever reading an image raises into an [`UnreadableImageError`] that says which image it is."""
+    """Turn every error of reading an image into an [`UnreadableImageError`] that says which image it is."""
     try:
         yield
     except MemoryError:
@@ -64,11 +64,11 @@ def naming_the_image(source: Any, place: int | None = None) -> Iterator[None]:
 
 
 def open_image(source: Any) -> Image.Image | np.ndarray | torch.Tensor:
-    """Opens an image in any form; its pixels may still be encoded.
+    """Open an image in any form. Its pixels may still be encoded.
 
     Args:
-        source: a path, a URL, a data URI, base64, the bytes of a file, an open file (read from its start where it can
-            be), a PIL image, or an array or tensor, which are returned as they are.
+        source: A path, a URL, a data URI, base64, bytes of a file, an open file (read from its start if it can seek),
+            or a PIL image, array or tensor, which are returned as they are.
     """
     if isinstance(source, (str, os.PathLike)):
         source = _open_text(os.fspath(source))
@@ -80,16 +80,16 @@ def open_image(source: Any) -> Image.Image | np.ndarray | torch.Tensor:
             f" file, got {type(source).__name__}."
         )
     if getattr(source, "format", None) == "EPS" and getattr(source, "tile", None):
-        raise ValueError("EPS files are programs, which Pillow has Ghostscript run. Convert it to PNG first.")
+        raise ValueError("expected no EPS file, which is a program that Ghostscript runs. Convert it to PNG first.")
     return source
 
 
 def read_image(source: Any, input_data_format: str | ChannelDimension | None = None) -> Image.Image | np.ndarray:
-    """Decodes an image in any form, as a viewer turns it.
+    """Decode an image in any form, turned as in a viewer.
 
     Returns:
-        A PIL image of mode "L" or "RGB" where that holds all of it, else (transparency, 16 bits, floats, what was an
-        array or a tensor) an array of shape (1, 3 or 4 channels, height, width).
+        A PIL image of mode "L" or "RGB", or an array of shape (1, 3 or 4 channels, height, width) for images with
+        transparency, 16 bits or floats, and for arrays and tensors.
     """
     image = open_image(source)
     if isinstance(image, Image.Image):
@@ -101,7 +101,7 @@ def read_image(source: Any, input_data_format: str | ChannelDimension | None = N
 
 
 def to_uint8(array: np.ndarray) -> np.ndarray:
-    """Scales an image of any number type to 0..255."""
+    """Scale an image of any number type to 0..255."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -113,7 +113,7 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
         ranges = [1, 255]
     full = next((full for full in ranges if -_OVERSHOOT * full <= low and high <= full * (1 + _OVERSHOOT)), None)
-    if full is None:  # NaN ends here, too
+    if full is None:  # also for NaN
         raise ValueError(
             "expected values in 0..1 or 0..255 for floats, in 0..255 or 0..65535 for integers, before any"
             f" normalization; got {array.dtype} from {low} to {high}."
@@ -122,7 +122,7 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def to_rgb(array: np.ndarray) -> np.ndarray:
-    """Converts (1, 3 or 4 channels, height, width) to RGB, transparency composited onto white."""
+    """Convert (1, 3 or 4 channels, height, width) to RGB, with transparency composited onto white."""
     if array.shape[0] not in _CHANNELS:
         raise ValueError(f"expected 1, 3 or 4 channels, got {array.shape[0]}.")
     if array.shape[0] == 4:
@@ -134,16 +134,15 @@ def to_rgb(array: np.ndarray) -> np.ndarray:
 
 
 def _name_image(source: Any, place: int | None) -> str:
-    if isinstance(source, (str, os.PathLike)):
-        return repr(os.fspath(source)[:100])
-    name = getattr(source, "filename", None) or getattr(source, "name", None)  # of a PIL image, of an open file
+    of_file = getattr(source, "filename", None) or getattr(source, "name", None)  # a PIL image's, an open file's
+    name = source if isinstance(source, (str, os.PathLike)) else of_file
     if isinstance(name, (str, os.PathLike)) and name:
         return repr(os.fspath(name)[:100])
     return "The image" if place is None else f"Image {place} of the list"
 
 
 def _open_text(source: str | bytes) -> Image.Image:
-    # transformers' `load_image` converts what it opens to RGB, which clips 16-bit images and drops transparency.
+    # transformers' `load_image` would convert to RGB, which clips 16-bit images and drops transparency.
     if isinstance(source, bytes) or os.path.isfile(source):
         return Image.open(source)
     if source.startswith(("http://", "https://")):
@@ -159,7 +158,7 @@ def _open_text(source: str | bytes) -> Image.Image:
 def _decode_text(text: str) -> bytes:
     if text[:5].lower() != "data:":
         return base64.b64decode(text)
-    with urlopen(text) as content:  # which decodes a data URI, and opens nothing
+    with urlopen(text) as content:  # decodes a data URI without opening a connection
         return content.read()
 
 
@@ -188,7 +187,7 @@ def _decode(image: Image.Image) -> Image.Image | np.ndarray:
 
 
 def _decode_wide(image: Image.Image) -> np.ndarray:
-    """(1, height, width) of more than 8 bits; the one grey value that a PNG may call transparent is white."""
+    """Decode more than 8 bits to (1, height, width). The grey value that a PNG may mark as transparent is white."""
     array = np.asarray(image)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int) and image.mode != "F":
@@ -199,7 +198,7 @@ def _decode_wide(image: Image.Image) -> np.ndarray:
 def _to_channels_first(
     image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None
 ) -> np.ndarray:
-    """Returns an array of shape (channels, height, width), whichever end of the given image the channels are at."""
+    """Convert to an array of shape (channels, height, width) from channels at either end."""
     is_tensor = isinstance(image, torch.Tensor)
     if isinstance(image, torch.Tensor):
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy(force=True)

@@ -27,8 +27,8 @@ ReSTRVisionModel. The checks of all inputs are at the end of the file: they look
 
 if not __package__:  # where a saved model is the working directory, `import modeling_restr` finds its file
     raise ImportError(
-        f"Expected the package modeling_restr, but {__file__} is the code of a saved model, which hides it. Run Python "
-        "in another folder, or as `python -P`. transformers loads this file with `trust_remote_code=True`."
+        f"Expected the package modeling_restr, but {__file__} is the code of a saved model, which hides it. Run "
+        "Python in another folder, or as `python -P`. transformers loads this file with `trust_remote_code=True`."
     )
 
 from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
@@ -1075,7 +1075,7 @@ def _check_trainer_batch(
     remedy = "modeling_restr.training.trainer.ReferringTrainer"
     if image_indices is not None and torch.is_tensor(num_items_in_batch) and num_items_in_batch.ndim > 0:
         raise ValueError(
-            "Expected whole batches, got a share from DataParallel, which splits images, sentences and `image_indices` "
+            "Expected whole batches, got a share from DataParallel, which splits images, sentences and their indices "
             f"alike. Start one process per device with torchrun, and see {remedy}."
         )
     if is_training or pixel_values is None or input_ids is None or len(pixel_values) == len(input_ids):

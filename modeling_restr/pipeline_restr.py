@@ -1,6 +1,6 @@
-"""ReSTR's pipeline: photographs and sentences in, a mask for each sentence out."""
+"""ReSTR's pipeline: photographs and sentences in, one mask per sentence out."""
 
-from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
 
 # isort: split
@@ -22,19 +22,19 @@ from .image_reading_restr import UnreadableImageError, is_image_file
 
 logger = logging.get_logger(__name__)
 
-# By which `pipeline` knows it where the package is imported. A config's `custom_pipelines`, by which it is found in a
-# repository's own code, has "image-segmentation": for the tasks in there `pipeline` always asks to trust that code.
+# The task where the package is imported. In a repository with code, the config's `custom_pipelines` has
+# "image-segmentation" instead, because `pipeline` asks to trust the code of every task in there.
 TASK = "referring-image-segmentation"
 _PARAMETERS = ("text", "threshold", "show_progress")
-# Lists and datasets of at least this length show their progress unless told otherwise.
+# Length from which lists and datasets show their progress by default.
 _PROGRESS_FROM = 20
-# Sentences that are decoded at a time: at 480 x 480 pixels in float32 each takes 0.13 GB on the way.
+# Sentences that are decoded at a time. Each takes 0.13 GB at 480 x 480 pixels in float32.
 _SENTENCES_AT_A_TIME = 32
 
 
 class ReSTRPipeline(Pipeline):
     """
-    Referring image segmentation: finds in an image what each sentence refers to.
+    Referring image segmentation: find in an image what each sentence refers to.
 
     Example:
 
@@ -49,12 +49,11 @@ class ReSTRPipeline(Pipeline):
     >>> results = pipe([{"image": "photo.jpg", "text": ["the dog", "the ball"]}, ...], batch_size=8)
     ```
 
-    The image is encoded once, however many sentences ask about it. Batches count images. Without the package, with the
-    code that a bundle or a repository brings along: `pipeline("image-segmentation", model="path/or/id",
-    trust_remote_code=True)`.
+    The image is encoded once, however many sentences are about it. `batch_size` counts images. A bundle or repository
+    with code works without the package: `pipeline("image-segmentation", model="path/or/id", trust_remote_code=True)`.
 
     Raises:
-        ValueError: there is no `processor`.
+        ValueError: There is no `processor`.
     """
 
     _load_processor = True  # type: ignore[assignment]
@@ -77,27 +76,27 @@ class ReSTRPipeline(Pipeline):
     ) -> Any:
         """
         Args:
-            image: an image (PIL image, NumPy array, tensor, path, URL, data URI, bytes or open file) with its `text`; or
-                `{"image": ..., "text": ...}`; or a list, generator or dataset of such dicts, or of images that all
-                get the same `text`.
-            text: a sentence, or a list of them about one image.
-            threshold (`float`, defaults to 0.5): probability above which a pixel belongs to the mask.
-            batch_size (`int`, defaults to 1): number of images that the model sees at a time.
-            num_workers (`int`, defaults to 0): number of processes that read images.
-            show_progress (`bool`, *optional*): whether to show a progress bar over the images; by default for lists
+            image: An image (PIL image, NumPy array, tensor, path, URL, data URI, bytes or open file) with `text`, a
+                dict `{"image": ..., "text": ...}`, or a list, generator or dataset of such dicts or of images that
+                all get the same `text`.
+            text: A sentence, or a list of sentences about one image.
+            threshold (`float`, defaults to 0.5): Probability above which a pixel belongs to the mask.
+            batch_size (`int`, defaults to 1): Number of images that the model encodes at a time.
+            num_workers (`int`, defaults to 0): Number of processes that read images.
+            show_progress (`bool`, *optional*): Whether to show a progress bar over the images, by default for lists
                 and datasets of 20 or more.
 
         Returns:
-            For one image a list with a dict for each sentence: `label`, the sentence; `score`, the mean probability
-            inside the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" and of the image's own size (as a
-            viewer shows it), 255 inside and 0 outside; `unknown_words`, those that the model reads as `<unk>`;
-            `truncated`, whether the sentence has more words than the model reads. For a list a list of such lists, for
-            a generator or dataset an iterator over them. One warning per call names the words that sentences lost.
+            For one image a list with one dict per sentence: `label`, the sentence; `score`, the mean probability
+            inside the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" and of the image's own size (as in a
+            viewer), 255 inside and 0 outside; `unknown_words`, which the model reads as `<unk>`; `truncated`, whether
+            the sentence has more words than the model reads. For a list of images a list of such lists, for a
+            generator or dataset an iterator over them. One warning per call names all words that were not read.
 
         Raises:
-            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
-                place in the list.
-            ValueError: for anything else as images or sentences, sentences without words, and unknown parameters.
+            UnreadableImageError: (a ValueError) An image cannot be read. The message has its path or its place in the
+                list.
+            ValueError: Images or sentences have another form, sentences have no words, or parameters are unknown.
         """
         if text is not None:
             kwargs["text"] = text
@@ -111,23 +110,23 @@ class ReSTRPipeline(Pipeline):
         if isinstance(image, Iterator) and not is_image_file(image):
             return super().__call__((item for item in image), **kwargs)
         if _is_dataset(image):
-            # transformers asks for torch's kind of dataset, which that of `datasets` is not.
+            # transformers expects a dataset of torch, which those of `datasets` are not.
             rows = image if isinstance(image, Dataset) else Subset(image, range(len(image)))
             return super().__call__(rows, **kwargs)
         return super().__call__([image], **kwargs)[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save model, processor and code: [`~transformers.pipeline`] loads the folder with and without this package."""
-        processor: Any = self.processor  # which transformers' own leaves out
+        """Save model, processor and code, so that the folder loads with and without this package."""
+        processor: Any = self.processor  # transformers' own method leaves it out
         self.model.save_pretrained(save_directory, **kwargs)
         processor.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
-        """As in transformers, which gives its card the tags of a model but not those of a pipeline."""
+        """As in transformers, with the tags that models get by themselves."""
         return super().push_to_hub(repo_id, tags=[*MODEL_TAGS, *(tags or ())], **kwargs)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
-        kwargs.pop("local_files_only", None)  # `transformers.pipeline` hands it on
+        kwargs.pop("local_files_only", None)  # `transformers.pipeline` passes it on
         unknown = sorted(set(kwargs) - set(_PARAMETERS))
         if unknown:
             raise ValueError(f"Expected parameters among {', '.join(_PARAMETERS)}, got {', '.join(unknown)}.")
@@ -153,7 +152,7 @@ class ReSTRPipeline(Pipeline):
         if largest_id >= num_vectors:
             raise ValueError(
                 f"Expected word ids below {num_vectors}, for which the model has vectors, got {largest_id} from the"
-                " tokenizer. A model gets vectors for new words by `model.resize_token_embeddings`."
+                " tokenizer. Call `model.resize_token_embeddings` for new words."
             )
 
     def get_iterator(
@@ -165,13 +164,13 @@ class ReSTRPipeline(Pipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yields the results of each image. Transformers' own batches hold as many sentences as images."""
+        """Yield the results of each image. transformers' own batches would need one sentence per image."""
         total = len(inputs) if isinstance(inputs, Sized) else None
         show_progress = postprocess_params.pop("show_progress", None)
         if show_progress is None:
             show_progress = total is not None and total >= _PROGRESS_FROM
         if total is None and num_workers > 1:
-            logger.warning("An iterator cannot be shared by workers: num_workers is set to 1.")
+            logger.warning("Workers cannot share an iterator: num_workers is set to 1.")
             num_workers = 1
         dataset = self._prepare_items(inputs, total, preprocess_params)
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
@@ -220,7 +219,7 @@ class ReSTRPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], threshold: float = 0.5
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yields the results of each image of a batch, one image's masks at a time in memory."""
+        """Yield the results of each image of a batch, with one image's masks in memory at a time."""
         image_indices = model_outputs["image_indices"]
         for index, size in enumerate(model_outputs["original_sizes"].tolist()):
             numbers = (image_indices == index).nonzero()[:, 0].tolist()
@@ -230,10 +229,9 @@ class ReSTRPipeline(Pipeline):
         self, model_outputs: dict, number: int, size: tuple[int, int], threshold: float
     ) -> dict[str, Any]:
         processor: Any = self.processor
-        logits = model_outputs["logits"][number : number + 1].to(self.device)  # to resize where it is fast
-        outputs = SimpleNamespace(logits=logits)
+        logits = model_outputs["logits"][number : number + 1].to(self.device)  # resized where it is fast
         (result,) = processor.post_process_referring_segmentation(
-            outputs, [size], threshold, return_probabilities=False, size=model_outputs["size"]
+            SimpleNamespace(logits=logits), [size], threshold, return_probabilities=False, size=model_outputs["size"]
         )
         mask = Image.fromarray(result["mask"].to(torch.uint8).mul_(255).cpu().numpy())
         lost = model_outputs["lost_words"][number]
@@ -247,7 +245,7 @@ class ReSTRPipeline(Pipeline):
 
 
 def _is_dataset(value: Any) -> bool:
-    """Whether it has items by their numbers, and is no image."""
+    """Whether a value has numbered items and is no image."""
     others = (str, os.PathLike, Mapping, Image.Image, torch.Tensor)
     if isinstance(value, others) or is_image_file(value) or hasattr(value, "__array__"):
         return False
@@ -255,11 +253,11 @@ def _is_dataset(value: Any) -> bool:
 
 
 def _split_input(input_: Any, text: Any) -> tuple[Any, Any]:
-    """Returns the image and the text of one item of the input."""
+    """Return the image and the text of one item of the input."""
     if isinstance(input_, Mapping):
         if text is not None or not {"image", "text"} <= set(input_):
             raise ValueError(
-                'Expected dicts as {"image": ..., "text": ...} and no text beside them, got the keys'
+                'Expected dicts as {"image": ..., "text": ...} and no other text, got the keys'
                 f" {sorted(map(str, input_))} and text={text!r}."
             )
         input_, text = input_["image"], input_["text"]
@@ -280,20 +278,19 @@ class _Numbered(Dataset):
     def __getitem__(self, number: int) -> tuple[int, Any]:
         try:
             return number, self.items[number]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # of a dataset that decodes its images
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # from a dataset that decodes images
             raise UnreadableImageError(f"Item {number} cannot be read: {error}") from error
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Joins items of one image each; `image_indices` then count the images of the batch."""
-    of_sentences = ("text", "lost_words")
-    batch: dict[str, Any] = {
-        name: torch.cat([item[name] for item in items]) for name in items[0] if name not in of_sentences
-    }
+    """Join items of one image each, with `image_indices` that count the images of the batch."""
+    batch: dict[str, Any] = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        is_tensor = isinstance(values[0], torch.Tensor)
+        batch[name] = torch.cat(values) if is_tensor else [part for value in values for part in value]
     counts = torch.tensor([len(item["text"]) for item in items])
     batch["image_indices"] = torch.arange(len(items)).repeat_interleave(counts)
-    for name in of_sentences:
-        batch[name] = [value for item in items for value in item[name]]
     return batch
 
 

@@ -1,6 +1,6 @@
-"""ReSTR's processor: images and referring expressions in, the model's inputs out; its logits in, masks out."""
+"""ReSTR's processor: turns images and referring expressions into the model's inputs, and its logits into masks."""
 
-from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
 
 # isort: split
@@ -21,14 +21,14 @@ from .image_processing_restr import ReSTRImageProcessorKwargs
 from .image_reading_restr import list_images
 
 
-# A warning names this many words of a kind, and this many characters of a word.
+# Words of a kind and characters of a word that a warning names at most.
 _MAX_NAMED_WORDS, _MAX_NAMED_CHARACTERS = 20, 50
 
 
 class ReSTRProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: ReSTRImageProcessorKwargs  # type: ignore[misc]
-    # The model's answer depends on the number of word slots: every expression fills all of the tokenizer's.
-    # What a tokenizer's configuration leaves out of its outputs is asked for.
+    # Every expression fills all word slots of the tokenizer, because the model's answer depends on their number.
+    # Some tokenizer configurations leave the attention mask out.
     _defaults = {  # type: ignore[misc]
         "text_kwargs": {"padding": "max_length", "truncation": True, "return_attention_mask": True}
     }
@@ -36,7 +36,7 @@ class ReSTRProcessorKwargs(ProcessingKwargs, total=False):
 
 class ReSTRProcessor(ProcessorMixin):
     r"""
-    Joins a [`ReSTRImageProcessor`] and a tokenizer of [`~tokenization_restr.build_tokenizer`].
+    Join a [`ReSTRImageProcessor`] and a tokenizer of [`~tokenization_restr.build_tokenizer`].
 
     Example:
 
@@ -62,27 +62,26 @@ class ReSTRProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: one image or a list of B, as [`ReSTRImageProcessor`] takes them; None for the sentences alone.
-            text: the referring expressions: one or a list about one image, a list of B sentences about B images, or a
-                list of B lists of sentences; None for the images alone.
-            segmentation_maps: a binary mask for each of the N sentences, in their order and of its image's size.
+            images: One image or a list of B, as [`ReSTRImageProcessor`] takes them, or None for sentences alone.
+            text: Referring expressions: one or a list about one image, a list of B sentences about B images, a list
+                of B lists of sentences, or None for images alone.
+            segmentation_maps: One binary mask per sentence, N in their order, each of its image's size.
 
         Returns:
-            For images `pixel_values` (B, 3, height, width) and `original_sizes` (B, 2) as (height, width); for text
-            `input_ids` and `attention_mask` (N, words); for both `image_indices` (N,), the image that each sentence
-            is about (for text alone only if it comes in lists, one per image); for segmentation maps `labels`
-            (N, height, width) of 0 and 1. The ids are words of the tokenizer, and every sentence has at least one: the
-            model, which never reads a value, relies on that.
+            For images `pixel_values` (B, 3, height, width) and `original_sizes` (B, 2) as (height, width). For text
+            `input_ids` and `attention_mask` (N, words). For both, or text in lists, `image_indices` (N,), the image
+            that each sentence is about. For segmentation maps `labels` (N, height, width) of 0 and 1. Ids are valid
+            and every sentence has at least one word. The model, which never reads a value, relies on that.
 
         Raises:
-            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
-                place in the list.
-            ValueError: if images, sentences and segmentation maps do not match up, or a sentence has no words.
+            UnreadableImageError: (a ValueError) An image cannot be read. The message has its path or its place in the
+                list.
+            ValueError: Images, sentences and segmentation maps do not match, or a sentence has no words.
         """
         if images is None and text is None:
             raise ValueError("Expected images, text or both, got neither.")
         if segmentation_maps is not None and (images is None or text is None):
-            raise ValueError("Expected images and text together with segmentation_maps, which belong to both.")
+            raise ValueError("Expected images and text with segmentation_maps, which belong to both.")
         merged_kwargs = self._merge_kwargs(
             ReSTRProcessorKwargs,  # type: ignore[arg-type]
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
@@ -93,8 +92,7 @@ class ReSTRProcessor(ProcessorMixin):
 
         data: dict[str, Any] = {}
         image_indices = None
-        if images is not None:
-            image_list: Any = list_images(images)
+        image_list: Any = None if images is None else list_images(images)
         if text is not None:
             sentences, image_indices = _match_sentences(text, None if images is None else len(image_list))
             data.update(self._encode_sentences(sentences, merged_kwargs["text_kwargs"]))
@@ -107,8 +105,8 @@ class ReSTRProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
         """
-        As in transformers, which notes in the processor where its code is, and saves how the last sentences were padded;
-        here the processor stays as it was, and its files do not depend on what it was used for.
+        As in transformers, but from a copy, which gets the place of its code, and without the padding of the last
+        sentences: neither the processor nor its files depend on earlier use.
         """
         processor = copy.copy(self)
         processor.tokenizer = copy.deepcopy(self.tokenizer)
@@ -117,7 +115,7 @@ class ReSTRProcessor(ProcessorMixin):
         return super(ReSTRProcessor, processor).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
-        """As in transformers, which gives its card the tags of a model but not those of a processor."""
+        """As in transformers, with the tags that models get by themselves."""
         return super().push_to_hub(repo_id, tags=[*MODEL_TAGS, *(tags or ())], **kwargs)
 
     def post_process_referring_segmentation(
@@ -135,20 +133,20 @@ class ReSTRProcessor(ProcessorMixin):
 
     def find_lost_words(self, sentences: Sequence[str]) -> list[dict[str, list[str]]]:
         """
-        What the model cannot read of each sentence.
+        Find the words of each sentence that the model cannot read.
 
         Returns:
-            A dict for each sentence, of words as they stand there, each once: `unknown_words`, which the model reads as
-            `<unk>`, and `cut_words`, for which it has no slot left.
+            One dict per sentence with its distinct `unknown_words`, which the model reads as `<unk>`, and
+            `cut_words`, for which it has no slot left, spelled as in the sentence.
         """
         sentences = [sentences] if isinstance(sentences, str) else sentences
         composed = [unicodedata.normalize("NFC", sentence) for sentence in sentences]
-        # As in a call: other settings, which the tokenizer holds, would reach those of other threads.
+        # The same settings as in a call: the tokenizer stores them, and other threads use it.
         encodings = self.tokenizer(composed, padding="max_length", truncation=True).encodings
         return [self._find_lost_words(*pair) for pair in zip(composed, encodings, strict=True)]
 
     def describe_lost_words(self, lost_words: Iterable[dict[str, list[str]]]) -> str | None:
-        """A warning that names what [`find_lost_words`] found in any number of sentences; None if that is nothing."""
+        """Word a warning about what [`find_lost_words`] found in any number of sentences, or None if that is nothing."""
         lost_words = list(lost_words)
         unknown, cut = (
             _name_words(word for lost in lost_words for word in lost[key]) for key in ("unknown_words", "cut_words")
@@ -190,14 +188,14 @@ def _strip_punctuation(piece: str) -> str:
 
 
 def _name_words(words: Iterable[str]) -> str:
-    """The first of the words, each once, and how many there are besides."""
+    """List the first distinct words and the number of the others."""
     distinct = list(dict.fromkeys(words))
     others = f" and {len(distinct) - _MAX_NAMED_WORDS} more" if len(distinct) > _MAX_NAMED_WORDS else ""
     return ", ".join(repr(word[:_MAX_NAMED_CHARACTERS]) for word in distinct[:_MAX_NAMED_WORDS]) + others
 
 
 def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list[int] | None]:
-    """Flattens the sentences and finds the image of each, None for sentences without images or an order by image."""
+    """Flatten sentences and find the image of each, or None for plain sentences without images."""
     rows = [text] if isinstance(text, str) else text
     if not isinstance(rows, (list, tuple)) or not rows:
         raise ValueError(f"Expected text as a sentence, a list of sentences or a list of lists of them, got {text!r}.")
@@ -207,7 +205,8 @@ def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list
     if num_images is not None and num_images != len(rows) and (num_lists or num_images != 1):
         raise ValueError(
             "Expected one image with any number of sentences, as many sentences as images, or one list of sentences"
-            f" per image; got {num_images} images and {len(rows)} {'lists of sentences' if num_lists else 'sentences'}."
+            f" per image, got {num_images} images and {len(rows)}"
+            f" {'lists of sentences' if num_lists else 'sentences'}."
         )
     image_indices = [0] * len(rows) if num_images == 1 else list(range(len(rows)))
     if num_lists:

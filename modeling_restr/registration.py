@@ -1,7 +1,4 @@
-"""
-Registration with transformers, by its own registries alone, so that its Auto classes and `pipeline` know ReSTR without
-remote code.
-"""
+"""Registration in transformers' own registries: Auto classes and `pipeline` then know ReSTR without remote code."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation, AutoProcessor
 
@@ -28,7 +25,7 @@ def register() -> None:
     AutoModelForImageSegmentation.register(ReSTRConfig, ReSTRForImageSegmentation, exist_ok=True)
     AutoImageProcessor.register(ReSTRConfig, image_processor_classes={"pil": ReSTRImageProcessor}, exist_ok=True)
     AutoProcessor.register(ReSTRConfig, ReSTRProcessor, exist_ok=True)
-    # What `save_pretrained` and `push_to_hub` write then carries its code, and loads where this package is not installed.
+    # `save_pretrained` and `push_to_hub` then write the code as well, so that folders load without this package.
     for code_class, auto_class in (
         (ReSTRConfig, "AutoConfig"),
         (ReSTRModel, "AutoModel"),

@@ -1,6 +1,6 @@
 """
 The version of transformers that ReSTR needs, checked on import. Every model file imports this one before anything else
-of transformers, so that an old version is reported by whichever file is loaded first.
+of transformers, so that whichever is loaded first reports an old version.
 """
 
 import transformers

@@ -1,10 +1,9 @@
-"""ReSTR's tokenizer: a word-level vocabulary behind transformers' own fast tokenizer.
+"""ReSTR's tokenizer: a word-level vocabulary in a plain [`~transformers.PreTrainedTokenizerFast`].
 
-The result is a plain [`~transformers.PreTrainedTokenizerFast`], so `AutoTokenizer` reloads a saved folder without
-any code of this package.
+`AutoTokenizer` loads a saved folder without any code of this package.
 """
 
-from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: says which version this file needs)
+from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
 
 # isort: split
@@ -24,26 +23,25 @@ from transformers import PreTrainedTokenizerFast
 PAD_TOKEN, GO_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<go>", "<eos>", "<unk>"
 SPECIAL_TOKENS = {PAD_TOKEN: 0, GO_TOKEN: 1, EOS_TOKEN: 2, UNK_TOKEN: 3}
 
-# Python's `\w` and white space, spelled out: the regex engine of tokenizers counts marks as word characters and does
-# not count the four separators as white space.
+# Python's `\w` and white space, spelled out: for the regex engine of tokenizers, marks are word characters and the
+# four separators are not white space.
 _WORD = r"[\p{L}\p{N}_]"
 _SPACES = r"[\s\x1c-\x1f]+"
-# Python lower-cases a capital sigma by its place in the word, `Lowercase` looks at single characters. What is both
-# cased and ignorable, such as U+0345, Python ignores.
+# Python lower-cases a capital sigma by its place in the word, `Lowercase` character by character. Python ignores
+# characters that are both cased and ignorable, such as U+0345.
 _CASED = r"[\p{Cased}&&\P{Case_Ignorable}]"
 _FINAL_SIGMA = rf"(?<={_CASED}\p{{Case_Ignorable}}*)\u03a3(?!\p{{Case_Ignorable}}*{_CASED})"
-# What may be dropped as punctuation: also ASCII's symbols, accents that stand alone, control and invisible characters.
-# Other symbols, such as emoji, and marks say something.
+# Characters that may be dropped as punctuation. ASCII's symbols, single accents, control and invisible characters count
+# as such. Other symbols, such as emoji, and marks have a meaning.
 _PUNCTUATION = r"[\p{P}\p{Sk}\p{Cc}\p{Cf}$+<=>^`|~\s&&[^_]]"
 
 
 def split_expression(text: str) -> list[str]:
-    r"""Splits a referring expression into the pieces that are looked up, as the original does.
+    r"""Split a referring expression into the pieces that are looked up, as the original does.
 
-    The text is composed (NFC, which the original leaves to whoever wrote it), stripped, lower-cased and split by
-    `(\W+)` with the separators kept. Pieces of white space alone are dropped, other pieces keep their spaces
-    (`"man, left"` has the piece `", "`), and so is one last piece `"."`. This is the reference that the tokenizer of
-    [`build_tokenizer`] reproduces.
+    The text is composed (NFC, which the original does not do), stripped, lower-cased and split by `(\W+)` with the
+    separators kept. Pieces of white space alone and a last piece `"."` are dropped. Other pieces keep their spaces:
+    `"man, left"` has the piece `", "`. The tokenizer of [`build_tokenizer`] reproduces this function.
     """
     composed = unicodedata.normalize("NFC", text)
     pieces = [piece for piece in re.split(r"(\W+)", composed.strip().lower()) if piece.strip()]
@@ -51,14 +49,14 @@ def split_expression(text: str) -> list[str]:
 
 
 def read_vocabulary(path: str | Path) -> dict[str, int]:
-    """Reads a vocabulary file: one word per line (UTF-8), the line number, from 0, is the id.
+    """Read a vocabulary file (UTF-8) with one word per line, whose number, from 0, is the id.
 
-    Words are composed (NFC). A word that stands on several lines gets the id of its last line, as in the original, where each line overwrites
-    the one before. The ids then have gaps: the original's RefCOCO file has 12,112 lines and 12,107 distinct words,
-    and an embedding needs the largest id + 1 rows.
+    Words are composed (NFC). A word on several lines gets the id of the last one, as in the original. The ids then
+    have gaps: the original's RefCOCO file has 12,112 lines and 12,107 distinct words. An embedding needs as many rows
+    as the largest id + 1.
 
     Raises:
-        ValueError: if `<pad>`, `<go>`, `<eos>` and `<unk>` are not the words of ids 0 to 3.
+        ValueError: `<pad>`, `<go>`, `<eos>` and `<unk>` are not the words of ids 0 to 3.
     """
     lines = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8")).split("\n")
     vocabulary = {line.strip(): index for index, line in enumerate(lines) if line.strip()}
@@ -67,13 +65,12 @@ def read_vocabulary(path: str | Path) -> dict[str, int]:
 
 
 def vocabulary_from_expressions(sentences: Iterable[str], min_count: int = 1) -> dict[str, int]:
-    """Builds a vocabulary from sentences: special tokens first, then words by falling count, ties alphabetically.
+    """Build a vocabulary from sentences: special tokens first, then words by falling count, ties alphabetically.
 
-    Words seen fewer than `min_count` times are left out. So are separators that carry white space, such as `", "`:
-    a vocabulary file cannot hold them, and in the original they are `<unk>`.
+    Words seen fewer than `min_count` times are left out. So are separators with white space, such as `", "`, which a
+    vocabulary file cannot hold and which are `<unk>` in the original.
     """
-    if isinstance(sentences, str):
-        raise ValueError(f"Expected several sentences, got one string: {sentences!r}. Pass a list.")
+    _refuse_string(sentences)
     counts = Counter(piece for sentence in sentences for piece in split_expression(sentence))
     words = [word for word, count in counts.items() if count >= min_count and not re.search(r"\s", word)]
     words.sort(key=lambda word: (-counts[word], word))
@@ -83,22 +80,22 @@ def vocabulary_from_expressions(sentences: Iterable[str], min_count: int = 1) ->
 def build_tokenizer(
     vocabulary: Mapping[str, int], max_length: int = 20, drop_unknown_punctuation: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer that splits as [`split_expression`] does and looks the pieces up in `vocabulary`.
+    """Build the tokenizer that splits as [`split_expression`] does and looks the pieces up in `vocabulary`.
 
-    Unknown pieces become `<unk>`, unless they are dropped. With `padding="max_length", truncation=True` (the processor's defaults) the ids are
+    Unknown pieces become `<unk>`. With `padding="max_length", truncation=True` (the processor's defaults) ids are
     padded on the left to exactly `max_length`, and the first `max_length` words are kept. No token is added to a
     sentence, and the text `"<pad>"` in a sentence is text, not padding.
 
     Args:
-        vocabulary: word -> id, with `<pad>` 0, `<go>` 1, `<eos>` 2 and `<unk>` 3. The ids may have gaps, which
+        vocabulary: Word -> id, with `<pad>` 0, `<go>` 1, `<eos>` 2 and `<unk>` 3. The ids may have gaps, which
             survive saving and reloading.
-        max_length: number of word slots of the model, 20 in the original.
-        drop_unknown_punctuation: whether pieces of punctuation that the vocabulary lacks are dropped beside words:
-            `"guy's t-shirt!"` is then `guy s t shirt`, which has three more `<unk>` otherwise, as in the original. A
-            sentence of nothing else stays one `<unk>`. Saved in tokenizer.json with the rest.
+        max_length: Number of word slots of the model, 20 in the original.
+        drop_unknown_punctuation: Whether punctuation that the vocabulary lacks is dropped next to words.
+            `"guy's t-shirt!"` is then `guy s t shirt`, without the three `<unk>` that the original gives. A sentence
+            of punctuation alone stays one `<unk>`. This is saved in tokenizer.json with the rest.
 
     Raises:
-        ValueError: if a special token is missing or has another id, an id is negative or stands for two words, or
+        ValueError: A special token is missing or has another id, an id is negative or shared by two words, or
             `max_length` is not positive.
     """
     _check_special_tokens(vocabulary, source="vocabulary")
@@ -125,19 +122,18 @@ def build_tokenizer(
 
 
 def add_words(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> list[str]:
-    """Adds words to a tokenizer of [`build_tokenizer`], with the ids after its largest; known ones are passed over.
+    """Add words to a tokenizer of [`build_tokenizer`], with the ids after its largest. Known words are skipped.
 
-    The ids of `tokenizer.add_tokens` would count the words instead, and be those of others where there are gaps.
+    In a vocabulary with gaps, `tokenizer.add_tokens` would assign ids that other words already have.
 
     Returns:
         The added words, lower-cased. The model needs a vector for each:
         `model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)`.
 
     Raises:
-        ValueError: for what is not one word to the tokenizer.
+        ValueError: The tokenizer splits a word, or it has no letters or digits.
     """
-    if isinstance(words, str):
-        raise ValueError(f"Expected several words, got one string: {words!r}. Pass a list.")
+    _refuse_string(words)
     vocabulary = tokenizer.get_vocab()
     first_id = max(vocabulary.values()) + 1
     added: dict[str, int] = {}
@@ -152,13 +148,13 @@ def add_words(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> list[
 
 
 def _build_normalizer(known_punctuation: Iterable[str] | None) -> Normalizer:
-    """What [`split_expression`] does before it splits; unless None, unknown punctuation then becomes white space."""
+    """Normalise as [`split_expression`] does, and turn punctuation that is not known into white space unless None."""
     steps = [
         NFC(),
         Replace(Regex(rf"\A{_SPACES}|{_SPACES}\z"), ""),
         Replace(Regex(_FINAL_SIGMA), "\u03c2"),
         Lowercase(),
-        # A last piece that is "." alone: nothing or a word stands before it.
+        # A last piece "." comes alone or after a word.
         Replace(Regex(rf"(?:\A|(?<={_WORD}))\.\z"), ""),
     ]
     if known_punctuation is not None:
@@ -175,6 +171,11 @@ def _build_pre_tokenizer() -> PreTokenizer:
             Split(Regex(rf"\A{_SPACES}\z"), behavior="removed"),
         ]
     )
+
+
+def _refuse_string(texts: Iterable[str]) -> None:
+    if isinstance(texts, str):
+        raise ValueError(f"Expected a list of strings, got one string: {texts!r}.")
 
 
 def _check_special_tokens(vocabulary: Mapping[str, int], source: str) -> None:

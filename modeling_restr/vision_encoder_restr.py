@@ -65,7 +65,7 @@ def resize_positions(
 
 def unused_parameters(config: Any) -> frozenset[str]:
     """
-    Find the parameters that no patch token depends on, such as those of a pooler or a mask token, which get no gradient.
+    Find the parameters that no patch token depends on, such as those of a pooler or a mask token. They get no gradient.
     A copy of the model without weights (on the meta device) runs for this: about 10 ms per layer, no memory.
 
     Raises:

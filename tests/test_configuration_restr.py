@@ -334,7 +334,7 @@ def test_vision_encoders_of_another_kind_are_refused_with_the_way_out(vision_con
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"vision_config": {"model_type": "vvit"}}, "'vvit'.*expected 'restr_vision_model'"),
+        ({"vision_config": {"model_type": "vvit"}}, "'restr_vision_model' or of a plain ViT.*got 'vvit'"),
         ({"text_config": {"model_type": "bert"}}, "restr_text_model"),
     ],
 )

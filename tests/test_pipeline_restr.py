@@ -326,7 +326,7 @@ def test_parameters_of_the_constructor_are_defaults_of_calls(pipe, images):
         (lambda pipe, image: pipe("no_such_photo.jpg", text="the man"), "no_such_photo.jpg"),
         (lambda pipe, image: pipe([image, image], text=["the man", "a red ball"]), "2 images and 2 sentences"),
         (lambda pipe, image: pipe({"image": image}), r"got the keys \['image'\]"),
-        (lambda pipe, image: pipe([{"image": image, "text": "a man"}], text="the man"), "no text beside them"),
+        (lambda pipe, image: pipe([{"image": image, "text": "a man"}], text="the man"), "no other text"),
         (lambda pipe, image: pipe({"image": [image, image], "text": "a man"}), "2 images and 1 lists"),
         (lambda pipe, image: pipe(image, text="the man", treshold=0.3), "show_progress, got treshold"),
         (lambda pipe, image: pipe(image, text="the man", threshold=50), "from 0 to 1, got 50"),

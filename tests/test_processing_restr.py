@@ -247,7 +247,7 @@ def test_calls_without_what_they_need_are_explained(processor, images):
     mask = np.zeros((20, 30), dtype=bool)
     with pytest.raises(ValueError, match="got neither"):
         processor()
-    with pytest.raises(ValueError, match="images and text together"):
+    with pytest.raises(ValueError, match="images and text with segmentation_maps"):
         processor(images=images[0], segmentation_maps=mask)
     with pytest.raises(ValueError, match="1 segmentation maps, 1 images and image_indices"):
         processor(images=images[0], text=["a man", "ball"], segmentation_maps=[mask])

@@ -61,7 +61,7 @@ def test_in_the_folder_of_a_saved_model_the_import_says_what_hides_the_package(b
     done = run_python("-c", "import modeling_restr", path=[ROOT], cwd=bundle)
     error = done.stderr.splitlines()[-1]
     assert error.startswith(f"ImportError: Expected the package modeling_restr, but {bundle / 'modeling_restr.py'} is")
-    assert "run Python in another folder, or as `python -P`" in error
+    assert "Run Python in another folder, or as `python -P`" in error
     code = "import importlib.util; print(importlib.util.find_spec('modeling_restr').origin)"
     done = run_python("-P", "-c", code, path=[ROOT], cwd=bundle)
     assert Path(done.stdout.strip()) == ROOT / "modeling_restr" / "__init__.py"
