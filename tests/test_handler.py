@@ -281,7 +281,7 @@ def test_inference_client_reads_the_answers(url, pipe, tmp_path):
     for result, wanted in zip(results, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(result.mask), np.asarray(wanted["mask"]))
     client = InferenceClient(url)
-    with pytest.raises(BadRequestError, match="Expected 'text' beside 'inputs' or among 'parameters', got it 0 times"):
+    with pytest.raises(BadRequestError, match="Expected 'text' next to 'inputs' or in 'parameters', got it 0 times"):
         client.image_segmentation(tmp_path / "photo.png", mask_threshold=0.4)
 
 
@@ -304,7 +304,7 @@ BAD_REQUESTS = {
     "two texts": ({"parameters": {"text": "blue thing"}}, "got it 2 times"),
     "unknown name": (
         {"threshold": 0.4},
-        "Expected nothing but inputs, text, parameters in the request, got threshold",
+        "Expected only inputs, text, parameters in the request, got threshold",
     ),
     "unknown parameter": ({"parameters": {"subtask": "semantic"}}, "in 'parameters', got subtask"),
     "parameters as a list": ({"parameters": []}, "'parameters' as an object with text, .* got list"),
@@ -327,7 +327,7 @@ BAD_REQUESTS = {
     "an empty image": ({"inputs": ""}, "Expected an image in 'inputs' .*, got something else"),
     "no image file": ({"inputs": to_base64(noise(300))}, "Expected an image in 'inputs' .*, got something else"),
     "a format of programs": ({"inputs": to_base64(to_bytes(make_image(), "EPS"))}, "got something else"),
-    "half an image": ({"inputs": to_base64(to_bytes(make_image())[:-2000])}, "whole image .* got a damaged one"),
+    "half an image": ({"inputs": to_base64(to_bytes(make_image())[:-2000])}, "complete image .* got a damaged one"),
     "too many bytes": ({"inputs": to_base64(noise(30_001))}, "at most 30000 bytes, got 30001"),
     "too many bytes, no base64": ({"inputs": "*" * 40_004}, "at most 30000 bytes, got 30003"),
     "too many pixels": (
@@ -391,7 +391,7 @@ def test_neither_paths_nor_urls_are_opened(url, tmp_path):
         server.shutdown()
     for inputs in (str(path), "/etc/passwd", os.path.relpath(path)):
         status, answer = post(url, {"inputs": inputs, "text": TEXTS[0]})
-        assert status == 400 and re.search("paths are not opened|got something else", answer["error"])
+        assert status == 400 and re.search("Paths are not opened|got something else", answer["error"])
     assert not asked
 
 

@@ -1,7 +1,6 @@
 """
-Serve a ReSTR model: the custom handler that a Hugging Face Inference Endpoint looks for in a model's repository.
-
-Of this project it needs nothing but the other files of the repository, which it loads with `trust_remote_code`.
+The custom handler of a ReSTR model for Hugging Face Inference Endpoints. It needs only the other files of the model's
+repository, which it loads with `trust_remote_code`.
 """
 
 import base64
@@ -22,21 +21,22 @@ from transformers.pipelines import PIPELINE_REGISTRY
 logger = logging.getLogger(__name__)
 
 _TASK = "referring-image-segmentation"
-# Pillow knows many more, some of which run other programs.
+# Pillow reads more formats, some by running other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _DATA_URI = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
-# The Hub's name for what the pipeline calls threshold is mask_threshold.
+# The Hub's API says mask_threshold.
 _THRESHOLDS = ("threshold", "mask_threshold")
 
 
 class RequestError(ValueError):
-    """A request is bad. The message says what about it, and is written for whoever sent it."""
+    """A bad request. The message is for its sender."""
 
 
 class EndpointHandler:
     """
-    Answers requests, in any number of threads, as `huggingface_hub.InferenceClient.image_segmentation` reads it.
+    Answers requests in the form that `huggingface_hub.InferenceClient.image_segmentation` reads. It may be called from
+    several threads.
 
     Example:
 
@@ -46,39 +46,37 @@ class EndpointHandler:
     [{'label': 'the dog', 'score': 0.93, 'mask': 'iVBORw0KGgo...'}, {'label': 'the ball', 'score': 0.87, 'mask': ...}]
     ```
 
-    What a request may hold is bounded by environment variables, which are read once:
+    Environment variables limit requests. They are read once:
 
-    - `RESTR_MAX_IMAGE_BYTES` (20,000,000): size of an image as sent, before base64;
-    - `RESTR_MAX_IMAGE_PIXELS` (40,000,000): its width times its height. The bound also becomes Pillow's own, in the
-      whole process: the server that calls the handler may decode images before it does;
-    - `RESTR_MAX_SENTENCES` (32): sentences about it;
-    - `RESTR_MAX_SENTENCE_LENGTH` (500): characters of a sentence.
+    - `RESTR_MAX_IMAGE_BYTES` (20,000,000): bytes of an image file, before base64;
+    - `RESTR_MAX_IMAGE_PIXELS` (40,000,000): width times height. Pillow gets the same limit in the whole process,
+      because the server that calls the handler may decode images itself;
+    - `RESTR_MAX_SENTENCES` (32): sentences per request;
+    - `RESTR_MAX_SENTENCE_LENGTH` (500): characters per sentence.
     """
 
     def __init__(self, path: str = "", revision: str | None = None, device: Any = None) -> None:
         """
         Args:
-            path (`str`): The model's folder, or its id on the Hub.
-            revision (`str`, *optional*): Branch, tag or commit of that model on the Hub.
-            device (`torch.device` or `str`, *optional*): Where the model runs; by default on an accelerator if there
-                is one.
+            path (`str`): The model's folder or Hub id.
+            revision (`str`, *optional*): Branch, tag or commit of the model on the Hub.
+            device (`torch.device` or `str`, *optional*): Device of the model; by default an accelerator if there is one.
 
         Raises:
-            `ValueError`: An environment variable is no positive integer.
+            `ValueError`: An environment variable is not a positive integer.
         """
         self.max_bytes = _read_bound("RESTR_MAX_IMAGE_BYTES", 20_000_000)
         self.max_pixels = _read_bound("RESTR_MAX_IMAGE_PIXELS", 40_000_000)
         self.max_sentences = _read_bound("RESTR_MAX_SENTENCES", 32)
         self.max_sentence_length = _read_bound("RESTR_MAX_SENTENCE_LENGTH", 500)
-        # Pillow warns of images that have more pixels, and refuses those that have more than twice as many.
+        # Pillow warns above its limit and refuses images of twice that size.
         Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        # Where the package is imported, it loads models with and without code by its own task.
+        # The package's own task, where it is imported, loads models with and without code.
         task: Any = _TASK if _TASK in PIPELINE_REGISTRY.get_supported_tasks() else "image-segmentation"
         pipe: Any = pipeline(task, model=path, revision=revision, device=device, trust_remote_code=True)
         self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer
-        # Pipelines are not made for threads (a tokenizer's padding is set as it is used), and the pixels and masks of
-        # one request are enough to have in memory.
+        # Pipelines are not thread-safe: each call sets the tokenizer's padding. One request at a time also bounds memory.
         self._lock = threading.Lock()
 
     def __call__(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -86,21 +84,21 @@ class EndpointHandler:
         Args:
             data (`Mapping[str, Any]`): The request:
 
-                - `inputs`: the image: its file's content as base64 (also in a data URI), bytes or an open file, or a PIL
-                  image. Never a path or a URL;
-                - `text`: a list of sentences about it, or a string with one sentence a line;
-                - `parameters`: `threshold`, from 0 to 1, the probability above which a pixel belongs to a mask (0.5
-                  by default; `mask_threshold` is the same). `text` may also stand here.
+                - `inputs`: the image as base64 of its file (also in a data URI), bytes, an open file or a PIL image.
+                  Paths and URLs are refused;
+                - `text`: a list of sentences about it, or a string with one sentence per line;
+                - `parameters`: `threshold` or, with the same meaning, `mask_threshold`: the probability, from 0 to 1,
+                  above which a pixel belongs to a mask (0.5 by default). `text` may also be here.
 
         Returns:
-            `list[dict]`: For each sentence `label`, the sentence; `score`, the mean probability inside the mask, 0.0
-            if that is empty; `mask`, a PNG of the image's own size in base64, 255 inside and 0 outside; `unknown_words`,
-            those that the model does not know; `truncated`, whether the sentence has more words than it reads. The log
-            gets one warning that names the words.
+            `list[dict]`: For each sentence `label`, the sentence; `score`, the mean probability inside the mask, 0.0 for
+            an empty one; `mask`, a PNG of the image's own size in base64, 255 inside and 0 outside; `unknown_words`,
+            the words that the model does not know; `truncated`, whether the sentence has more words than the model
+            reads.
 
         Raises:
-            `RequestError`: (a `ValueError`) The request is bad; the message says what about it.
-            `RuntimeError`: Anything else failed; the reason is only logged.
+            `RequestError`: (a `ValueError`) The request is bad. The message says why.
+            `RuntimeError`: Anything else failed. The reason is only logged.
         """
         try:
             image, sentences, options = self._read_request(data)
@@ -112,7 +110,7 @@ class EndpointHandler:
         except RequestError:
             raise
         except Exception as error:
-            # The pipeline's error for images, of which the class may be the package's or the repository's own.
+            # By name, because the class may be the package's or the repository's.
             if type(error).__name__ == "UnreadableImageError":
                 raise RequestError(str(error)) from error
             logger.exception("The model failed on a request.")
@@ -126,19 +124,18 @@ class EndpointHandler:
         _check_names(parameters, ("text", *_THRESHOLDS), "'parameters'")
         texts = [part["text"] for part in (data, parameters) if part.get("text") is not None]
         if len(texts) != 1:
-            raise RequestError(f"Expected 'text' beside 'inputs' or among 'parameters', got it {len(texts)} times.")
-        sentences = self._read_sentences(texts[0])
-        options = _read_options(parameters)
+            raise RequestError(f"Expected 'text' next to 'inputs' or in 'parameters', got it {len(texts)} times.")
+        sentences, options = self._read_sentences(texts[0]), _read_options(parameters)
         return self._open_image(data["inputs"]), sentences, options
 
     def _read_sentences(self, text: Any) -> list[str]:
         sentences = [line for line in text.splitlines() if line.strip()] if isinstance(text, str) else text
         if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-            raise RequestError("Expected 'text' as a list of sentences, or as a string with one sentence a line.")
+            raise RequestError("Expected 'text' as a list of sentences, or as a string with one sentence per line.")
         if not 1 <= len(sentences) <= self.max_sentences:
             raise RequestError(f"Expected 1 to {self.max_sentences} sentences, got {len(sentences)}.")
         if any("\ud800" <= character <= "\udfff" for sentence in sentences for character in sentence):
-            raise RequestError("Expected sentences in Unicode, got one half of a surrogate pair.")
+            raise RequestError("Expected sentences in Unicode, got half of a surrogate pair.")
         longest = max(map(len, sentences))
         if longest > self.max_sentence_length:
             raise RequestError(f"Expected sentences of at most {self.max_sentence_length} characters, got {longest}.")
@@ -150,11 +147,13 @@ class EndpointHandler:
                 raise RequestError(f"Expected sentences with at least one word, got {sentence!r}.")
 
     def _open_image(self, inputs: Any) -> Image.Image:
-        """Returns the image with its pixels not decoded yet, unless a PIL image came decoded."""
+        """The image, whose pixels are not decoded yet."""
         if isinstance(inputs, str):
             inputs = self._decode_base64(inputs)
         elif callable(getattr(inputs, "read", None)):
-            inputs = self._read_file(inputs)
+            if getattr(inputs, "seekable", lambda: False)():
+                inputs.seek(0)
+            inputs = inputs.read(self.max_bytes + 1)
         if isinstance(inputs, (bytes, bytearray, memoryview)):
             self._check_num_bytes(len(inputs))
             inputs = self._open_file(bytes(inputs))
@@ -166,34 +165,29 @@ class EndpointHandler:
         return inputs
 
     def _open_file(self, content: bytes) -> Image.Image:
-        """Reads an image's header."""
+        """Read an image's header."""
         try:
             image = Image.open(BytesIO(content), formats=_FORMATS)
-            # Of the images in an MPO file, which many cameras write as .jpg, the first is the photo.
+            # Many cameras write MPO files, named .jpg, whose first image is the photo.
             is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
         except Image.DecompressionBombError:
             raise RequestError(f"Expected an image of 1 to {self.max_pixels} pixels, got a larger one.") from None
-        except Exception:  # noqa: BLE001  (whatever a damaged or a hostile file makes a reader raise)
+        except Exception:  # noqa: BLE001  (damaged and hostile files make readers raise anything)
             raise RequestError(f"Expected an image in 'inputs' ({', '.join(_FORMATS)}), got something else.") from None
         if is_animated:
             raise RequestError("Expected a single image in 'inputs', got a file with several frames or pages.")
         return image
 
-    def _read_file(self, file: Any) -> Any:
-        if getattr(file, "seekable", lambda: False)():
-            file.seek(0)
-        return file.read(self.max_bytes + 1)
-
     def _decode_base64(self, text: str) -> bytes:
         text = _DATA_URI.sub("", text, count=1) if _DATA_URI.match(text) else text
         if _URL.match(text):
-            raise RequestError("Expected the image itself as base64 in 'inputs', got a URL; URLs are not opened.")
+            raise RequestError("Expected the image itself as base64 in 'inputs', got a URL. URLs are not opened.")
         self._check_num_bytes(len(text) // 4 * 3 - text[-2:].count("="))
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
             raise RequestError(
-                "Expected the image itself in 'inputs', as standard base64 in one line; paths are not opened."
+                "Expected the image itself as standard base64 in one line in 'inputs'. Paths are not opened."
             ) from None
 
     def _check_num_bytes(self, num_bytes: int) -> None:
@@ -213,7 +207,7 @@ def _check_names(values: Any, names: tuple[str, ...], where: str) -> None:
         raise RequestError(f"Expected {where} as an object with {', '.join(names)}, got {type(values).__name__}.")
     unknown = ", ".join(sorted(str(name)[:50] for name in set(values) - set(names))[:5])
     if unknown:
-        raise RequestError(f"Expected nothing but {', '.join(names)} in {where}, got {unknown}.")
+        raise RequestError(f"Expected only {', '.join(names)} in {where}, got {unknown}.")
 
 
 def _read_options(parameters: Mapping[str, Any]) -> dict[str, float]:
@@ -221,12 +215,12 @@ def _read_options(parameters: Mapping[str, Any]) -> dict[str, float]:
     if not given:
         return {}
     try:
-        # A query's numbers may come as strings.
+        # Numbers in a query are strings.
         (threshold,) = (float(value) for value in given if not isinstance(value, bool))
     except (TypeError, ValueError, OverflowError):
         threshold = -1.0
     if not 0 <= threshold <= 1:
-        raise RequestError("Expected one threshold from 0 to 1, as threshold or as mask_threshold.")
+        raise RequestError("Expected one threshold from 0 to 1, as threshold or mask_threshold.")
     return {"threshold": threshold}
 
 
@@ -237,7 +231,7 @@ def _decode(image: Image.Image) -> None:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001
-        raise RequestError(f"Expected a whole image in 'inputs', got a damaged one: {error}") from None
+        raise RequestError(f"Expected a complete image in 'inputs', got a damaged one: {error}") from None
 
 
 def _to_base64_png(mask: Image.Image) -> str:
