@@ -9,14 +9,13 @@ from tiny_training import make_dataset, make_processor
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.training.validation import (
     PADDING,
-    TILE_SIZE,
     choose_sentences,
     compute_metrics,
     count_pixels,
     draw_panel,
     show_panel,
 )
-from modeling_restr.visualization import get_color
+from modeling_restr.visualization import TILE_SIZE, get_color
 
 
 def test_pixels_are_counted_with_one_row_per_image():

@@ -11,12 +11,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from ..metrics import ReferringIoU
-from ..visualization import add_legend, arrange_in_grid, draw_masks, save_image
+from ..visualization import arrange_in_grid, draw_tile, save_image
 
 
 PADDING = -100  # fills the places of expressions that an image does not have
 MAX_SENTENCES = 3  # per image of the panel
-TILE_SIZE = 320  # pixels on the longer side of an image in the panel
 TILES_PER_ROW = 4
 
 
@@ -101,9 +100,9 @@ def draw_panel(model: Any, processor: Any, rows: Iterable[Mapping[str, Any]]) ->
         inputs = processor(images=row["image"], text=texts, return_tensors="pt").to(device)
         sizes = inputs.pop("original_sizes")[inputs["image_indices"].cpu()]
         results = processor.post_process_referring_segmentation(model(**inputs), sizes)
-        masks = [Image.fromarray(result["mask"].cpu().numpy()) for result in results]
+        masks = [result["mask"].cpu().numpy() for result in results]
         labels = [f"{text} ({result['score']:.2f})" for text, result in zip(texts, results)]
-        tiles.append(_draw_tile(row["image"], masks, labels))
+        tiles.append(draw_tile(row["image"], masks, labels))
     return arrange_in_grid(tiles, TILES_PER_ROW) if tiles else None
 
 
@@ -115,11 +114,3 @@ def choose_sentences(row: Mapping[str, Any]) -> list[str]:
         for place, expression in enumerate(reference["expressions"])
     ]
     return [text for *_, text in sorted(sentences)[:MAX_SENTENCES]]
-
-
-def _draw_tile(image: Image.Image, masks: list[Image.Image], labels: list[str]) -> Image.Image:
-    width, height = masks[0].size  # upright, which the image may not be
-    scale = TILE_SIZE / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    return add_legend(draw_masks(small, [mask.resize(size, Image.Resampling.NEAREST) for mask in masks]), labels)
