@@ -119,7 +119,7 @@ def test_mirroring_twice_gives_the_sentence_back():
 
 
 def random_rows():
-    """Random instances, as masks with their nouns, and what is said of each."""
+    """Masks of random instances, and generated sentences about each."""
     rng = random.Random(0)
     for seed in range(150):
         masks = dict(enumerate(mask for mask in random_masks(rng) if mask.any()))
@@ -130,9 +130,9 @@ def random_rows():
 
 def test_mirrored_sentences_are_true_of_mirrored_images():
     expressions = mirrored = 0
-    for masks, said in random_rows():
+    for masks, generated in random_rows():
         reader = Reader({index: mask[:, ::-1] for index, mask in masks.items()}, dict.fromkeys(masks, "hot dog"))
-        for target, expression in ((target, expression) for target, row in said.items() for expression in row):
+        for target, expression in ((target, expression) for target, row in generated.items() for expression in row):
             text = mirror_expression(expression.text)
             expressions += 1
             if text is not None:
@@ -169,8 +169,8 @@ def test_sentences_that_need_the_whole_image(text):
 
 
 def test_sentences_about_place_order_or_size_need_the_whole_image():
-    for _, said in random_rows():
-        for expression in (expression for row in said.values() for expression in row):
+    for _, generated in random_rows():
+        for expression in (expression for row in generated.values() for expression in row):
             needs_it = expression.statement.kind != "category"
             assert needs_whole_image(expression.text) >= needs_it, expression.text
 

@@ -30,7 +30,7 @@ _SIDE_PAIRS = {
 _OTHER_SIDE = _SIDE_PAIRS | {right: left for left, right in _SIDE_PAIRS.items()}
 # Names that other words are compared with. Shorter ones are too close to words such as "last" and "art".
 _SIDE_NAMES = ["left", "right", "leftmost", "rightmost", "lefthand", "righthand", "leftside", "rightside"]
-# Words that contain or resemble such a name but are no slips. Any other such word may be one ("lwft", "rigth"), or two
+# Words that contain or resemble such a name but are not slips. Any other such word may be one ("lwft", "rigth"), or two
 # words in one ("theleft").
 _NOT_SIDES = _word_set(
     """

@@ -123,7 +123,7 @@ def start_run(
     recipe = args.make_recipe(images_per_step=images_per_step, **recipe_fields, **described)
     if is_main_process:
         print(
-            f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {recipe.deviations() or '-'}"
+            f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {recipe.deviations() or 'nothing'}"
         )
     repo_id = (args.hub_model_id or Path(args.output_dir).resolve().name) if args.push_to_hub else None
     if repo_id is not None and is_main_process:
