@@ -2,23 +2,19 @@
 
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import data_layouts
 import datasets
-import numpy as np
 import pytest
 from annotated_images import TWO_BOXES, coco_name, read_rows, write_photo
-from scipy.io import savemat
+from data_layouts import SPLITS
 
 from modeling_restr.data import preparation
-
-
-SPLITS = {"train": range(1, 8), "val": range(10, 13), "testA": range(20, 22), "testB": range(30, 31)}
 
 
 @pytest.fixture
@@ -46,40 +42,9 @@ def error_of(restr, prepare):
     return run
 
 
-def write_refer(folder: Path, splits=SPLITS, first_ref_id: int = 0, dataset: str = "refcoco", split_by: str = "unc"):
-    """REFER's layout: two expressions on one object of two parts in each image. Returns the options."""
-    image_ids = [image_id for ids in splits.values() for image_id in ids]
-    size = (40, 50)
-    for image_id in image_ids:
-        write_photo(folder / "images" / coco_name(image_id), image_id, size)
-    refs = [
-        {
-            "ref_id": first_ref_id + image_id,
-            "ann_id": 100 + image_id,
-            "image_id": image_id,
-            "category_id": 18,
-            "split": split,
-            "sentences": [
-                {"sent_id": 1000 + 2 * image_id + i, "sent": text} for i, text in enumerate(("two", "boxes"))
-            ],
-        }
-        for split, ids in splits.items()
-        for image_id in ids
-    ]
-    instances = {
-        "images": [
-            {"id": image_id, "file_name": coco_name(image_id), "height": size[0], "width": size[1]}
-            for image_id in image_ids
-        ],
-        "annotations": [
-            {"id": 100 + image_id, "image_id": image_id, "category_id": 18, "segmentation": TWO_BOXES, "iscrowd": 0}
-            for image_id in image_ids
-        ],
-        "categories": [{"id": 18, "name": "dog"}],
-    }
-    (folder / dataset).mkdir(parents=True, exist_ok=True)
-    (folder / dataset / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
-    (folder / dataset / "instances.json").write_text(json.dumps(instances))
+def write_refer(folder: Path, *args, dataset: str = "refcoco", **options) -> list[str | Path]:
+    """Writes files in REFER's layout, and returns the options that read them."""
+    data_layouts.write_refer(folder / dataset, folder / "images", *args, **options)
     return ["refer", "--dataset", dataset, "--annotation-dir", folder, "--image-dir", folder / "images"]
 
 
@@ -220,29 +185,18 @@ polygons of one or two points, dropped: 1 ({coco_name(7)}: ref_id 7)
 
 
 def test_grefcoco(prepare, tmp_path):
-    words = write_refer(tmp_path / "refer", dataset="grefcoco")
-    folder = tmp_path / "refer" / "grefcoco"
-    refs = pickle.loads((folder / "refs(unc).p").read_bytes())
-    for ref in refs:
-        ref.update(ann_id=[ref["ann_id"]], category_id=[18], no_target=False)
-    refs.append({**refs[0], "ref_id": 900, "ann_id": [-1], "category_id": [-1], "no_target": True})
-    (folder / "grefs(unc).json").write_text(json.dumps(refs))
-    out = prepare("grefcoco", *words[3:], "--output-dir", tmp_path / "output")
+    data_layouts.write_grefcoco(tmp_path / "grefcoco", tmp_path / "images")
+    folders = ["--annotation-dir", tmp_path, "--image-dir", tmp_path / "images"]
+    out = prepare("grefcoco", *folders, "--output-dir", tmp_path / "output")
     assert re.search(r"\ntrain +7 +8 +16  no published counts\n", out)
     rows = read_rows(tmp_path / "output", "train", tmp_path / "cache")
     assert [reference["ann_id"] for reference in rows[0]["references"]] == [101, -1]
 
 
 def test_referit(prepare, tmp_path):
-    masks, images = tmp_path / "mask", tmp_path / "images"
-    masks.mkdir()
-    for split, image_id in (("train", 1), ("val", 2), ("test", 3)):
-        (tmp_path / f"referit_query_{split}.json").write_text(json.dumps({f"{image_id}_1": ["sky", "the sky"]}))
-        outside = np.ones((40, 50), dtype=np.uint8)
-        outside[:7, :] = 0
-        savemat(masks / f"{image_id}_1.mat", {"segimg_t": outside})
-        write_photo(images / f"{image_id}.jpg", image_id)
-    folders = ["--annotation-dir", tmp_path, "--mask-dir", masks, "--image-dir", images]
+    data_layouts.write_referit(tmp_path / "referit")
+    names = {"--annotation-dir": "", "--mask-dir": "mask", "--image-dir": "images"}
+    folders = [word for option, name in names.items() for word in (option, tmp_path / "referit" / name)]
     out = prepare("referit", *folders, "--output-dir", tmp_path / "output")
     assert re.search(r"\ntest +1 +1 +2  no published counts\n?", out)
     (row,) = read_rows(tmp_path / "output", "test", tmp_path / "cache")
@@ -251,19 +205,7 @@ def test_referit(prepare, tmp_path):
 
 def test_hub_copy_takes_the_usual_names_of_its_splits(prepare, tmp_path):
     copy = tmp_path / "refcocoplus"
-    (copy / "data").mkdir(parents=True)
-    for index, split in enumerate(("train", "validation", "test", "testB"), start=1):
-        write_photo(tmp_path / "train2014" / coco_name(index), index)
-        row = {
-            "ref_id": index,
-            "ann_id": index,
-            "image_id": index,
-            "sentences": [{"raw": "Dog", "sent": "dog", "sent_id": index, "tokens": ["dog"]}],
-            "raw_anns": json.dumps({"segmentation": TWO_BOXES, "bbox": [2, 1, 28, 19], "category_id": 18}),
-            "raw_image_info": json.dumps({"height": 40, "width": 50}),
-            "image_path": f"coco/train2014/{coco_name(index)}",
-        }
-        datasets.Dataset.from_list([row]).to_parquet(copy / "data" / f"{split}-00000-of-00001.parquet")
+    data_layouts.write_hub_copy(copy, tmp_path / "train2014")
     words = ["hub", copy, "--image-dir", tmp_path, "--output-dir"]
     out = prepare(*words, tmp_path / "output")
     assert "testA references: 1, published 1,975 (1,974 fewer)" in out  # RefCOCO+'s
@@ -278,23 +220,12 @@ def test_hub_copy_takes_the_usual_names_of_its_splits(prepare, tmp_path):
 
 
 def test_coco_with_generated_expressions(prepare, error_of, tmp_path):
-    numbers = range(1, 13)
-    for number in numbers:
-        write_photo(tmp_path / "photos" / f"{number}.png", number)
-    instances = {
-        "images": [{"id": number, "file_name": f"{number}.png", "height": 40, "width": 50} for number in numbers],
-        "annotations": [
-            {"id": number, "image_id": number, "category_id": 1, "segmentation": TWO_BOXES[1:], "iscrowd": 0}
-            for number in numbers
-        ],
-        "categories": [{"id": 1, "name": "dog"}],
-    }
-    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    data_layouts.write_coco(tmp_path / "instances.json", tmp_path / "photos")
     words = ["coco", "--instances-file", tmp_path / "instances.json", "--image-dir", tmp_path / "photos"]
     dogs = [*words, "--output-dir", tmp_path / "output", "--val-share", 0.3, "--name", "dogs"]
     assert "Expressions for dogs in" in prepare(*dogs)
     rows = [read_rows(tmp_path / "output", split, tmp_path / "cache") for split in ("train", "val")]
-    assert sorted(row["image_id"] for part in rows for row in part) == list(numbers) and all(rows)
+    assert sorted(row["image_id"] for part in rows for row in part) == list(range(1, 13)) and all(rows)
     assert all("dog" in row["references"][0]["expressions"][0]["text"] for row in rows[0])
     prepare(*words, "--output-dir", tmp_path / "train_only", "--val-share", 0)
     assert list(datasets.load_dataset(str(tmp_path / "train_only"))) == ["train"]
@@ -302,15 +233,11 @@ def test_coco_with_generated_expressions(prepare, error_of, tmp_path):
 
 
 def test_coco_with_captions_and_brush_masks(prepare, error_of, tmp_path):
-    write_photo(tmp_path / "1.png", 1)
-    annotation = {"image_id": 1, "category_id": 1, "segmentation": TWO_BOXES[1:], "iscrowd": 1}
-    instances = {
-        "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 50}],
-        "annotations": [annotation | {"id": 1, "caption": "my old dog"}, annotation | {"id": 2}],
-        "categories": [{"id": 1, "name": "dog"}],
-    }
     file = tmp_path / "instances.json"
-    file.write_text(json.dumps(instances))
+    instances = data_layouts.write_coco(file, tmp_path, num_images=1)
+    annotation = instances["annotations"][0] | {"iscrowd": 1}
+    annotations = [annotation | {"caption": "my old dog"}, annotation | {"id": 2}]
+    file.write_text(json.dumps({**instances, "annotations": annotations}))
     words = ["coco", "--instances-file", file, "--image-dir", tmp_path, "--val-share", 0, "--output-dir"]
     error = error_of(*words, tmp_path / "crowds")
     assert re.search(r"marked as crowds \(iscrowd 1\).*: 2 \(annotation 1, annotation 2\)", error)
@@ -318,7 +245,7 @@ def test_coco_with_captions_and_brush_masks(prepare, error_of, tmp_path):
     assert "annotations without a caption: 1 (annotation 2)" in out
     (row,) = read_rows(tmp_path / "captions", "train", tmp_path / "cache")
     assert [e["text"] for reference in row["references"] for e in reference["expressions"]] == ["my old dog"]
-    file.write_text(json.dumps({**instances, "annotations": instances["annotations"][:1]}))
+    file.write_text(json.dumps({**instances, "annotations": annotations[:1]}))
     prepare(*words, tmp_path / "brushed", "--crowds-as-instances")
     (row,) = read_rows(tmp_path / "brushed", "train", tmp_path / "cache")
     assert "dog" in row["references"][0]["expressions"][0]["text"]
