@@ -1,16 +1,16 @@
-"""Pictures of masks: overlays on the image, one colour an expression, with a legend."""
+"""Pictures of masks: overlays on the image, one colour per expression, with a legend."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from .files import replace_file
 
 
-# Bright, and far apart for readers with a colour vision deficiency too (Okabe and Ito, 2008); black is left out.
+# Bright, and distinct for readers with a colour vision deficiency, too (Okabe and Ito, 2008, without black).
 COLORS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -21,11 +21,12 @@ COLORS = (
     (0, 114, 178),
 )
 OPACITY = 0.5
-TILE_SIZE = 320  # pixels, the longer side of an image on a sheet of many
+TILE_SIZE = 320  # pixels on the longer side of an image on a sheet of many
+TILES_PER_ROW = 4
 
 
 def get_color(index: int) -> tuple[int, int, int]:
-    """RGB colour of the expression `index`; after the last one they start again."""
+    """RGB colour of the expression `index`. After the last colour they start again."""
     return COLORS[index % len(COLORS)]
 
 
@@ -37,7 +38,7 @@ def read_photo(path: Path, image_processor: Any) -> Image.Image:
 
 def draw_masks(image: Image.Image, masks: Sequence[np.ndarray | Image.Image]) -> Image.Image:
     """
-    Tint each mask in its colour and outline it; the rest of the image stays as it is.
+    Tint each mask in its colour and outline it. The rest of the image stays as it is.
 
     Args:
         image (`PIL.Image.Image`): The image.
@@ -52,8 +53,8 @@ def draw_masks(image: Image.Image, masks: Sequence[np.ndarray | Image.Image]) ->
         selected = Image.fromarray((np.asarray(mask) > 0).astype(np.uint8) * 255)
         if selected.size != canvas.size:
             raise ValueError(
-                f"Mask {index} has {selected.size[0]}x{selected.size[1]} pixels (width x height), the image "
-                f"{canvas.size[0]}x{canvas.size[1]}: pass masks at the image's own size."
+                f"Expected masks of the image's size (width x height) {canvas.size[0]}x{canvas.size[1]}, got "
+                f"{selected.size[0]}x{selected.size[1]} pixels for mask {index}."
             )
         color = Image.new("RGB", canvas.size, get_color(index))
         canvas.paste(color, mask=selected.point(lambda value: int(value * OPACITY)))
@@ -64,11 +65,11 @@ def draw_masks(image: Image.Image, masks: Sequence[np.ndarray | Image.Image]) ->
 
 
 def add_legend(image: Image.Image, labels: Sequence[str]) -> Image.Image:
-    """Put a white strip with one coloured square and label a line below the image; long labels are wrapped."""
+    """Add a white strip below the image with a coloured square and a label per line. Long labels are wrapped."""
     font_size = max(14, round(image.width / 32))
     font = ImageFont.load_default(font_size)
     swatch, margin, line_height = font_size, font_size // 2, round(font_size * 1.5)
-    lines: list[tuple[int, str]] = []  # the first line of a label has its number, the others -1
+    lines: list[tuple[int, str]] = []  # the label's number for its first line, otherwise -1
     for index, label in enumerate(labels):
         wrapped = _wrap(label, font, image.width - swatch - 3 * margin)
         lines += [(index if number == 0 else -1, line) for number, line in enumerate(wrapped)]
@@ -84,7 +85,7 @@ def add_legend(image: Image.Image, labels: Sequence[str]) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Break `text` between words into lines of at most `width` pixels; a longer word has a line of its own."""
+    """Break `text` between words into lines of at most `width` pixels. A longer word gets its own line."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -107,15 +108,16 @@ def draw_tile(
         labels (sequence of N strings): What the legend says of each mask.
         size (`int`): Longer side of the image in pixels.
     """
-    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
-    small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    width, height = (max(1, round(side * size / max(upright.size))) for side in upright.size)
+    small = upright.resize((width, height), Image.Resampling.BICUBIC)
     inside = [Image.fromarray(np.asarray(mask) > 0) for mask in masks]
     resized = [mask.resize((width, height), Image.Resampling.NEAREST) for mask in inside]
     return add_legend(draw_masks(small, resized), labels)
 
 
 def arrange_in_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Put images row by row on a white sheet of cells that hold the widest and the highest of them."""
+    """Put images row by row on a white sheet whose cells fit the widest and the highest of them."""
     width, height = max(image.width for image in images), max(image.height for image in images)
     sheet = Image.new("RGB", (min(columns, len(images)) * width, -(-len(images) // columns) * height), "white")
     for number, image in enumerate(images):
@@ -124,7 +126,7 @@ def arrange_in_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG as a whole or not at all. Returns its path."""
+    """Write a PNG file atomically. Returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as temporary:
         image.save(temporary, format="PNG")

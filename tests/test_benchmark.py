@@ -35,6 +35,7 @@ def gpu(monkeypatch):
     return gpu
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_every_section_of_the_gpu_benchmark_runs(tmp_path, gpu):
     with torch.compiler.set_stance("force_eager"):  # compilation would take a minute
@@ -51,6 +52,11 @@ def test_every_section_of_the_gpu_benchmark_runs(tmp_path, gpu):
             assert f"| {row['what']} |" in table
             numbers = [value for value in row.values() if isinstance(value, float)]
             assert all(map(math.isfinite, numbers))
+    assert {path.name for path in tmp_path.glob("step_*")} == {
+        "step_of_2x4.txt",
+        "step_of_2x4_compiled.txt",
+        "step_of_8x1.txt",
+    }
     whats = {row["what"] for rows in sections.values() for row in rows}
     for implementation in ("eager", "sdpa"):
         assert f"{implementation}, gradients, the worst parameter" in whats

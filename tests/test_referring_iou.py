@@ -267,10 +267,10 @@ def test_no_predictions_are_an_error(tmp_path, keep_in_memory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_words": [1, 2]}, "num_words an expression, 3, got 2"),
+        ({"num_words": [1, 2]}, "Expected 3 num_words, one per expression, got 2"),
         ({"num_words": [1, 2, 0]}, "num_words as whole numbers of 1 or more"),
         ({"num_words": [1, 2, 2.5]}, "num_words as whole numbers"),
-        ({"image_ids": [1, 2]}, "image_ids an expression, 3, got 2"),
+        ({"image_ids": [1, 2]}, "Expected 3 image_ids, one per expression, got 2"),
         ({"num_bootstrap": 10}, "Expected image_ids"),
         ({"image_ids": [1, 2, 3], "num_bootstrap": -1}, "num_bootstrap >= 0"),
     ],

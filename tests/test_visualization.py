@@ -26,7 +26,7 @@ def test_overlay_of_an_empty_mask_is_the_image():
 
 
 def test_mask_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="10x20 pixels"):
+    with pytest.raises(ValueError, match=r"size .* 30x20, got 10x20 pixels"):
         draw_masks(Image.new("RGB", (30, 20)), [np.zeros((20, 10))])
 
 
@@ -59,6 +59,8 @@ def test_tiles_show_the_masks_in_their_colours_and_the_labels():
     other = np.asarray(draw_tile(image, [target, predicted], ["the cat", "IoU 0"]))
     assert (other[:160] == tile[:160]).all() and (other[160:] != tile[160:]).any()
     assert draw_tile(image.resize((1000, 1)), [], [], size=100).width == 100
+    image.getexif()[0x0112] = 6  # a quarter turn
+    assert draw_tile(image, [target.T], ["the dog"]).width == 160
 
 
 def test_grid_is_filled_row_by_row_and_white_elsewhere():

@@ -14,7 +14,6 @@ import math
 import signal
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,15 +39,6 @@ PAPER_STEPS, PAPER_PAIRS = 400_000, 8
 # this share of the largest value where the CPU happens to be nearly exact.
 TIMES_CPU_ERROR, LEAST_ERROR = 8, 1e-6
 GOLDEN_ERROR = 1e-5  # as in the tests against the original implementation
-# Kinds of kernels by parts of their names. The first match counts, since the compiler names kernels after what it fuses.
-KERNELS = {
-    "fused by the compiler": ("triton_poi", "triton_red", "triton_per", "triton_for"),
-    "attention": ("flash", "fmha", "sdpa", "attention"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "xmma", "conv", "addmm", "::mm", "::bmm"),
-    "upsampling": ("upsample",),
-    "optimizer": ("adam", "multi_tensor"),
-    "copies": ("memcpy", "memset", "copy", "nchwtonhwc", "nhwctonchw"),
-}
 PARITY = "parity with the CPU, float32"
 TRAINING = "training, bfloat16 by autocast, fused AdamW"
 Results = dict[str, torch.Tensor]
@@ -335,7 +325,7 @@ def measure_memory(setup: Setup) -> None:
 
 
 def train(setup: Setup, num_images: int, sentences_per_image: int, compiled: bool = False) -> None:
-    """Time a training step, and report its rate, how long the paper's training takes in such steps, and its kernels."""
+    """Time a training step, and report its rate and how long the paper's training would take in such steps."""
     kind = f"{describe(num_images, sentences_per_image)}, {'torch.compile' if compiled else 'eager'}"
     model = create_model(setup.config, setup.device).train()
     forward = torch.compile(model, dynamic=False, backend=setup.backend) if compiled else model
@@ -356,31 +346,17 @@ def train(setup: Setup, num_images: int, sentences_per_image: int, compiled: boo
         peak_gib=peak,
         first_step_s=first,
     )
-    profile_step(setup, step, seconds, f"where a training step goes, {kind}")
+    profile_step(setup, step, f"step_of_{num_images}x{sentences_per_image}{'_compiled' if compiled else ''}")
 
 
-def profile_step(setup: Setup, step: Callable[[], None], seconds: float, section: str) -> None:
-    """Report milliseconds per step by kind of kernel, of the longest kernels, and of the idle device."""
-    is_cuda = setup.device.type == "cuda"
-    num_steps = 3 if is_cuda else 1
+def profile_step(setup: Setup, step: Callable[[], None], name: str) -> None:
+    """Write a table of where the time of a training step goes to the folder of the report."""
     with torch.profiler.profile() as profile:
-        for _ in range(num_steps):
-            step()
+        step()
         synchronize(setup.device)
-    times: dict[str, float] = defaultdict(float)
-    for event in profile.key_averages():
-        if event.device_type.name == ("CUDA" if is_cuda else "CPU") and not event.is_user_annotation:
-            microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
-            times[event.key] += microseconds / 1e3 / num_steps
-    kinds: dict[str, float] = defaultdict(float)
-    for name, milliseconds in times.items():
-        fitting = [kind for kind, parts in KERNELS.items() if any(part in name.lower() for part in parts)]
-        kinds[fitting[0] if fitting else "other elementwise and reductions"] += milliseconds
-    kinds["idle"] = max(0.0, seconds * 1e3 - sum(times.values()))
-    for kind, milliseconds in sorted(kinds.items(), key=lambda item: -item[1]):
-        setup.report.add(section, kind, ms=milliseconds, share=milliseconds / (seconds * 1e3))
-    for name, milliseconds in sorted(times.items(), key=lambda item: -item[1])[:12]:
-        setup.report.add(f"{section}: longest kernels", name[:100].replace("|", "/"), ms=milliseconds)
+    sort_by = "self_cpu_time_total" if setup.device.type == "cpu" else "self_device_time_total"
+    table = profile.key_averages().table(sort_by=sort_by, row_limit=25)
+    write_text(setup.report.folder / f"{name}.txt", table)
 
 
 # In order, with the seconds that each may take. What takes the compiler long comes last.

@@ -8,11 +8,8 @@ import datasets
 from PIL import Image
 
 from ..data.canonical import decode_mask
-from ..visualization import arrange_in_grid, draw_tile
+from ..visualization import TILES_PER_ROW, arrange_in_grid, draw_tile
 from .counts import predict_masks
-
-
-TILES_PER_ROW = 4
 
 
 def draw_contact_sheet(

@@ -1,6 +1,7 @@
-"""Overall IoU, mean IoU and precision of referring image segmentation, as a metric of `evaluate`.
+"""
+Overall IoU, mean IoU and precision of referring image segmentation, as a metric of `evaluate`.
 
-This file stands alone: `evaluate.load("path/to/referring_iou")` needs nothing else of the package.
+This file stands alone: `evaluate.load("path/to/referring_iou")` needs nothing else from the package.
 """
 
 import operator
@@ -13,32 +14,34 @@ import numpy as np
 
 
 _DESCRIPTION = """
-Overall IoU (the sum of all intersections over the sum of all unions, also called oIoU or cIoU), mean IoU and
-Precision@X (the share of expressions with IoU >= X) of one mask for each referring expression. An expression that
-refers to nothing and is answered with an empty mask has IoU 1.
+Overall IoU (the sum of all intersections divided by the sum of all unions, also called oIoU or cIoU), mean IoU and
+Precision@X (the share of expressions with IoU >= X), with one mask per referring expression. An empty mask for an
+expression that refers to nothing has IoU 1.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (list of dict): for each expression {"intersection": int, "union": int} in pixels, as
-        `ReferringIoU.counts(predicted_mask, true_mask)` gives them. With the areas of both masks, too
-        (`areas=True`: "predicted" and "target"), the results of gRefCOCO are added. All expressions or none have them.
-    num_words (sequence of int, *optional*): number of words of each expression, in the order of `predictions`: adds
-        the results of 1-2, 3, 4-5 and 6-20 words. Longer expressions, which the tokenizer cuts, count with 6-20.
-    image_ids (sequence, *optional*): image of each expression: adds 95 % intervals, by bootstrap over the images.
-    num_bootstrap (int, *optional*): number of resamples; 1000 where there are `image_ids`.
-    seed (int, defaults to 0): of the resamples.
+    predictions (list of dict): For each expression {"intersection": int, "union": int} in pixels, as
+        `ReferringIoU.counts(predicted_mask, true_mask)` returns them. With the areas of both masks as well
+        (`areas=True` adds "predicted" and "target"), the results of gRefCOCO are added. Either all expressions have
+        areas or none.
+    num_words (sequence of int, *optional*): Number of words of each expression, in the order of `predictions`. Adds
+        results for 1-2, 3, 4-5 and 6-20 words. Longer expressions, which the tokenizer cuts, count with 6-20.
+    image_ids (sequence, *optional*): Image of each expression. Adds 95 % intervals by bootstrap over the images.
+    num_bootstrap (int, *optional*): Number of resamples, 1000 by default when there are `image_ids`.
+    seed (int, defaults to 0): Seed of the resamples.
 
 Returns:
     overall_iou, mean_iou, precision@0.5 ... precision@0.9 (float, 0 to 1);
     num_expressions (int); num_empty (int): expressions whose two masks are both empty;
-    with areas also gIoU: mean IoU, 1 for a rightly empty answer; N-acc: share of the expressions without a target that
-        are answered with an empty mask; T-acc: share of those with a target that are not (None where there are none);
-    with num_words by_num_words: {"1-2": {...}, ...}, each with all of the above (None where there are no expressions);
+    with areas also gIoU: mean IoU, where expressions without a target have IoU 1 for an empty mask and otherwise 0;
+        N-acc: share of the expressions without a target that get an empty mask; T-acc: share of the expressions with
+        a target that get a mask (None if there are no such expressions);
+    with num_words by_num_words: {"1-2": {...}, ...}, each with all of the above (None if there are no expressions);
     with image_ids confidence_intervals: {"overall_iou": [low, high], ...}.
 
 Raises:
-    ValueError: for no predictions, numbers that no two masks can have, and lengths that differ.
+    ValueError: There are no predictions, numbers that no two masks can have, or sequences of different lengths.
 
 Example:
     >>> metric = evaluate.load("modeling_restr/metrics/referring_iou")
@@ -63,19 +66,19 @@ _CITATION = """
 """
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-# The groups in which papers on RefCOCO report.
-_WORD_RANGES = {"1-2": (1, 2), "3": (3, 3), "4-5": (4, 5), "6-20": (6, None)}
-_MAX_PIXELS = 2**63 - 1  # as int64, in which Arrow keeps them
+# Papers on RefCOCO report these groups.
+_WORD_RANGES = {"1-2": (1, 2), "3": (3, 3), "4-5": (4, 5), "6-20": (6, np.inf)}
+_MAX_PIXELS = 2**63 - 1  # Arrow keeps them as int64
 _COUNTS = ("intersection", "union")
 _AREAS = ("predicted", "target")
 
 
 class _Ratio(NamedTuple):
-    """A result that is a sum over expressions divided by another: what each of them adds to the two, shape (N,)."""
+    """A result that is the quotient of two sums over the expressions. Both arrays have shape (N,)."""
 
     numerators: np.ndarray
     denominators: np.ndarray
-    otherwise: float | None = None  # the result where the denominators are all 0
+    otherwise: float | None = None  # the result if all denominators are 0
 
     def compute(self, selected: np.ndarray) -> float | None:
         denominator = self.denominators[selected].sum()
@@ -98,18 +101,18 @@ class ReferringIoU(evaluate.Metric):
     @staticmethod
     def counts(pred_mask: Any, true_mask: Any, areas: bool = False) -> dict[str, int]:
         """
-        What the metric needs to know of two masks, in pixels.
+        Count the pixels that the metric needs to know.
 
         Args:
-            pred_mask: the predicted mask, a NumPy array or tensor (height, width): 0 outside, one other value inside.
-            true_mask: the mask of what the expression refers to, of the same shape.
-            areas: whether to add "predicted" and "target", the pixels of each mask.
+            pred_mask: Predicted mask, a NumPy array or tensor (height, width): 0 outside, one other value inside.
+            true_mask: Mask of what the expression refers to, with the same shape.
+            areas: Whether to add "predicted" and "target", the pixels of each mask.
 
         Returns:
-            {"intersection": int, "union": int}, and the areas if asked for.
+            {"intersection": int, "union": int}, with the areas if asked for.
 
         Raises:
-            ValueError: for masks of different shapes or of more than two values, such as probabilities.
+            ValueError: The masks have different shapes, or more than two values, as probabilities do.
         """
         predicted, target = _to_bool(pred_mask, "pred_mask"), _to_bool(true_mask, "true_mask")
         if predicted.shape != target.shape:
@@ -118,23 +121,15 @@ class ReferringIoU(evaluate.Metric):
         return counts | {"predicted": int(predicted.sum()), "target": int(target.sum())} if areas else counts
 
     def add_batch(self, *, predictions: Sequence[Mapping[str, int]], **kwargs: Any) -> None:
-        """Add the counts of several expressions.
-
-        Raises:
-            ValueError: for numbers that no two masks can have.
-        """
+        """Add the counts of several expressions. Numbers that no two masks can have are a ValueError."""
         super().add_batch(predictions=[_check_counts(counts) for counts in predictions], **kwargs)
 
     def add(self, *, prediction: Mapping[str, int], **kwargs: Any) -> None:
-        """Add the counts of one expression.
-
-        Raises:
-            ValueError: for numbers that no two masks can have.
-        """
+        """Add the counts of one expression, as `add_batch` does."""
         self.add_batch(predictions=[prediction], **kwargs)
 
     def _finalize(self) -> None:
-        if self.writer is None and self.num_process == 1:  # in memory, the base class would fail on its own None
+        if self.writer is None and self.num_process == 1:  # the base class fails on its own None
             raise ValueError("Expected the counts of at least one expression, got none.")
         super()._finalize()
 
@@ -159,7 +154,7 @@ class ReferringIoU(evaluate.Metric):
             images = _check_length("image_ids", image_ids, len(predictions))
             results["confidence_intervals"] = _bootstrap(ratios, images, num_bootstrap or 1000, seed)
         elif num_bootstrap:
-            raise ValueError("Expected image_ids, the image of each expression, with num_bootstrap: images are drawn.")
+            raise ValueError("Expected image_ids, the image of each expression, with num_bootstrap, got none.")
         return results
 
 
@@ -206,12 +201,12 @@ def _check_counts(counts: Mapping[str, int]) -> dict[str, int | None]:
 
 def _check_length(name: str, values: Sequence[Any], num_expressions: int) -> np.ndarray:
     if len(values) != num_expressions:
-        raise ValueError(f"Expected one of {name} an expression, {num_expressions}, got {len(values)}.")
+        raise ValueError(f"Expected {num_expressions} {name}, one per expression, got {len(values)}.")
     return np.asarray(values)
 
 
 def _to_arrays(predictions: list[dict[str, int]]) -> dict[str, np.ndarray]:
-    """Each of the counts as Python integers, whose sums do not overflow, of shape (N,); the areas only if given."""
+    """Arrays (N,) of the counts by name. They hold Python integers, whose sums do not overflow."""
     if not predictions:
         raise ValueError("Expected the counts of at least one expression, got none.")
     num_with_areas = sum(counts["target"] is not None for counts in predictions)
@@ -239,36 +234,30 @@ def _get_ratios(counts: dict[str, np.ndarray]) -> dict[str, _Ratio]:
 def _summarize(
     ratios: dict[str, _Ratio], counts: dict[str, np.ndarray], selected: np.ndarray
 ) -> dict[str, float | int | None]:
-    """All results of the selected expressions, None where there is nothing to divide by."""
+    """All results of the selected expressions, None where the denominator is 0."""
     num_expressions = int(selected.sum())
     results = {name: ratio.compute(selected) if num_expressions else None for name, ratio in ratios.items()}
-    return {
-        **results,
-        "num_expressions": num_expressions,
-        "num_empty": int((counts["union"][selected] == 0).sum()),
-    }
+    num_empty = int((counts["union"][selected] == 0).sum())
+    return {**results, "num_expressions": num_expressions, "num_empty": num_empty}
 
 
 def _group_by_words(num_words: np.ndarray) -> dict[str, np.ndarray]:
     if num_words.dtype.kind not in "iu" or num_words.min() < 1:
         raise ValueError(f"Expected num_words as whole numbers of 1 or more, got {num_words}.")
-    return {
-        name: (num_words >= low) & (num_words <= (np.inf if high is None else high))
-        for name, (low, high) in _WORD_RANGES.items()
-    }
+    return {name: (num_words >= low) & (num_words <= high) for name, (low, high) in _WORD_RANGES.items()}
 
 
 def _bootstrap(
     ratios: dict[str, _Ratio], image_ids: np.ndarray, num_bootstrap: int, seed: int
 ) -> dict[str, list[float] | None]:
-    """95 % intervals (percentiles) of each result when as many images are drawn with replacement."""
+    """95 % intervals (percentiles) of each result over samples of the images with replacement."""
     if num_bootstrap < 0:
         raise ValueError(f"Expected num_bootstrap >= 0, got {num_bootstrap}.")
     ids, images = np.unique(image_ids, return_inverse=True)
     parts = [part for ratio in ratios.values() for part in (ratio.numerators, ratio.denominators)]
     sums = np.stack(
         [np.bincount(images, weights=part.astype(np.float64)) for part in parts], axis=1
-    )  # (images, 2 * results)
+    )  # (images, parts)
     generator = np.random.default_rng(seed)
     totals = np.empty((num_bootstrap, len(parts)))
     for total in totals:
