@@ -1,5 +1,6 @@
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,14 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and tiny models for runs of the training scripts."""
+    from training_runs import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

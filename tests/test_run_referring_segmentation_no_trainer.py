@@ -23,7 +23,6 @@ from training_runs import (
     CountReads,
     LinearModel,
     assert_equal,
-    make_inputs,
     measure_overall_iou,
     read_events,
     read_log,
@@ -35,11 +34,6 @@ from modeling_restr.training.recipe import Recipe, create_parameter_groups
 
 
 script = LOOP.module
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_trainer_ends_with_the_same_weights(inputs, tmp_path):

@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from training_runs import (
     EXAMPLES,
     NUM_EXPRESSIONS,
-    make_inputs,
     make_validation_data,
     read_log,
+    read_vectors,
     run_code,
     run_script,
 )
-from transformers import ViTConfig, ViTModel
 
 from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
 from modeling_restr.training.batches import ReferringCollator, ReferringDataset, split_ids
@@ -35,27 +34,13 @@ open(f"{folder}/metrics-{os.environ.get('RANK', 0)}.json", "w").write(json.dumps
 """
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Data and models as for the scripts, and a tiny ViT and word vectors."""
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
-    config = ViTConfig(
-        hidden_size=36, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
-    )
-    ViTModel(config).save_pretrained(folder / "vit")
-    rng = np.random.default_rng(0)
-    lines = [f"{word} {' '.join(f'{x:.4f}' for x in rng.normal(size=300))}" for word in ("red", "dog", "left")]
-    (folder / "glove.txt").write_text("\n".join(lines))
-    return folder
-
-
 def adapt(code, inputs, folder, **replaced):
     """Code or a command of the page with tiny data, and with the given other changes."""
     names = {
         "data/refcoco": str(inputs),
         "runs/refcoco/model": str(inputs / "plain"),
         "examples/restr_mini": str(inputs / "plain"),
-        "glove.840B.300d.txt": str(inputs / "glove.txt"),
+        "glove.840B.300d.txt": str(inputs / "vectors.txt"),
         "google/vit-base-patch16-384": str(inputs / "vit"),
         "runs/": f"{folder}/",
     }
@@ -96,11 +81,10 @@ def test_a_new_model_has_its_parts(inputs, tmp_path):
     code = NEW_MODEL.replace("image_size=480", "image_size=32") + "model.save_pretrained(folder)\n"
     assert run_page(code, inputs, tmp_path) == 0, read_log(tmp_path)
     model = ReSTRForImageSegmentation.from_pretrained(tmp_path)
-    vectors = [line.split()[1:] for line in (inputs / "glove.txt").read_text().splitlines()]
     embeddings = model.get_input_embeddings().weight.detach().numpy()
     assert model.config.vision_config.hidden_size == 36
-    for vector in np.array(vectors, dtype=np.float32):
-        assert np.abs(embeddings - vector).max(1).min() < 1e-6
+    for word in ("red", "left", "dog"):
+        assert np.abs(embeddings - read_vectors(inputs)[word]).max(1).min() < 1e-6
 
 
 @pytest.fixture(scope="module")

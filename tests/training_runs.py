@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tiny_training import make_dataset, make_model, make_processor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import pipeline
+from transformers import ViTConfig, ViTModel, pipeline
 
 from modeling_restr.data.canonical import decode_mask
 from modeling_restr.hub import save_bundle
@@ -119,7 +119,10 @@ LOOP = Script(
 
 
 def make_inputs(folder, seed=0):
-    """A folder of data with two tiny models: `drop_path` with a high rate of drop path, and `plain` without any."""
+    """
+    A folder of data with two tiny models, `drop_path` with a high rate of drop path and `plain` without any, a tiny ViT
+    `vit`, and word vectors `vectors.txt`.
+    """
     for split, num_images in {"train": 9, "val": 5}.items():
         for shard in range(2):
             rows = make_dataset(num_images, seed=seed + len(split)).shard(2, shard)
@@ -130,7 +133,19 @@ def make_inputs(folder, seed=0):
     processor = make_processor()
     for name, rate in {"drop_path": 0.5, "plain": 0.0}.items():
         save_bundle(make_model(processor, rate), processor, folder / name)
+    sizes = {"hidden_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**sizes, image_size=48, patch_size=8)).save_pretrained(folder / "vit")
+    vectors = np.random.default_rng(0).normal(size=(5, 300))
+    words = ("red", "green", "thing", "left", "dog")
+    lines = [f"{word} {' '.join(map(str, vector))}" for word, vector in zip(words, vectors)]
+    (folder / "vectors.txt").write_text("\n".join(lines))
     return folder
+
+
+def read_vectors(inputs):
+    """{word: vector} of `vectors.txt`."""
+    lines = [line.split() for line in (inputs / "vectors.txt").read_text().splitlines()]
+    return {word: np.array(vector, dtype=np.float32) for word, *vector in lines}
 
 
 def make_validation_data():
