@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import SchedulerType, TrainingArguments, set_seed
 
-from modeling_restr.training.arguments import DataArguments, ModelArguments, RecipeArguments, option, papers
+from modeling_restr.training.arguments import DataArguments, ModelArguments, RecipeArguments, option, paper_option
 from modeling_restr.training.batches import ReferringCollator, ReferringStream
 from modeling_restr.training.runs import create_eval_dataset, create_train_dataset, finish_run, run_script, start_run
 from modeling_restr.training.trainer import ReferringTrainer, use_one_device
@@ -30,7 +30,7 @@ from modeling_restr.training.trainer import ReferringTrainer, use_one_device
 class ReferringTrainingArguments(RecipeArguments, TrainingArguments):  # type: ignore[misc]  # output_dir is never None
     """transformers' TrainingArguments with the paper's recipe as defaults."""
 
-    lr_scheduler_type: str = papers("schedule", "Schedule of the learning rate after the warm-up.")
+    lr_scheduler_type: str = paper_option("schedule", "Schedule of the learning rate after the warm-up.")
     eval_strategy: str = option("steps", "When to evaluate: steps or no.")
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
 
-def papers(name: str, text: str) -> Any:
+def paper_option(name: str, text: str) -> Any:
     """An option for a field of the recipe. Its default is the paper's value, and its help says so."""
     value = getattr(PAPER, name)
     return option(value, f"{text} The paper's: {value}.")
@@ -24,7 +24,7 @@ class ModelArguments:
         None, "Folder or Hub id of a trained ReSTR to start from, instead of a new model."
     )
     revision: str = option("main", "Branch, tag or commit of the model on the Hub.", aliases=["--model_revision"])
-    vision_model_name_or_path: str = papers(
+    vision_model_name_or_path: str = paper_option(
         "start", "Folder or Hub id of the pretrained ViT that becomes a new model's vision encoder."
     )
     word_vectors: str | None = option(
@@ -35,10 +35,12 @@ class ModelArguments:
     vocabulary_file: str | None = option(
         None, "Text file with the words of a new model, one per line; without it, all words of the training data."
     )
-    image_size: int = papers("image_size", "Side of a new model's square input in pixels.")
-    max_words: int = papers("max_words", "Maximum number of words per sentence in a new model.")
-    fusion_type: str = papers("fusion_type", "Fusion of a new model: coupled, independent or vanilla.")
-    patch_loss_weight: float = papers("patch_loss_weight", "Weight of the patch loss, next to 1 for the pixel loss.")
+    image_size: int = paper_option("image_size", "Side of a new model's square input in pixels.")
+    max_words: int = paper_option("max_words", "Maximum number of words per sentence in a new model.")
+    fusion_type: str = paper_option("fusion_type", "Fusion of a new model: coupled, independent or vanilla.")
+    patch_loss_weight: float = paper_option(
+        "patch_loss_weight", "Weight of the patch loss, next to 1 for the pixel loss."
+    )
 
 
 @dataclass
@@ -53,7 +55,7 @@ class DataArguments:
     )
     train_split: str = option("train", "Split to train on.")
     validation_split: str = option("val", "Split to evaluate on during and after training; '' for none.")
-    expressions_per_image: int = papers(
+    expressions_per_image: int = paper_option(
         "expressions_per_image",
         "Maximum number of sentences per image in a batch. They share the image's encoding, which saves time.",
     )
@@ -73,25 +75,25 @@ class RecipeArguments:
     """How to train. Options that transformers' TrainingArguments has, too, have the same meaning there."""
 
     output_dir: str = option("runs/restr", "Folder for checkpoints, pictures and, at the end, the model.")
-    max_steps: int = papers("max_steps", "Number of optimizer steps.")
+    max_steps: int = paper_option("max_steps", "Number of optimizer steps.")
     num_train_epochs: float = option(0.0, "Length of the run in epochs; if above 0, it replaces max_steps.")
     per_device_train_batch_size: int = option(
         PAPER.images_per_step, "Number of images per batch and device. The paper's: 8 per step, over all devices."
     )
     gradient_accumulation_steps: int = option(1, "Number of batches per device in each step.")
     per_device_eval_batch_size: int = option(4, "Number of images per batch and device in evaluation.")
-    learning_rate: float = papers("learning_rate", "Learning rate of fusion, decoder and language encoder.")
-    vision_learning_rate_ratio: float = papers(
+    learning_rate: float = paper_option("learning_rate", "Learning rate of fusion, decoder and language encoder.")
+    vision_learning_rate_ratio: float = paper_option(
         "vision_learning_rate_ratio", "Learning rate of the vision encoder as a fraction of the learning rate."
     )
-    weight_decay: float = papers("weight_decay", "Weight decay of AdamW, for every parameter.")
-    adam_beta1: float = papers("adam_beta1", "First beta of AdamW.")
-    adam_beta2: float = papers("adam_beta2", "Second beta of AdamW.")
-    warmup_steps: float = papers(
+    weight_decay: float = paper_option("weight_decay", "Weight decay of AdamW, for every parameter.")
+    adam_beta1: float = paper_option("adam_beta1", "First beta of AdamW.")
+    adam_beta2: float = paper_option("adam_beta2", "Second beta of AdamW.")
+    warmup_steps: float = paper_option(
         "warmup_steps", "Number of steps of linear warm-up, or if below 1 a fraction of all steps."
     )
-    power: float = papers("power", "Power of the polynomial by which the learning rate falls to 0.")
-    max_grad_norm: float = papers("max_grad_norm", "Norm to clip gradients to; 0 does not clip.")
+    power: float = paper_option("power", "Power of the polynomial by which the learning rate falls to 0.")
+    max_grad_norm: float = paper_option("max_grad_norm", "Norm to clip gradients to; 0 does not clip.")
     eval_steps: int = option(10_000, "Number of steps between evaluations.")
     save_steps: int = option(2_000, "Number of steps between checkpoints.")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep.")
