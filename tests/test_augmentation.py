@@ -25,6 +25,11 @@ def make_masks():
     return list(masks)
 
 
+def augment(image=None, masks=None, texts=TEXTS, seed=0, **options):
+    image, masks = image or make_image(), make_masks() if masks is None else masks
+    return Augmentation(**options)(image, masks, texts, np.random.default_rng(seed))
+
+
 def find(image, part):
     """(top, left) of the only place of `part` in `image`, both (height, width, 3)."""
     windows = np.lib.stride_tricks.sliding_window_view(image, part.shape)[:, :, 0]
@@ -35,7 +40,7 @@ def find(image, part):
 def test_off_by_default():
     image, masks = make_image(), make_masks()
     for seed in range(20):
-        same, same_masks, texts = Augmentation()(image, masks, TEXTS, np.random.default_rng(seed))
+        same, same_masks, texts = augment(image, masks, seed=seed)
         assert same is image and texts == TEXTS
         assert all(mask is other for mask, other in zip(masks, same_masks, strict=True))
 
@@ -43,7 +48,7 @@ def test_off_by_default():
 def test_mirror_flips_image_masks_and_words():
     image, masks = make_image(), make_masks()
     texts = ["man on the left", "right dog"]
-    turned, turned_masks, turned_texts = Augmentation(mirror=1)(image, masks, texts, np.random.default_rng(0))
+    turned, turned_masks, turned_texts = augment(image, masks, texts, mirror=1)
     assert np.array_equal(np.asarray(turned), np.asarray(image)[:, ::-1])
     assert np.array_equal(turned_masks, np.flip(masks, axis=2))
     assert turned_masks[0].nonzero()[1].min() == WIDTH - 25
@@ -53,16 +58,13 @@ def test_mirror_flips_image_masks_and_words():
 
 def test_texts_that_share_a_mask_share_the_changed_one():
     first, second = make_masks()
-    augmentation = Augmentation(mirror=1, crop=1, scale=1)
-    _, masks, _ = augmentation(make_image(), [first, second, first], ["dog"] * 3, np.random.default_rng(0))
+    _, masks, _ = augment(None, [first, second, first], ["dog"] * 3, mirror=1, crop=1, scale=1)
     assert masks[0] is masks[2] and masks[0].shape != first.shape and masks[0] is not masks[1]
 
 
 def test_one_ambiguous_sentence_prevents_mirroring():
     image, masks = make_image(), make_masks()
-    same, same_masks, texts = Augmentation(mirror=1)(
-        image, masks, ["left dog", "man right in front"], np.random.default_rng(0)
-    )
+    same, same_masks, texts = augment(image, masks, ["left dog", "man right in front"], mirror=1)
     assert same is image and texts == ["left dog", "man right in front"]
     assert np.array_equal(same_masks, masks)
 
@@ -71,9 +73,7 @@ def test_crop_keeps_every_mask_whole_and_pixels_aligned():
     image, masks = make_image(), make_masks()
     sizes, places = set(), set()
     for seed in range(40):
-        cropped, cropped_masks, texts = Augmentation(crop=1, crop_range=(0.3, 0.9))(
-            image, masks, TEXTS, np.random.default_rng(seed)
-        )
+        cropped, cropped_masks, texts = augment(image, masks, seed=seed, crop=1, crop_range=(0.3, 0.9))
         top, left = find(np.asarray(image), np.asarray(cropped))
         bottom, right = top + cropped.height, left + cropped.width
         assert np.array_equal(cropped_masks, np.array(masks)[:, top:bottom, left:right])
@@ -89,27 +89,25 @@ def test_crop_keeps_every_mask_whole_and_pixels_aligned():
 
 
 def test_no_crop_where_a_sentence_needs_the_whole_image():
-    image, masks = make_image(), make_masks()
+    image = make_image()
     for text in ("second from the left", "biggest dog", "dog next to the man", "middle one"):
-        same, _, _ = Augmentation(crop=1)(image, masks, ["man in red shirt", text], np.random.default_rng(0))
+        same, _, _ = augment(image, texts=["man in red shirt", text], crop=1)
         assert same is image
 
 
 def test_crop_where_a_sentence_refers_to_nothing():
     nothing = [np.zeros((HEIGHT, WIDTH), dtype=bool)]
-    cropped, masks, _ = Augmentation(crop=1, crop_range=(0.5, 0.5))(
-        make_image(), nothing, ["purple cow"], np.random.default_rng(0)
-    )
+    cropped, masks, _ = augment(None, nothing, ["purple cow"], crop=1, crop_range=(0.5, 0.5))
     assert cropped.size == (WIDTH // 2, HEIGHT // 2)
     assert masks[0].shape == (HEIGHT // 2, WIDTH // 2) and not masks[0].any()
-    cropped, masks, _ = Augmentation(crop=1, crop_range=(0.5, 0.5))(make_image(), [], [], np.random.default_rng(0))
+    cropped, masks, _ = augment(None, [], [], crop=1, crop_range=(0.5, 0.5))
     assert cropped.size == (WIDTH // 2, HEIGHT // 2) and masks == []
 
 
 def test_crop_keeps_masks_at_the_edges():
     mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
     mask[0, 0] = mask[-1, -1] = True
-    cropped, masks, _ = Augmentation(crop=1)(make_image(), [mask], ["dog"], np.random.default_rng(0))
+    cropped, masks, _ = augment(None, [mask], ["dog"], crop=1)
     assert cropped.size == (WIDTH, HEIGHT) and np.array_equal(masks[0], mask)
 
 
@@ -118,7 +116,7 @@ def test_scale_centres_the_untouched_image_on_black():
     texts = ["second from the left", "leftmost dog"]  # scaling keeps words of place true
     sizes = set()
     for seed in range(20):
-        scaled, scaled_masks, same_texts = Augmentation(scale=1)(image, masks, texts, np.random.default_rng(seed))
+        scaled, scaled_masks, same_texts = augment(image, masks, texts, seed, scale=1)
         pixels = np.asarray(scaled)
         top, left = (scaled.height - HEIGHT) // 2, (scaled.width - WIDTH) // 2
         inside = (slice(top, top + HEIGHT), slice(left, left + WIDTH))
@@ -137,15 +135,14 @@ def test_scale_centres_the_untouched_image_on_black():
 def test_scale_of_given_factors(size, range_, expected):
     image = Image.new("RGB", size, "red")
     mask = np.ones((size[1], size[0]), dtype=bool)
-    scaled, masks, _ = Augmentation(scale=1, scale_range=range_)(image, [mask], ["dog"], np.random.default_rng(0))
+    scaled, masks, _ = augment(image, [mask], ["dog"], scale=1, scale_range=range_)
     assert scaled.size == expected and masks[0].shape == expected[::-1]
 
 
 def change_color(pixels, seed=0, texts=("dog",), **strengths):
     strengths = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0} | strengths
     masks = [np.ones(pixels.shape[:2], dtype=bool)] * len(texts)
-    augment = Augmentation(color=1, **strengths)
-    image, same_masks, same_texts = augment(Image.fromarray(pixels), masks, texts, np.random.default_rng(seed))
+    image, same_masks, same_texts = augment(Image.fromarray(pixels), masks, texts, seed, color=1, **strengths)
     assert np.array_equal(same_masks, masks) and same_texts == list(texts)
     return np.asarray(image).astype(float)
 
@@ -195,9 +192,9 @@ def test_everything_at_once_stays_aligned():
     masks = make_masks()
     pixels = np.full((HEIGHT, WIDTH, 3), 200, dtype=np.uint8)
     pixels[masks[0] | masks[1]] = (200, 0, 0)
-    augment = Augmentation(scale=1, crop=1, color=1, mirror=1)
+    everything = {"scale": 1, "crop": 1, "color": 1, "mirror": 1}
     for seed in range(20):
-        image, changed, texts = augment(Image.fromarray(pixels), masks, ["man", "dog"], np.random.default_rng(seed))
+        image, changed, texts = augment(Image.fromarray(pixels), masks, ["man", "dog"], seed, **everything)
         channels = np.asarray(image).astype(int)
         assert np.array_equal(changed[0] | changed[1], channels[..., 0] - channels[..., 1] > 60)
         assert [mask.sum() for mask in changed] == [150, 40] and texts == ["man", "dog"]
@@ -212,12 +209,13 @@ def test_probabilities_are_shares_of_images():
 
 
 def test_equal_generators_give_equal_results():
-    augment = Augmentation(scale=0.5, crop=0.5, color=0.5, mirror=0.5)
-    assert pickle.loads(pickle.dumps(augment)) == augment  # workers receive a copy
+    options = {"scale": 0.5, "crop": 0.5, "color": 0.5, "mirror": 0.5}
+    augmentation = Augmentation(**options)
+    assert pickle.loads(pickle.dumps(augmentation)) == augmentation  # workers receive a copy
 
     def fingerprint(seed):
         np.random.seed(np.random.default_rng().integers(2**31))  # has no influence
-        image, masks, texts = augment(make_image(), make_masks(), TEXTS, np.random.default_rng(seed))
+        image, masks, texts = augment(seed=seed, **options)
         return image.tobytes(), image.size, [mask.tobytes() for mask in masks], texts
 
     prints = [fingerprint(seed) for seed in range(20)]
@@ -234,7 +232,7 @@ def test_images_are_mirrored_as_a_viewer_shows_them(tmp_path, orientation):
     shown = np.rot90(np.asarray(image), {1: 0, 3: 2, 6: -1}[orientation])
     mask = shown[..., 0] > 128
     with Image.open(tmp_path / "image.png") as stored:
-        turned, masks, _ = Augmentation(mirror=1)(stored, [mask], ["dog"], np.random.default_rng(0))
+        turned, masks, _ = augment(stored, [mask], ["dog"], mirror=1)
     assert np.array_equal(np.asarray(turned), shown[:, ::-1]) and np.array_equal(masks[0], mask[:, ::-1])
     assert turned.getexif().get(ExifTags.Base.Orientation, 1) == 1  # else the processor would rotate it again
 
@@ -243,22 +241,19 @@ def test_images_are_mirrored_as_a_viewer_shows_them(tmp_path, orientation):
 def test_any_mode_becomes_rgb(mode):
     image = Image.new("L", (WIDTH, HEIGHT), 255)
     image = Image.fromarray(np.full((HEIGHT, WIDTH), 65535, np.uint16)) if mode == "I;16" else image.convert(mode)
-    augment = Augmentation(scale=1, crop=1, color=1, mirror=1, brightness=0, scale_range=(0.5, 0.5))
-    changed, masks, _ = augment(image, make_masks(), TEXTS, np.random.default_rng(0))
+    changed, masks, _ = augment(image, scale=1, crop=1, color=1, mirror=1, brightness=0, scale_range=(0.5, 0.5))
     assert changed.mode == "RGB" and masks[0].shape == (changed.height, changed.width)
     pixels = np.asarray(changed)
     assert (pixels[masks[0]] > 250).all() and (pixels[0] == 0).all()
 
 
 def test_bad_masks_are_refused():
-    rng = np.random.default_rng(0)
-    augment = Augmentation(mirror=1)
     with pytest.raises(ValueError, match="one mask per text, got 2 masks and 1 texts"):
-        augment(make_image(), make_masks(), ["dog"], rng)
+        augment(texts=["dog"], mirror=1)
     with pytest.raises(ValueError, match=r"\(60, 80\), got bool of \(80, 60\)"):
-        augment(make_image(), [make_masks()[0].T], ["dog"], rng)
+        augment(None, [make_masks()[0].T], ["dog"], mirror=1)
     with pytest.raises(ValueError, match="got uint8"):
-        augment(make_image(), [make_masks()[0].astype(np.uint8)], ["dog"], rng)
+        augment(None, [make_masks()[0].astype(np.uint8)], ["dog"], mirror=1)
 
 
 @pytest.mark.parametrize(
