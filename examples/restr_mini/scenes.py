@@ -1,6 +1,7 @@
 """
-Any number of training scenes from photographs with instance masks in COCO's layout: cropped, mirrored, recoloured, and
-with instances of other photographs pasted in. A scene knows what it shows, so that `sentences.py` can describe it.
+Any number of training scenes from photographs with instance masks in COCO's layout. They are cropped, mirrored and
+recoloured, and instances of other photographs are pasted in. A scene knows what it shows, so `sentences.py` can
+describe it.
 
     photographs = Photographs.load([Path("photos")], "train")
     scenes = PhotoScenes(photographs, num_scenes=1000, image_size=192, seed=0)
@@ -26,10 +27,14 @@ from modeling_restr.data.records import read_json
 from modeling_restr.data.segmentation import decode_mask, segmentation_to_rle
 
 
+CATEGORIES = read_json(Path(__file__).with_name("categories.json"))
+# They do not belong to anything else in a photograph, so they may be pasted anywhere. Where such a category is not
+# annotated, nothing is said about it.
+UNMISTAKABLE = frozenset(CATEGORIES["unmistakable"])
 PARTS_SOURCES = {"clothing-co-parsing", "car-parts"}  # know parts and clothing of one person or car
 REGIONS_SOURCE = "labelme-facade"  # sky, road and walls as regions: two pieces of a building need not be two buildings
-PER_IMAGE_SOURCE = "coco2017-lvis"  # which categories were looked for differs between images
-# How often an image of a source is drawn, relative to its number.
+PER_IMAGE_SOURCE = "coco2017-lvis"  # its images differ in the categories that were annotated
+# How often a source's images are drawn, relative to their number.
 SOURCE_WEIGHTS = {
     "coco2017": 4.0,
     "coco2017-9-classes": 2.5,
@@ -41,32 +46,16 @@ SOURCE_WEIGHTS = {
     "labelme-facade": 0.3,
     "car-parts": 0.15,
 }
-# What does not belong to anything else in a photograph: it may be pasted anywhere. Where its category is not annotated,
-# nothing is said of it.
-UNMISTAKABLE = frozenset(
-    """
-    airplane balloon bear bed bird boat bus cat couch cow dog elephant fire-hydrant giraffe horse kite oven parking-meter pizza
-    refrigerator sheep skateboard snowboard stop-sign suitcase surfboard teddy-bear tennis-racket toilet train truck
-    umbrella zebra
-    """.replace("-", " ").split()
-) | {"fire hydrant", "parking meter", "stop sign", "teddy bear", "tennis racket"}
-SEEN_SHARE = 0.65  # of an instance's pixels that a crop must keep for a sentence about it
-CUT_SHARE = 0.04  # below this nobody takes what is left for one
-
-
+SEEN_SHARE = 0.65  # an instance is asked for when a crop keeps this share of its pixels
+CUT_SHARE = 0.04  # an instance of which less is left is no longer one
 HELD_OUT = 10  # every tenth image, by its id
-# Held-out photographs that are shown with the project, and therefore always part of the test.
+# Held-out photographs that the project shows. They are always part of the test.
 SHOWN = frozenset([30, 370, 450, 540, 125870, 173350, 196610, 231460, 294920, 349860, 551780, 568290])
 
 
-def is_held_out(image_id: int) -> bool:
-    """Whether a photograph is kept for validation or test: no stage of a training may learn from it."""
-    return image_id % HELD_OUT == 0
-
-
 def part_of(image_id: int) -> str:
-    """The part of the photographs that one belongs to: "train", "validation" or "test"."""
-    if not is_held_out(image_id):
+    """The part that a photograph belongs to: "train", or the held-out "validation" or "test"."""
+    if image_id % HELD_OUT != 0:
         return "train"
     is_validation = image_id // HELD_OUT % 2 == 0 and image_id not in SHOWN
     return "validation" if is_validation else "test"
@@ -75,13 +64,15 @@ def part_of(image_id: int) -> str:
 @dataclass(frozen=True)
 class PhotoScene:
     """
+    An image and its instances.
+
     image: (height, width, 3) uint8.
-    masks: (instances, height, width) bool, what is visible of each.
-    categories: their names.
-    is_clear: whether enough of each is visible to speak of it.
-    unclear_categories: those of which the scene may show more than its instances.
-    known: the categories that are annotated at all.
-    is_clothing: whether all but persons are parts and clothing of theirs.
+    masks: (instances, height, width) bool, the visible part of each instance.
+    categories: Their names.
+    is_clear: Whether enough of each instance is visible to ask for it.
+    unclear_categories: Categories of which the scene may show more than its instances.
+    known: The categories that are annotated at all.
+    is_clothing: Whether all instances but persons are their parts and clothing.
     """
 
     image: np.ndarray
@@ -92,14 +83,10 @@ class PhotoScene:
     known: frozenset[str]
     is_clothing: bool
 
-    def is_worn(self, category: str) -> bool:
-        """Whether instances of a category are parts of another instance."""
-        return self.is_clothing and category != "person"
-
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph (height, width, 3) uint8 in memory, with packed masks; the rest as in [`PhotoScene`]."""
+    """A photograph (height, width, 3) uint8 in memory, with packed masks. All else is as in [`PhotoScene`]."""
 
     image_id: int
     image: np.ndarray
@@ -116,7 +103,7 @@ class Photograph:
         return np.unpackbits(self.packed_masks, axis=2, count=self.image.shape[1]).astype(bool)
 
     def find_pasteable(self) -> Iterator[int]:
-        """The instances that are whole, large enough and no part of another."""
+        """The instances that are whole, large enough and not part of another one."""
         for index, (category, mask) in enumerate(zip(self.categories, self.masks)):
             if self.is_clothing and category != "person":
                 continue
@@ -127,7 +114,7 @@ class Photograph:
 
 
 class Photographs(Sequence[Photograph]):
-    """Photographs, and what can be cut out of them: `pasteable` (photograph, instance)."""
+    """Photographs, and the instances that can be cut out of them, `pasteable`: pairs (photograph, instance)."""
 
     def __init__(self, photographs: Sequence[Photograph]):
         self._photographs = list(photographs)
@@ -140,11 +127,11 @@ class Photographs(Sequence[Photograph]):
     @classmethod
     def load(cls, folders: Sequence[Path], part: str, progress: bool = True) -> Photographs:
         """
-        The photographs of a part ("train", "validation" or "test") of folders with `instances.json` in COCO's layout;
-        the images are next to it or in `images/`.
+        The photographs of a part ("train", "validation" or "test"). Each folder has `instances.json` in COCO's layout,
+        and the images next to it or in `images/`.
 
         Raises:
-            ValueError: when there is none.
+            ValueError: There is none.
         """
         photographs: list[Photograph] = []
         for folder in folders:
@@ -170,7 +157,7 @@ class Photographs(Sequence[Photograph]):
 
 
 class _Reader:
-    """The content of an instances file, by image."""
+    """Reads the photographs of an instances file."""
 
     def __init__(self, content: dict[str, Any], image_dir: Path):
         self.image_dir, self.find_image = image_dir, image_finder(image_dir)
@@ -178,7 +165,7 @@ class _Reader:
         self.annotations = defaultdict(list)
         for annotation in content["annotations"]:
             self.annotations[annotation["image_id"]].append(annotation)
-        # Categories that no image of a source has an instance of were not looked for there.
+        # A source that has no instance of a category did not annotate it.
         self.annotated: dict[str, set[str]] = defaultdict(set)
         for image in content["images"]:
             names = {self.names[annotation["category_id"]] for annotation in self.annotations[image["id"]]}
@@ -187,28 +174,25 @@ class _Reader:
     def read(self, image: dict[str, Any]) -> Photograph:
         opened = Image.open(resolve_image(self.find_image(image["file_name"]), self.image_dir))
         pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))  # upright, as its annotation is
+        size = pixels.shape[:2]
         packed, categories, crowds = [], [], set()
         for annotation in self.annotations[image["id"]]:
             name = self.names[annotation["category_id"]]
             if annotation.get("not_exhaustive"):
                 crowds.add(name)
-            if annotation.get("iscrowd"):
-                crowds.add(name)
-                continue
-            mask = decode_mask(segmentation_to_rle(annotation["segmentation"], pixels.shape[:2])).astype(bool)
-            if mask.any():
+            mask = decode_mask(segmentation_to_rle(annotation["segmentation"], size))
+            if annotation.get("iscrowd") or not mask.any():
+                crowds.add(name)  # without a mask, it is somewhere in the image
+            else:
                 packed.append(np.packbits(mask, axis=1))
                 categories.append(name)
-            else:
-                crowds.add(name)  # one that is there, nobody knows where
-        empty = np.zeros((0, len(pixels), -(-pixels.shape[1] // 8)), np.uint8)
         source = image.get("source", "")
         if source == REGIONS_SOURCE:
             crowds |= {name for name in categories if categories.count(name) > 1}
         return Photograph(
             image_id=image["id"],
             image=pixels,
-            packed_masks=np.stack(packed) if packed else empty,
+            packed_masks=np.array(packed, np.uint8).reshape(-1, size[0], math.ceil(size[1] / 8)),
             categories=categories,
             crowds=crowds,
             known=frozenset(categories) | crowds if source == PER_IMAGE_SOURCE else frozenset(self.annotated[source]),
@@ -222,12 +206,12 @@ class PhotoScenes:
     Scene `index` depends on (seed, index) alone.
 
     Args:
-        photographs: what they are made of.
-        num_scenes: how many there are.
-        image_size: the longer side of each, in pixels.
-        seed: another seed gives other scenes.
+        photographs: Where they come from.
+        num_scenes: Number of scenes.
+        image_size: Longer side of each scene in pixels.
+        seed: Another seed gives other scenes.
         augment: `False` gives the photographs as they are, one after the other.
-        paste: the probability that instances of other photographs are pasted in.
+        paste: Probability that instances of other photographs are pasted in.
     """
 
     def __init__(
@@ -257,9 +241,9 @@ class PhotoScenes:
         return self.draw(index)
 
     def draw(self, index: int, attempt: int = 0) -> PhotoScene:
-        """Scene `index`, or another one in its place."""
+        """Scene `index`, or with another `attempt` another one in its place."""
         if not 0 <= index < self.num_scenes:
-            raise IndexError(f"Scene {index} of {self.num_scenes}.")
+            raise IndexError(f"Expected an index below {self.num_scenes}, got {index}.")
         if not self.augment:
             return self._cut((index + attempt) % len(self.photographs), None, False)
         rng = np.random.default_rng((self.seed, index, attempt))
@@ -271,7 +255,7 @@ class PhotoScenes:
         return replace(scene, image=image)
 
     def _draw_crop(self, rng: np.random.Generator, photo: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width); the whole photograph every fourth time."""
+        """(top, left, height, width), every fourth time those of the whole photograph."""
         height, width = self.photographs[photo].image.shape[:2]
         if rng.random() < 0.25:
             return 0, 0, height, width
@@ -288,12 +272,10 @@ class PhotoScenes:
         scale = self.image_size / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         rows, columns = slice(top, top + height), slice(left, left + width)
-        areas = masks.sum((1, 2))
         seen = masks[:, rows, columns]
-        shares = seen.sum((1, 2)) / areas
-        image = np.asarray(
-            Image.fromarray(source[rows, columns]).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        )
+        shares = seen.sum((1, 2)) / masks.sum((1, 2))
+        cut = Image.fromarray(source[rows, columns])
+        image = np.asarray(cut.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
         kept = [index for index in range(len(masks)) if shares[index] > CUT_SHARE]
         resized = [_resize_mask(seen[index], size) for index in kept]
         if mirror:
@@ -301,7 +283,7 @@ class PhotoScenes:
         alive = [(index, mask) for index, mask in zip(kept, resized) if mask.any()]
         return PhotoScene(
             image=image,
-            masks=np.stack([mask for _, mask in alive]) if alive else np.zeros((0, *image.shape[:2]), bool),
+            masks=np.array([mask for _, mask in alive], bool).reshape(-1, *image.shape[:2]),
             categories=[photograph.categories[index] for index, _ in alive],
             is_clear=[bool(shares[index] >= SEEN_SHARE) for index, _ in alive],
             unclear_categories=set(photograph.crowds),
@@ -329,20 +311,20 @@ class PhotoScenes:
             categories.append(label)
             is_clear.append(True)
             if label not in scene.known:
-                unclear.add(label)  # there may be another one, which nobody annotated
+                unclear.add(label)  # there may be another one, not annotated
         shares = [mask.sum() / full for mask, full in zip(masks, before)]
         alive = [index for index, share in enumerate(shares) if share > CUT_SHARE]
         return replace(
             scene,
             image=image,
-            masks=np.stack([masks[index] for index in alive]) if alive else scene.masks[:0],
+            masks=np.array([masks[index] for index in alive], bool).reshape(-1, *image.shape[:2]),
             categories=[categories[index] for index in alive],
             is_clear=[bool(is_clear[index] and shares[index] >= SEEN_SHARE) for index in alive],
             unclear_categories=unclear,
         )
 
     def _draw_pasteable(self, rng: np.random.Generator, categories: list[str]) -> int:
-        """Every third time another one of what is there: place and order then matter."""
+        """About every third time one of a category that is there already, so that place and order matter."""
         if categories and rng.random() < 0.35:
             same = self._pasteable_of.get(categories[rng.integers(len(categories))])
             if same:
@@ -352,7 +334,7 @@ class PhotoScenes:
     def _place(
         self, rng: np.random.Generator, photo: int, instance: int, size: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """An instance of another photograph on an empty canvas: its pixels, and where they are."""
+        """An instance of another photograph on an empty canvas: the canvas and the instance's mask on it."""
         source, mask = self.photographs[photo].image, self.photographs[photo].masks[instance]
         left, top, right, bottom = find_box(mask)
         side = math.exp(rng.uniform(math.log(0.18), math.log(0.75))) * max(size)
@@ -362,10 +344,8 @@ class PhotoScenes:
             return None
         x, y = int(rng.integers(size[1] - width + 1)), int(rng.integers(size[0] - height + 1))
         cut = Image.fromarray(source[top:bottom, left:right]).resize((width, height), Image.Resampling.BILINEAR)
-        pixels, small = (
-            _change_colors(rng, np.asarray(cut)),
-            _resize_mask(mask[top:bottom, left:right], (width, height)),
-        )
+        pixels = _change_colors(rng, np.asarray(cut))
+        small = _resize_mask(mask[top:bottom, left:right], (width, height))
         if rng.random() < 0.5:
             pixels, small = pixels[:, ::-1], small[:, ::-1]
         canvas, where = np.zeros((*size, 3), np.uint8), np.zeros(size, bool)
@@ -374,7 +354,7 @@ class PhotoScenes:
 
 
 def find_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a mask that is not empty; right and bottom lie just outside."""
+    """(left, top, right, bottom) of a mask that is not empty. Right and bottom lie just outside."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -385,7 +365,7 @@ def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _change_colors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Brightness, contrast and saturation, so little that a colour keeps its name."""
+    """Change brightness, contrast and saturation, little enough that a colour keeps its name."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         picture = enhance(picture).enhance(rng.uniform(0.7, 1.3))

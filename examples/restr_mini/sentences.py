@@ -1,30 +1,30 @@
 """
-Short sentences about a photograph's instances, in the words that people type: category with its synonyms,
-place, order, size, colour, and relation to another instance, also two of these at once ("left guy in red").
+Short sentences about the instances of a photograph, in the words that people type. They name a category, place, order,
+size, colour or relation to another instance, or two of these at once ("left guy in red").
 
     for expression in express(scene, np.random.default_rng(0), count=4):
         print(expression.text, scene.masks[expression.target].sum())
 
-Each is true of one instance only, by construction, as far as the annotation goes. What a person is called ("guy",
-"woman", "kid") says nothing about which person: no annotation tells.
+By construction each sentence is true of one instance only, as far as the annotation goes. Words for people ("guy",
+"woman", "kid") tell nobody apart, because the annotation does not.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from scenes import PhotoScene
+from scenes import CATEGORIES, PhotoScene
 
 from modeling_restr.data.expressions import (
     ORDINALS,
     PHRASES,
     Instance,
-    Statement,
     find_statements,
     is_before,
     measure_mask,
@@ -33,119 +33,35 @@ from modeling_restr.data.expressions import (
 )
 
 
-MIN_AREA_SHARE = 0.006  # of the picture, for a sentence about an instance
-KIND_WEIGHTS = {"category": 0.2, "place": 0.36, "order": 0.14, "size": 0.08, "color": 0.12, "relation": 0.1}
-
-# In addition to the category's own name. One that two categories share is used only where the other is not in the picture.
-SYNONYMS = {
-    "person": (
-        *("man", "guy", "woman", "girl", "kid", "lady", "boy", "person", "guy", "man", "woman", "human"),
-        *("dude", "child", "player", "male", "female", "gal", "gentleman", "lad", "toddler", "baby", "teen"),
-    ),
-    "bicycle": ("bike",),
-    "motorcycle": ("bike", "motorbike"),
-    "airplane": ("plane", "jet"),
-    "boat": ("ship",),
-    "couch": ("sofa",),
-    "tv": ("television", "screen", "monitor"),
-    "laptop": ("computer",),
-    "cell phone": ("phone", "mobile"),
-    "dining table": ("table",),
-    "potted plant": ("plant", "flower pot"),
-    "donut": ("doughnut",),
-    "wine glass": ("glass",),
-    "cup": ("mug", "glass"),
-    "handbag": ("bag", "purse"),
-    "purse": ("bag", "handbag"),
-    "backpack": ("bag", "rucksack"),
-    "suitcase": ("bag", "luggage"),
-    "refrigerator": ("fridge",),
-    "sports ball": ("ball",),
-    "tennis racket": ("racket",),
-    "baseball bat": ("bat",),
-    "skateboard": ("board",),
-    "surfboard": ("board",),
-    "snowboard": ("board",),
-    "cat": ("kitty", "kitten", "feline"),
-    "balloon": ("hot air balloon",),
-    "truck": ("lorry",),
-    "car": ("vehicle", "auto", "automobile"),
-    "bus": ("coach",),
-    "train": ("locomotive",),
-    "umbrella": ("parasol",),
-    "clock": ("watch",),
-    "bed": ("mattress",),
-    "oven": ("stove",),
-    "vegetation": ("trees", "plants", "greenery"),
-    "pavement": ("sidewalk", "walkway"),
-    "road": ("street",),
-    "building": ("house",),
-    "hood": ("bonnet",),
-    "wheel": ("tire", "tyre"),
-    "front light": ("headlight",),
-    "back light": ("taillight", "rear light"),
-    "front glass": ("windshield",),
-    "front bumper": ("bumper",),
-    "dog": ("puppy", "pup"),
-    "horse": ("pony",),
-    "cow": ("bull",),
-    "sheep": ("lamb",),
-    "chair": ("seat",),
-    "bowl": ("dish",),
-    "vase": ("pot",),
-    "sandwich": ("burger",),
-    "teddy bear": ("stuffed animal", "teddy"),
-    "pants": ("trousers",),
-    "jeans": ("pants",),
-    "leggings": ("pants", "tights"),
-    "t-shirt": ("tee", "shirt"),
-    "blouse": ("shirt", "top"),
-    "sweater": ("pullover", "top"),
-    "sweatshirt": ("sweater",),
-    "blazer": ("jacket",),
-    "coat": ("jacket",),
-    "sneakers": ("shoes",),
-    "boots": ("shoes",),
-    "heels": ("shoes",),
-    "sandals": ("shoes",),
-    "hat": ("cap",),
-}
-# More general names; they tell instances of several categories apart.
-GENERAL_NAMES = {
-    "animal": ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"),
-    "vehicle": ("car", "motorcycle", "bus", "truck"),
-    "fruit": ("banana", "apple", "orange"),
-}
+# Other names of a category. One that two categories share is used only where the other category is not in the picture.
+SYNONYMS: dict[str, list[str]] = CATEGORIES["synonyms"]
+GENERAL_NAMES: dict[str, list[str]] = CATEGORIES["general_names"]  # they tell instances of several categories apart
+HELD, RIDDEN, SAT_ON = (frozenset(CATEGORIES[name]) for name in ("held", "ridden", "sat_on"))
 NO_NAMES = ("one", "one", "")  # where all instances are of one category: "left one", "far right"
 NEVER_SAID = {"skin", "accessories"}  # categories that nobody asks for by this name
+
+MIN_AREA_SHARE = 0.006  # the smallest instance that is asked for, as a share of the picture
+KIND_WEIGHTS = {"category": 0.2, "place": 0.36, "order": 0.14, "size": 0.08, "color": 0.12, "relation": 0.1}
 
 # {0} is the noun.
 DEPTH_PHRASES = {
     "nearest": (
-        "front {0}",
-        "{0} in front",
-        "closest {0}",
-        "nearest {0}",
-        "{0} in the foreground",
-        "{0} closest to us",
+        *("front {0}", "{0} in front", "closest {0}", "nearest {0}"),
+        *("{0} in the foreground", "{0} closest to us"),
     ),
     "farthest": ("back {0}", "{0} in back", "{0} in the back", "farthest {0}", "{0} in the background"),
 }
 
-# {0} is the noun, {1} the colour.
+# {0} is the noun, {1} the colour, {2} a garment.
 COLOR_PHRASES = ("{1} {0}",) * 5 + ("{0} that is {1}",)
 DRESS_PHRASES = ("{0} in {1}",) * 5 + ("{0} wearing {1}", "{0} dressed in {1}", "{0} with {1} clothes")
-# {2} is a garment; the person is meant, where clothes are no instances of their own.
+# They mean the person, so they are used only where clothes are not instances themselves.
 GARMENT_PHRASES = (
-    "{0} in {1} {2}",
-    "{0} in {1} {2}",
-    "{0} in the {1} {2}",
-    "{0} with {1} {2}",
-    "{1} {2} {0}",
-    "{1} {2}",
+    *("{0} in {1} {2}", "{0} in {1} {2}", "{0} in the {1} {2}"),
+    *("{0} with {1} {2}", "{1} {2} {0}", "{1} {2}"),
 )
 GARMENTS = ("shirt", "shirt", "shirt", "jacket", "top", "coat")
-# {0} is the noun, {1} what it stands in relation to.
+# {0} is the noun, {1} the noun that it stands in relation to.
 RELATION_PHRASES = {
     "left of": ("{0} left of {1}", "{0} to the left of {1}"),
     "right of": ("{0} right of {1}", "{0} to the right of {1}"),
@@ -156,39 +72,19 @@ RELATION_PHRASES = {
     "on": ("{0} on {1}", "{0} riding {1}"),
     "sitting on": ("{0} on {1}", "{0} sitting on {1}"),
 }
-HELD = frozenset(
-    [
-        "handbag",
-        "backpack",
-        "suitcase",
-        "umbrella",
-        "tie",
-        "frisbee",
-        "kite",
-        "skateboard",
-        "surfboard",
-        "phone",
-        "remote",
-        "laptop",
-    ]
-) | {"tennis racket", "baseball bat", "baseball glove", "sports ball", "cell phone", "wine glass", "teddy bear"}
-RIDDEN = frozenset(["bicycle", "motorcycle", "horse", "elephant", "skateboard", "surfboard", "snowboard", "skis"])
-SAT_ON = frozenset(["bench", "chair", "couch", "bed"])
 
 SPELLINGS = {"gray": ("gray", "grey"), "black": ("black", "black", "dark"), "white": ("white", "white", "light")}
 COLORS = ("black", "white", "gray", "red", "orange", "brown", "yellow", "green", "blue", "purple", "pink")
-CLEAR_COLOR = 0.5  # the share of its pixels from which an instance has a colour
-OTHER_COLOR = 0.15  # and up to which another one clearly has not
-CLEAR_DEPTH = 1.6  # between the areas of instances of which one is nearer
+CLEAR_COLOR = 0.5  # an instance has a colour from this share of its pixels
+OTHER_COLOR = 0.15  # and clearly does not have it below this share
+CLEAR_DEPTH = 1.6  # the least ratio of areas between a nearer and a farther instance
 
-
-_VERTICAL = re.compile("top|bottom|above|below")  # in photographs rarer than people ask for it
-
-# {0} is the sentence: people also write whole requests.
+# {0} is the sentence; people also write whole requests.
 REQUESTS = (
     *("find {0}", "show me {0}", "where is {0}", "{0} please", "segment {0}", "i mean {0}", "can you see {0}"),
     *("select {0}", "this is {0}", "look at {0}", "{0} in this photo", "{0} in the picture", "mark {0}", "only {0}"),
 )
+_VERTICAL = re.compile("top|bottom|above|below")  # drawn more often, since people ask for it more than photographs do
 
 
 class Expression(NamedTuple):
@@ -201,15 +97,15 @@ class Expression(NamedTuple):
 
 class Fact(NamedTuple):
     """
-    What is true of one instance of a noun, or of the noun in a colour. `name` is a key of `PHRASES` or, with an
-    `anchor`, the noun that it stands in relation to, of `RELATION_PHRASES`.
+    What is true of one instance of a noun, or of one of the noun in a colour. `name` is a key of `PHRASES` or
+    `DEPTH_PHRASES`, or of `RELATION_PHRASES` with an `anchor`, the category that the instance stands in relation to.
     """
 
     kind: str
     name: str
     target: int
+    rank: int
     noun: str
-    rank: int = 0
     color: str = ""
     anchor: str = ""
 
@@ -229,11 +125,7 @@ def express(scene: PhotoScene, rng: np.random.Generator, count: int) -> list[Exp
         if not targets:
             targets = [int(target) for target in rng.permutation(sorted(facts_of))]
         target = targets.pop()
-        kinds = sorted(facts_of[target])
-        weights = np.array([KIND_WEIGHTS[kind] for kind in kinds])
-        facts = facts_of[target][kinds[rng.choice(len(kinds), p=weights / weights.sum())]]
-        vertical = np.array([2.0 if _VERTICAL.search(fact.name) else 1.0 for fact in facts])
-        fact = facts[rng.choice(len(facts), p=vertical / vertical.sum())]
+        fact = _draw_fact(facts_of[target], rng)
         text = _say(rng, fact, names)
         expressions.setdefault(text, Expression(text, fact.kind, target))
         if len(expressions) == count:
@@ -241,8 +133,16 @@ def express(scene: PhotoScene, rng: np.random.Generator, count: int) -> list[Exp
     return list(expressions.values())
 
 
+def _draw_fact(facts_of: Mapping[str, Sequence[Fact]], rng: np.random.Generator) -> Fact:
+    kinds = sorted(facts_of)
+    weights = np.array([KIND_WEIGHTS[kind] for kind in kinds])
+    facts = facts_of[kinds[rng.choice(len(kinds), p=weights / weights.sum())]]
+    weights = np.array([2.0 if _VERTICAL.search(fact.name) else 1.0 for fact in facts])
+    return facts[rng.choice(len(facts), p=weights / weights.sum())]
+
+
 def find_facts(scene: PhotoScene) -> Iterator[Fact]:
-    """Everything that can be said of exactly one instance. No chance is involved."""
+    """Everything that can be said of exactly one instance. Nothing here is random."""
     instances = [
         _measure(category, mask, is_clear)
         for category, mask, is_clear in zip(scene.categories, scene.masks, scene.is_clear)
@@ -251,9 +151,9 @@ def find_facts(scene: PhotoScene) -> Iterator[Fact]:
     for statement in find_statements(instances, unclear):
         is_said = instances[statement.target].noun not in NEVER_SAID
         if is_said and not (scene.is_clothing and statement.kind == "place"):  # clothes are where they are worn
-            yield _to_fact(statement, instances[statement.target].noun)
+            yield Fact(*statement, noun=instances[statement.target].noun)
     yield from _general_facts(instances, scene.known, unclear)
-    groups = _groups(instances, unclear)
+    groups = _group_by_noun(instances, unclear)
     yield from _depth_facts(instances, groups, scene)
     yield from _color_facts(instances, groups, scene)
     yield from _relation_facts(instances, groups, scene)
@@ -261,14 +161,10 @@ def find_facts(scene: PhotoScene) -> Iterator[Fact]:
 
 def _measure(category: str, mask: np.ndarray, is_clear: bool) -> Instance:
     instance = measure_mask(category, mask, MIN_AREA_SHARE)
-    return instance if is_clear else Instance(category, instance.box, instance.center, instance.area, False)
+    return instance if is_clear else replace(instance, can_be_target=False)
 
 
-def _to_fact(statement: Statement, noun: str) -> Fact:
-    return Fact(statement.kind, statement.name, statement.target, noun, statement.rank)
-
-
-def _groups(instances: Sequence[Instance], unclear: Iterable[str]) -> dict[str, list[int]]:
+def _group_by_noun(instances: Sequence[Instance], unclear: Iterable[str]) -> dict[str, list[int]]:
     groups = defaultdict(list)
     for index, instance in enumerate(instances):
         if instance.noun not in unclear and instance.noun not in NEVER_SAID:
@@ -277,24 +173,22 @@ def _groups(instances: Sequence[Instance], unclear: Iterable[str]) -> dict[str, 
 
 
 def _general_facts(instances: Sequence[Instance], known: Iterable[str], unclear: set[str]) -> Iterator[Fact]:
+    """The facts about all animals, all vehicles and so on, where all of their categories are annotated."""
     known = frozenset(known)
     for general, categories in GENERAL_NAMES.items():
         if not known.issuperset(categories) or unclear & set(categories):
             continue
-        renamed = [
-            Instance(general if i.noun in categories else i.noun, i.box, i.center, i.area, i.can_be_target)
-            for i in instances
-        ]
+        renamed = [replace(i, noun=general) if i.noun in categories else i for i in instances]
         for statement in find_statements(renamed, unclear):
             if renamed[statement.target].noun == general:
-                yield _to_fact(statement, general)
+                yield Fact(*statement, noun=general)
 
 
 # --- Colours ----------------------------------------------------------------------------------------------------------
 
 
 def name_colors(pixels: np.ndarray) -> np.ndarray:
-    """The index in `COLORS` of each pixel of (pixels, 3) uint8, -1 where its name is open to dispute."""
+    """The index in `COLORS` of each pixel (pixels, 3) uint8, or -1 where people may disagree."""
     rgb = pixels.astype(np.float32) / 255
     value, low = rgb.max(1), rgb.min(1)
     spread = value - low
@@ -329,8 +223,8 @@ def name_colors(pixels: np.ndarray) -> np.ndarray:
 
 def _color_shares(scene: PhotoScene, index: int) -> np.ndarray:
     """
-    The share of each of `COLORS` in an instance; of a person, in what is most likely its clothing. Of a person without
-    a head, which the picture's edge or something else hides, it is open where its clothing is.
+    The share of each of `COLORS` in an instance. For a person only the part counts that is most likely clothing. Where
+    the head is hidden, the clothing cannot be located: all shares are then between having and not having a colour.
     """
     mask = scene.masks[index]
     if scene.categories[index] == "person":
@@ -347,7 +241,7 @@ def _color_shares(scene: PhotoScene, index: int) -> np.ndarray:
 
 
 def _color_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
-    """What tells instances apart among those of their noun that share a colour: often that there is but one."""
+    """What tells apart the instances of a noun that share a colour; often there is only one of them."""
     for noun, members in groups.items():
         if len(members) > 12:
             continue
@@ -360,28 +254,26 @@ def _color_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]],
             for statement in find_statements([instances[index] for index in colored]):
                 if scene.is_clothing and statement.kind == "place":
                     continue
-                # Of the only one, its place says nothing that the colour does not.
+                # The colour alone identifies an only one, whatever else is said.
                 kind = "color" if len(colored) == 1 else statement.kind
-                yield Fact(kind, statement.name, colored[statement.target], noun, statement.rank, color=name)
+                yield Fact(kind, statement.name, colored[statement.target], statement.rank, noun, color=name)
 
 
 # --- Depth ------------------------------------------------------------------------------------------------------------
 
 
 def _depth_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
-    """
-    The nearest and the farthest of a noun: what is nearer to the camera is bigger, and stands lower in the picture.
-    """
+    """The nearest and the farthest of a noun: nearer to the camera means bigger, and lower in the picture."""
     for noun, members in groups.items():
         if len(members) < 2 or scene.is_clothing:
             continue
         ranked = sorted(members, key=lambda index: instances[index].area, reverse=True)
         nearest, *others = (instances[index] for index in ranked)
         if nearest.can_be_target and all(_is_nearer(nearest, other) for other in others):
-            yield Fact("place", "nearest", ranked[0], noun)
+            yield Fact("place", "nearest", ranked[0], 0, noun)
         *others, farthest = (instances[index] for index in ranked)
         if farthest.can_be_target and all(_is_nearer(other, farthest) for other in others):
-            yield Fact("place", "farthest", ranked[-1], noun)
+            yield Fact("place", "farthest", ranked[-1], 0, noun)
 
 
 def _is_nearer(first: Instance, second: Instance) -> bool:
@@ -401,7 +293,7 @@ def _relation_facts(
             continue
         for name, target in _relations(instances, members, anchor, scene):
             if instances[target].can_be_target:
-                yield Fact("relation", name, target, noun, anchor=scene.categories[anchor])
+                yield Fact("relation", name, target, 0, noun, anchor=scene.categories[anchor])
 
 
 def _relations(
@@ -411,9 +303,11 @@ def _relations(
     for axis, names in ((0, ("left of", "right of")), (1, ("above", "below"))):
         before = [index for index in members if is_before(instances[index], other, axis)]
         after = [index for index in members if is_before(other, instances[index], axis)]
-        if len(before) == 1 and len(before) + len(after) == len(members):
+        if len(before) + len(after) < len(members):
+            continue
+        if len(before) == 1:
             yield names[0], before[0]
-        if len(after) == 1 and len(before) + len(after) == len(members):
+        if len(after) == 1:
             yield names[1], after[0]
     gaps = sorted((_gap(instances[index], other), index) for index in members)
     if gaps[0][0] < 0.04 and (len(gaps) == 1 or gaps[1][0] > gaps[0][0] + 0.12):
@@ -436,13 +330,12 @@ def _gap(first: Instance, second: Instance) -> float:
 
 
 def _inside(inner: Instance, outer: Instance) -> float:
-    """The share of one box that lies in another, widened by a tenth."""
+    """The share of one box that lies in another, which is widened by a tenth on each side."""
     sides = []
-    for i in (0, 1):
-        margin = 0.1 * outer.extent[i]
-        sides.append(
-            max(0.0, min(inner.box[i + 2], outer.box[i + 2] + margin) - max(inner.box[i], outer.box[i] - margin))
-        )
+    for axis in (0, 1):
+        margin = 0.1 * outer.extent[axis]
+        end = min(inner.box[axis + 2], outer.box[axis + 2] + margin)
+        sides.append(max(0.0, end - max(inner.box[axis], outer.box[axis] - margin)))
     return sides[0] * sides[1] / max(inner.extent[0] * inner.extent[1], 1e-9)
 
 
@@ -450,14 +343,11 @@ def _inside(inner: Instance, outer: Instance) -> float:
 
 
 class _Names:
-    """The names that are unmistakable in a scene, by category."""
+    """The names of each category that no other category of the scene has."""
 
     def __init__(self, scene: PhotoScene):
         present = set(scene.categories) | set(scene.unclear_categories)
-        counts: dict[str, int] = defaultdict(int)
-        for category in present:
-            for name in {category, *SYNONYMS.get(category, ())}:
-                counts[name] += 1
+        counts = Counter(name for category in present for name in {category, *SYNONYMS.get(category, ())})
         self.of = {
             category: [category] * 3
             + [name for name in SYNONYMS.get(category, ()) if counts[name] == 1 or category == "person"]
@@ -472,7 +362,7 @@ class _Names:
         return names[rng.integers(len(names))]
 
     def draw_for(self, rng: np.random.Generator, fact: Fact) -> str:
-        """For what the sentence is about; where there is nothing else, it need not be named."""
+        """A name for what the sentence is about; it may be left out where the scene has one category only."""
         if self.needs_none and fact.kind in ("place", "order", "size", "color") and rng.random() < 0.3:
             return NO_NAMES[rng.integers(len(NO_NAMES))]
         return self.draw(rng, fact.noun)
@@ -508,7 +398,7 @@ def _say_colored(rng: np.random.Generator, fact: Fact, noun: str, has_garments: 
 
 
 def mistype(text: str, rng: np.random.Generator) -> str:
-    """The sentence with two letters of a longer word swapped, or one of them left out or doubled."""
+    """The sentence with two letters of a longer word swapped, or with a letter left out or doubled."""
     words = text.split()
     long = [index for index, word in enumerate(words) if len(word) > 3]
     if not long:
@@ -521,7 +411,7 @@ def mistype(text: str, rng: np.random.Generator) -> str:
 
 
 def absent_categories(scene: PhotoScene, names: Iterable[str]) -> list[str]:
-    """Those of `names` that the scene certainly does not show, by any of their names."""
+    """Those of `names` that the scene certainly does not show under any of their synonyms."""
     shown = set(scene.categories) | set(scene.unclear_categories)
     shown_names = shown.union(*(SYNONYMS.get(category, ()) for category in shown))
     shown_words = {word for name in shown_names for word in name.split()}
@@ -538,7 +428,7 @@ ABSENT_STATEMENTS = ("only", "only", "left of all", "right of all", "on the left
 
 
 def say_absent(scene: PhotoScene, names: Sequence[str], rng: np.random.Generator) -> str | None:
-    """A sentence about something that the scene does not show; None where nothing is known to be absent."""
+    """A sentence about something that the scene does not show, or None where nothing is known to be absent."""
     absent = [] if scene.is_clothing else absent_categories(scene, names)
     if not absent:
         return None
@@ -551,25 +441,24 @@ def say_absent(scene: PhotoScene, names: Sequence[str], rng: np.random.Generator
 def spoken_words(categories: Iterable[str]) -> set[str]:
     """Every word that a sentence about these categories may have."""
     nouns = [*categories, *itertools.chain(*SYNONYMS.values()), *GENERAL_NAMES, *NO_NAMES]
-    phrases = [
-        *itertools.chain(*PHRASES.values(), *DEPTH_PHRASES.values()),
-        *itertools.chain(*RELATION_PHRASES.values()),
-        *REQUESTS,
-    ]
-    phrases += [*COLOR_PHRASES, *DRESS_PHRASES, *GARMENT_PHRASES, *GARMENTS, *COLORS, *itertools.chain(*ORDINALS)]
-    phrases += [*itertools.chain(*SPELLINGS.values()), *nouns, *map(pluralize, nouns), "the that a"]
+    by_name = (PHRASES, DEPTH_PHRASES, RELATION_PHRASES, SPELLINGS)
+    phrases = itertools.chain(
+        *(ways for table in by_name for ways in table.values()),
+        *(REQUESTS, COLOR_PHRASES, DRESS_PHRASES, GARMENT_PHRASES, GARMENTS, COLORS, *ORDINALS),
+        *(nouns, map(pluralize, nouns), ["the that a"]),
+    )
     return {word for phrase in phrases for word in phrase.split() if "{" not in word}
 
 
 class NoiseWords:
     """
-    Words that say nothing of the photograph, for robustness: people write more than the generator does ("guy standing
-    there on left").
+    Words that say nothing about the photograph, for robustness: people write more than the generator does ("guy
+    standing there on left").
 
     Args:
-        words: the most frequent first, as in GloVe's files; these are drawn as much more often as they are in texts.
-            Those that the generator uses itself are left out.
-        categories: what it may name.
+        words: Most frequent first, as in GloVe's files, and drawn as often as texts have them. Words that the
+            generator uses are left out.
+        categories: What the generator may name.
     """
 
     def __init__(self, words: Iterable[str], categories: Iterable[str]):
@@ -577,7 +466,7 @@ class NoiseWords:
         self.words = [word for word in words if word not in used and word.isalpha()]
 
     def insert(self, text: str, rng: np.random.Generator) -> str:
-        """The sentence with one or two of them somewhere."""
+        """The sentence with one or two of these words somewhere."""
         words = text.split()
         for _ in range(rng.integers(1, 3)):
             rank = int((len(self.words) + 1) ** rng.random()) - 1  # Zipf's law
