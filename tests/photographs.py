@@ -1,4 +1,4 @@
-"""A few photographs in COCO's layout for the tests of what learns from them: every pixel says where it is."""
+"""A few photographs in COCO's layout, for tests of scenes and training. Every pixel says where it is."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,9 @@ def write_photographs(
     folder: Path, number: int = 12, size: tuple[int, int] = (96, 128), colored: bool = False
 ) -> Path:
     """
-    `instances.json` and `images/`. Pixel (row, column) of photograph i is (column, row, 10 * i), or with `colored` its
-    category's colour on green. Photograph i has 2 or 3 boxes; its id is i + 1, so the tenth is held out.
+    Write `instances.json` and `images/`. Pixel (row, column) of photograph i is (column, row, 10 * i), or with
+    `colored` the colour of its category, on green. Photograph i has 2 or 3 boxes. Its id is i + 1, so the tenth is
+    held out.
     """
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []

@@ -6,9 +6,7 @@ import pytest
 from photographs import write_photographs
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
-from scenes import SHOWN, Photographs, PhotoScenes, letterbox, part_of
-
-from modeling_restr import ReSTRImageProcessor
+from scenes import SHOWN, Photographs, PhotoScenes, part_of
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def test_held_out_photographs_are_never_loaded_for_training(folder, photographs)
     assert photographs.image_ids == [image_id for image_id in range(1, 23) if image_id % 10]
 
 
-def test_each_photograph_has_one_part_and_what_is_shown_is_test():
+def test_each_photograph_has_one_part_and_shown_ones_are_test():
     parts = [part_of(image_id) for image_id in range(10_000)]
     assert [parts.count(part) for part in ("train", "validation", "test")] == [9000, 499, 501]  # 540 is shown
     assert {part_of(image_id) for image_id in SHOWN} == {"test"}
@@ -46,8 +44,8 @@ def test_scenes_depend_on_their_number_alone(photographs):
         second[9]
 
 
-def test_masks_are_what_is_still_visible(photographs):
-    """The boxes of these photographs do not overlap: where two would, the later one was pasted over."""
+def test_masks_are_the_visible_parts(photographs):
+    """No two boxes of a photograph overlap, so a pasted one has to be cut out of the others."""
     scenes = PhotoScenes(photographs, 60, 96, seed=1, paste=1.0)
     for scene in (scenes[index] for index in range(len(scenes))):
         assert len(scene.masks) == len(scene.categories) == len(scene.is_clear)
@@ -55,25 +53,20 @@ def test_masks_are_what_is_still_visible(photographs):
         assert scene.masks.shape[1:] == scene.image.shape[:2]
 
 
-def test_what_is_cut_off_or_hidden_is_not_clear(photographs):
-    """The share of each box that a crop keeps, from the boxes of these photographs, whose pixels say where they are."""
+def test_instances_that_are_cut_off_are_unclear(photographs):
     scenes = PhotoScenes(photographs, 80, 96, seed=2, paste=0.0)
     unclear = 0
     for scene in (scenes[index] for index in range(len(scenes))):
         for mask, is_clear in zip(scene.masks, scene.is_clear):
             rows, columns = mask.nonzero()
-            is_inside = (
-                rows.min() > 1
-                and columns.min() > 1
-                and rows.max() < len(mask) - 2
-                and columns.max() < mask.shape[1] - 2
-            )
+            is_inside = min(rows.min(), columns.min()) > 1 and (len(mask) - rows.max() > 2)
+            is_inside &= mask.shape[1] - columns.max() > 2
             assert is_clear or not is_inside  # without pasting, only the frame cuts off
             unclear += not is_clear
     assert unclear > 10
 
 
-def test_not_augmented_scenes_are_the_photographs_in_their_order(photographs, folder):
+def test_scenes_without_augmentation_are_the_photographs_in_order(photographs, folder):
     scenes = PhotoScenes(photographs, len(photographs), 128, augment=False)
     for index in (0, 5):
         name = f"photo{photographs.image_ids[index] - 1}.png"
@@ -81,17 +74,7 @@ def test_not_augmented_scenes_are_the_photographs_in_their_order(photographs, fo
         assert np.array_equal(scenes[index].masks, photographs[index].masks)
 
 
-def test_letterbox_is_the_image_processors(photographs):
-    processor = ReSTRImageProcessor(size={"height": 96, "width": 96})
-    scenes = PhotoScenes(photographs, 12, 96, seed=5)
-    for scene in (scenes[index] for index in range(len(scenes))):
-        pixels = processor(Image.fromarray(scene.image), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        assert np.abs(letterbox(scene.image, 96) / 127.5 - 1 - pixels).max() < 1e-6
-        inside = letterbox(np.ones((2, *scene.image.shape[:2]), bool), 96)
-        assert np.array_equal(inside[0], inside[1]) and (pixels[~inside[0]] == -1).all()
-
-
-def test_partly_annotated_photographs_know_what_they_do_not_know(tmp_path):
+def test_categories_that_are_not_annotated_are_unclear(tmp_path):
     path = write_photographs(tmp_path / "data")
     content = json.loads(path.read_text())
     for image in content["images"]:
@@ -110,12 +93,12 @@ def test_partly_annotated_photographs_know_what_they_do_not_know(tmp_path):
     scenes = PhotoScenes(photographs, 60, 96, seed=3, paste=1.0)
     pasted = [name for index in range(60) for name in scenes[index].categories[len(scenes[index].categories) - 1 :]]
     assert "dog" in pasted and "person" in pasted and "skirt" not in pasted
-    for index in range(60):  # what is not annotated may be there twice
+    for index in range(60):  # there may be a second one that is not annotated
         scene = scenes[index]
         assert {name for name in scene.categories if name not in scene.known} <= scene.unclear_categories
 
 
-def test_photographs_are_upright_and_empty_masks_are_not_forgotten(tmp_path):
+def test_photographs_are_upright_and_empty_masks_count_as_crowds(tmp_path):
     path = write_photographs(tmp_path / "data")
     content = json.loads(path.read_text())
     mask = coco_mask.encode(np.zeros((96, 128), np.uint8, order="F"))

@@ -19,6 +19,9 @@ from sentences import (
 )
 
 
+BLUE, RED, BROWN, BLACK = (30, 60, 220), (220, 20, 30), (120, 70, 30), (10, 10, 10)
+
+
 def make_scene(*boxes: tuple[str, tuple[int, int, int, int], tuple[int, int, int]], size=(100, 150)) -> PhotoScene:
     """Boxes (category, (left, top, right, bottom), colour) on green; later ones lie on top."""
     image = np.full((*size, 3), (20, 120, 40), np.uint8)
@@ -32,39 +35,26 @@ def make_scene(*boxes: tuple[str, tuple[int, int, int, int], tuple[int, int, int
     return PhotoScene(image, masks, categories, [True] * len(boxes), set(), known, False)
 
 
-BLUE, RED, BROWN, BLACK = (30, 60, 220), (220, 20, 30), (120, 70, 30), (10, 10, 10)
-
-
 def facts_of(scene: PhotoScene, kind: str) -> set[tuple[str, str, int]]:
     return {(fact.color or fact.name, fact.noun, fact.target) for fact in find_facts(scene) if fact.kind == kind}
 
 
 def texts_of(scene: PhotoScene, kinds: str = " ".join(KIND_WEIGHTS)) -> set[str]:
-    """What is said of a scene in 400 attempts."""
-    drawn = [express(scene, np.random.default_rng(seed), 6) for seed in range(400)]
+    """The sentences about a scene in 200 attempts."""
+    drawn = [express(scene, np.random.default_rng(seed), 6) for seed in range(200)]
     return {expression.text for expressions in drawn for expression in expressions if expression.kind in kinds}
 
 
 def test_colors_are_named_as_people_do():
-    named = {
-        "red": "#e01020",
-        "blue": "#2040d0",
-        "green": "#209030",
-        "yellow": "#f0e020",
-        "orange": "#ff9010",
-        "brown": "#704018",
-        "black": "#101010",
-        "white": "#f8f8f8",
-        "gray": "#808080",
-        "pink": "#ffa0c8",
-        "purple": "#6020b0",
-    }
+    named = {"red": "#e01020", "blue": "#2040d0", "green": "#209030", "yellow": "#f0e020", "orange": "#ff9010"}
+    named |= {"brown": "#704018", "black": "#101010", "white": "#f8f8f8", "gray": "#808080", "pink": "#ffa0c8"}
+    named |= {"purple": "#6020b0"}
     pixels = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in named.values()], np.uint8)
     assert [COLOR_NAMES[number] for number in name_colors(pixels)] == list(named)
 
 
 def test_hues_are_those_of_colorsys():
-    """Every saturated, bright colour of a hue has the name of that hue's range, or none."""
+    """Every saturated, bright colour has the name of its hue's range, or none."""
     ranges = {"red": (342, 374), "orange": (18, 42), "yellow": (44, 68), "green": (75, 165), "blue": (190, 252)}
     ranges |= {"purple": (262, 300), "pink": (305, 342)}
     for hue in range(360):
@@ -75,7 +65,7 @@ def test_hues_are_those_of_colorsys():
             assert low - 1 <= hue <= high + 1 or low - 1 <= hue + 360 <= high + 1
 
 
-def test_colour_tells_apart_only_where_no_other_has_it():
+def test_a_colour_is_named_only_where_no_other_instance_has_it():
     two = make_scene(("car", (5, 40, 45, 80), RED), ("car", (90, 40, 130, 80), BLUE))
     assert facts_of(two, "color") == {("red", "car", 0), ("blue", "car", 1)}
     same = make_scene(("car", (5, 40, 45, 80), RED), ("car", (90, 40, 130, 80), RED))
@@ -98,13 +88,13 @@ def test_a_persons_colour_is_that_of_its_clothes():
     assert texts_of(worn, "color") and not any(word in text for text in texts_of(worn) for word in GARMENTS)
 
 
-def test_what_a_person_wears_is_open_where_the_head_is_hidden():
+def test_clothing_is_unknown_where_the_head_is_hidden():
     scene = make_scene(("person", (20, 0, 50, 90), BLACK), ("person", (90, 10, 120, 90), RED))
     assert not facts_of(scene, "color")
     assert facts_of(make_scene(("person", (90, 10, 120, 90), RED)), "color")
 
 
-def test_a_colour_shared_by_some_leaves_place_to_tell_them_apart():
+def test_place_tells_apart_instances_that_share_a_colour():
     scene = make_scene(
         ("car", (5, 40, 30, 80), RED), ("car", (110, 40, 140, 80), RED), ("car", (60, 35, 90, 85), BLUE)
     )
@@ -132,7 +122,7 @@ def test_the_nearest_is_bigger_and_lower():
     assert not {name for name, _, _ in facts_of(big_but_high, "place")} & {"nearest", "farthest"}
 
 
-def test_what_is_alone_of_its_kind_needs_no_name():
+def test_no_name_is_needed_where_all_instances_are_of_one_category():
     boxes = [("dog", (5, 40, 45, 80), BROWN), ("dog", (90, 40, 130, 80), BLACK)]
     scene = make_scene(*boxes)
     everything = scene.known.union(SYNONYMS, {"truck", "bus", "bird", "elephant", "giraffe", "zebra", "bear", "apple"})
@@ -146,7 +136,7 @@ def test_what_is_alone_of_its_kind_needs_no_name():
         assert not any(nameless.fullmatch(text) for text in texts_of(other))
 
 
-def test_noise_words_are_added_and_none_is_taken_away():
+def test_noise_words_are_added_and_no_word_is_removed():
     words = ["there", "left", "dog", "red", "'s", "standing", "zebra", "oven"]
     noise, rng = NoiseWords(words, ["dog", "zebra", "oven"]), np.random.default_rng(0)
     assert noise.words == ["there", "standing"]
@@ -158,7 +148,7 @@ def test_noise_words_are_added_and_none_is_taken_away():
     assert sum(words.count("there") for words in inserted) > sum(words.count("standing") for words in inserted) > 0
 
 
-def test_relations_hold_for_one_only():
+def test_relations_hold_for_one_instance_only():
     scene = make_scene(
         ("cup", (5, 40, 25, 60), RED), ("cup", (110, 40, 130, 60), BLUE), ("dog", (50, 30, 90, 70), BROWN)
     )
@@ -184,7 +174,7 @@ def test_general_names_need_everything_annotated():
     assert not any(fact.noun == "animal" for fact in find_facts(scene))
 
 
-def test_nothing_is_said_of_what_is_not_clear():
+def test_nothing_is_said_about_unclear_instances():
     scene = make_scene(("car", (5, 40, 45, 80), RED), ("dog", (90, 40, 130, 80), BLUE))
     assert {fact.target for fact in find_facts(replace(scene, is_clear=[False, True]))} == {1}
     assert not [fact for fact in find_facts(replace(scene, unclear_categories={"dog"})) if fact.noun == "dog"]
@@ -206,7 +196,7 @@ def scenes(tmp_path_factory):
 
 
 def test_sentences_are_true_of_their_target_alone(scenes):
-    """Read again, by plain rules on the masks, what a sentence says."""
+    """Checked by plain rules on the masks."""
     checked = dict.fromkeys(KIND_WEIGHTS, 0)
     for index in range(len(scenes)):
         scene = scenes[index]

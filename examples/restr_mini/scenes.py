@@ -370,13 +370,3 @@ def _change_colors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         picture = enhance(picture).enhance(rng.uniform(0.7, 1.3))
     return np.asarray(picture)
-
-
-def letterbox(array: np.ndarray, image_size: int) -> np.ndarray:
-    """Centre (..., height, width) or (height, width, 3) on a square of zeros, as the image processor does."""
-    axes = (0, 1) if array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8 else (-2, -1)
-    padding = [(0, 0)] * array.ndim
-    for axis in axes:
-        missing = image_size - array.shape[axis]
-        padding[axis] = (missing // 2, missing - missing // 2)
-    return np.pad(array, padding)

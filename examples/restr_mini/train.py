@@ -1,27 +1,30 @@
 """
 Train restr-mini: a small ReSTR for photographs, from a pretrained vision encoder and photographs with instance masks.
-The sentences are generated, and new for every scene. A configuration file holds all settings; on one GPU:
+The sentences are generated for every scene. A configuration file holds the settings; on one GPU:
 
     python examples/restr_mini/train.py --config examples/restr_mini/gpu.args --photos PHOTOS [MORE_PHOTOS ...] \\
         --vision_encoder ENCODER --word_vectors glove.6B.50d.txt --output_dir runs/restr-mini
 
-PHOTOS are folders with `instances.json` (COCO's layout) and `images/`. Interrupted, the same command resumes from the
-last checkpoint. Every tenth photograph, by its id, is held out: half of these are for validation during training, the
-others for `evaluation.py`. Needs torch 2.9 or later, for its Muon.
+PHOTOS are folders with `instances.json` (COCO's layout) and `images/`. After an interruption, the same command resumes
+from the last checkpoint. Every tenth photograph, by its id, is held out: half of these are for validation during
+training, the others for `evaluation.py`. Needs torch 2.9 or later for its Muon.
 """
 
 import itertools
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import Photographs, PhotoScenes, letterbox
+from PIL import Image
+from scenes import Photographs, PhotoScene, PhotoScenes
 from sentences import NoiseWords, express, mistype, say_absent, spoken_words
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,6 +42,8 @@ from modeling_restr import (
 from modeling_restr.data.word_vectors import load_word_vectors
 from modeling_restr.hub import save_bundle
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
+from modeling_restr.training.arguments import option
+from modeling_restr.training.batches import ReferringCollator
 from modeling_restr.training.checkpoints import find_checkpoint
 from modeling_restr.training.recipe import Recipe
 from modeling_restr.training.trainer import ReferringTrainer
@@ -54,64 +59,58 @@ class MiniArguments:
 
     photos: list[str] = field(metadata={"help": "Folders with instances.json and images/."})
     vision_encoder: str = field(metadata={"help": "Folder or Hub id of the pretrained vision encoder."})
-    word_vectors: str = field(metadata={"help": "Word vectors in GloVe's text format; all their words are learned."})
-    image_size: int = field(default=336, metadata={"help": "Side of the input in pixels."})
-    vision_num_hidden_layers: int = field(default=8, metadata={"help": "Blocks of the vision encoder to keep."})
-    drop_path_rate: float = field(default=0.1, metadata={"help": "Drop path of the vision encoder's last block."})
-    hidden_size: int = field(default=384, metadata={"help": "Width of the fusion encoders."})
-    intermediate_size: int = field(default=1024, metadata={"help": "Width of the fusion MLPs' hidden layers."})
-    num_fusion_layers: int = field(default=3, metadata={"help": "Blocks of each fusion encoder."})
-    num_fusion_attention_heads: int = field(default=6, metadata={"help": "Heads of the fusion encoders."})
-    text_hidden_size: int = field(default=128, metadata={"help": "Width of the language encoder."})
-    text_num_hidden_layers: int = field(default=3, metadata={"help": "Blocks of the language encoder."})
-    text_num_attention_heads: int = field(default=8, metadata={"help": "Heads of the language encoder."})
-    patch_loss_weight: float = field(default=0.3, metadata={"help": "Weight of the patch loss (the paper's: 0.1)."})
-    dice_loss_weight: float = field(default=0.5, metadata={"help": "Weight of the soft Dice loss (the paper's: 0)."})
-    expressions_per_scene: int = field(default=6, metadata={"help": "Sentences per scene, which share its encoding."})
-    paste: float = field(default=0.25, metadata={"help": "Share of scenes with instances of other photographs."})
-    noise: float = field(default=0.12, metadata={"help": "Share of sentences with words that say nothing."})
-    typos: float = field(default=0.02, metadata={"help": "Share of sentences with a mistyped word."})
-    absent: float = field(default=0.04, metadata={"help": "Share of sentences about what the scene does not show."})
+    word_vectors: str = field(
+        metadata={"help": "Word vectors in GloVe's text format; the model gets all their words."}
+    )
+    image_size: int = option(336, "Side of the input in pixels.")
+    vision_num_hidden_layers: int = option(8, "Blocks of the vision encoder to keep.")
+    drop_path_rate: float = option(0.1, "Drop path of the vision encoder's last block.")
+    hidden_size: int = option(384, "Width of the fusion encoders.")
+    intermediate_size: int = option(1024, "Width of the fusion MLPs' hidden layers.")
+    num_fusion_layers: int = option(3, "Blocks of each fusion encoder.")
+    num_fusion_attention_heads: int = option(6, "Heads of the fusion encoders.")
+    text_hidden_size: int = option(128, "Width of the language encoder.")
+    text_num_hidden_layers: int = option(3, "Blocks of the language encoder.")
+    text_num_attention_heads: int = option(8, "Heads of the language encoder.")
+    patch_loss_weight: float = option(0.3, "Weight of the patch loss. The paper's: 0.1.")
+    dice_loss_weight: float = option(0.5, "Weight of the soft Dice loss. The paper's: 0.")
+    expressions_per_scene: int = option(6, "Maximum sentences per scene, which share its encoding.")
+    paste: float = option(0.25, "Share of scenes with instances of other photographs.")
+    noise: float = option(0.12, "Share of sentences with words that say nothing.")
+    typos: float = option(0.02, "Share of sentences with a mistyped word.")
+    absent: float = option(0.04, "Share of sentences about something that the scene does not show.")
 
 
 @dataclass
 class MiniTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with defaults for this training."""
 
-    output_dir: str = field(default="runs/restr-mini", metadata={"help": "Checkpoints, and the model at the end."})
-    max_steps: int = field(default=4000, metadata={"help": "Steps in all."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Scenes per step and device."})
-    per_device_eval_batch_size: int = field(default=32)
-    learning_rate: float = field(default=1e-3, metadata={"help": "Muon's, of the new blocks' matrices."})
-    adamw_learning_rate: float = field(default=5e-4, metadata={"help": "AdamW's, of everything else that is new."})
-    vision_learning_rate: float = field(
-        default=6e-5, metadata={"help": "AdamW's, of the vision encoder's last block."}
-    )
-    vision_layer_decay: float = field(
-        default=0.85, metadata={"help": "Factor of it from each block to the one below."}
-    )
-    position_learning_rate: float = field(
-        default=3e-4, metadata={"help": "AdamW's, of the vision encoder's positions."}
-    )
-    word_learning_rate: float = field(default=3e-5, metadata={"help": "AdamW's, of the words that sentences have."})
-    warmup_steps: float = field(default=150, metadata={"help": "Steps of linear warm-up of all that is new."})
-    vision_warmup_steps: int = field(default=800, metadata={"help": "Steps of linear warm-up of the vision encoder."})
-    weight_decay: float = field(default=0.05)
-    adam_beta2: float = field(default=0.98)
-    max_grad_norm: float = field(default=1.0)
-    bf16: bool = field(default=True)
-    eval_strategy: str = field(default="steps")
-    eval_steps: float = field(default=500)
-    save_steps: float = field(default=500)
-    save_total_limit: int | None = field(default=2)
-    logging_steps: float = field(default=50)
-    train_sampling_strategy: str = field(default="sequential")  # scenes are numbered, and each is drawn once
-    ddp_find_unused_parameters: bool | None = field(default=False)
-    report_to: str | None = field(default="none")
+    output_dir: str = option("runs/restr-mini", "Folder for checkpoints and the model.")
+    max_steps: int = option(4000, "Steps in total.")
+    per_device_train_batch_size: int = option(64, "Scenes per step and device.")
+    per_device_eval_batch_size: int = option(32, "Photographs per step and device in the validation.")
+    learning_rate: float = option(1e-3, "Learning rate of Muon, for the matrices of new blocks.")
+    adamw_learning_rate: float = option(5e-4, "Learning rate of AdamW, for all other new parameters.")
+    vision_learning_rate: float = option(6e-5, "Learning rate of the vision encoder's last block.")
+    vision_layer_decay: float = option(0.85, "Factor of that learning rate from each block to the one below.")
+    position_learning_rate: float = option(3e-4, "Learning rate of the vision encoder's positions.")
+    word_learning_rate: float = option(3e-5, "Learning rate of the words that sentences have.")
+    warmup_steps: float = option(150, "Steps of linear warm-up of all new parameters.")
+    vision_warmup_steps: int = option(800, "Steps of linear warm-up of the vision encoder.")
+    weight_decay: float = option(0.05, "Weight decay of matrices.")
+    adam_beta2: float = option(0.98, "Second beta of AdamW.")
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
+    bf16: bool = option(True, "Whether to train in bfloat16.")
+    eval_strategy: str = option("steps", "When to validate: steps, epoch or no.")
+    eval_steps: float = option(500, "Steps between validations.")
+    save_steps: float = option(500, "Steps between checkpoints.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep.")
+    logging_steps: float = option(50, "Steps between lines of the log.")
+    ddp_find_unused_parameters: bool | None = option(False, "See TrainingArguments.")
+    report_to: str | None = option("none", "Integrations that get the log.")
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 on a CPU has to be asked for
-        self.remove_unused_columns = False
         super().__post_init__()
 
 
@@ -120,31 +119,31 @@ class MiniTrainingArguments(TrainingArguments):
 
 class SceneDataset(Dataset):
     """
-    Scenes with up to `count` sentences each. One about which nothing unambiguous can be said gives way to another.
+    Scenes with up to `count` sentences each. A scene about which nothing unambiguous can be said is replaced.
 
     Args:
-        scenes: where they come from.
-        count: sentences per scene.
-        names: the categories that may be named as absent; none by default.
-        args: shares of the changed sentences; none are changed by default.
-        noise_words: what says nothing.
+        scenes: The scenes.
+        count: Maximum number of sentences per scene.
+        args: Shares of sentences to change. None is changed by default.
+        names: Categories that may be named as absent.
+        noise_words: Words that say nothing.
     """
 
     def __init__(
         self,
         scenes: PhotoScenes,
         count: int,
-        names: list[str] | None = None,
         args: MiniArguments | None = None,
+        names: Sequence[str] = (),
         noise_words: NoiseWords | None = None,
     ):
-        self.scenes, self.count, self.names, self.args, self.noise_words = scenes, count, names, args, noise_words
+        self.scenes, self.count, self.args, self.names, self.noise_words = scenes, count, args, names, noise_words
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`image` (size, size, 3) uint8, `texts`, `masks` (sentences, size, size / 8) packed, `index`."""
+        """An item as [`ReferringCollator`] takes it. Its ids are the scene's number and its sentences' numbers."""
         for attempt in range(50):
             scene = self.scenes.draw(index, attempt)
             rng = np.random.default_rng((self.scenes.seed, index, attempt, 1))
@@ -156,61 +155,28 @@ class SceneDataset(Dataset):
         texts = [expression.text for expression in expressions]
         masks = scene.masks[[expression.target for expression in expressions]]
         if self.args is not None:
-            masks = masks.copy()
-            for number, text in enumerate(texts):
-                if rng.random() < self.args.absent and (absent := say_absent(scene, self.names or (), rng)):
-                    texts[number], masks[number] = absent, False
-                elif self.noise_words and self.noise_words.words and rng.random() < self.args.noise:
-                    texts[number] = self.noise_words.insert(text, rng)
-                elif rng.random() < self.args.typos:
-                    texts[number] = mistype(text, rng)
-        size = self.scenes.image_size
-        return {
-            "image": letterbox(scene.image, size),
-            "texts": texts,
-            "masks": np.packbits(letterbox(masks, size), axis=2),
-            "index": index,
-        }
+            self._change(scene, texts, masks, self.args, rng)
+        sent_ids = [self.count * index + number for number in range(len(texts))]
+        image = Image.fromarray(np.ascontiguousarray(scene.image))
+        return {"image": image, "texts": texts, "masks": list(masks), "image_id": index, "sent_ids": sent_ids}
 
-
-class SceneCollator:
-    """Rows of [`SceneDataset`] -> the model's inputs, images and masks still as bytes: the device unpacks them."""
-
-    def __init__(self, processor: ReSTRProcessor):
-        self.tokenizer: Any = processor.tokenizer
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        options = {"return_tensors": "pt", "padding": "max_length", "truncation": True}
-        counts = torch.tensor([len(row["texts"]) for row in rows])
-        return {
-            **self.tokenizer([text for row in rows for text in row["texts"]], **options),
-            "image_indices": torch.arange(len(rows)).repeat_interleave(counts),
-            "pixel_values": torch.from_numpy(np.stack([row["image"] for row in rows])),
-            "labels": torch.from_numpy(np.concatenate([row["masks"] for row in rows])),
-            "image_ids": torch.tensor([row["index"] for row in rows]),
-            "sent_ids": torch.arange(int(counts.sum())),
-        }
-
-
-def unpack(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Bytes -> normalised `pixel_values` (B, 3, size, size) and `labels` (N, size, size), on their device."""
-    pixels, packed = inputs["pixel_values"], inputs["labels"]
-    if pixels.dtype != torch.uint8:
-        return inputs
-    mean, std = (torch.tensor(values, device=pixels.device) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
-    bits = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    labels = (packed[..., None] >> bits & 1).flatten(2)[..., : pixels.shape[2]]
-    return {
-        **inputs,
-        "pixel_values": ((pixels.float() - mean) / std).permute(0, 3, 1, 2).contiguous(),
-        "labels": labels.float(),
-    }
+    def _change(
+        self, scene: PhotoScene, texts: list[str], masks: np.ndarray, args: MiniArguments, rng: np.random.Generator
+    ) -> None:
+        """Replace some sentences, in place, by absent things with empty masks, noisy ones and mistyped ones."""
+        for number, text in enumerate(texts):
+            if rng.random() < args.absent and (absent := say_absent(scene, self.names, rng)):
+                texts[number], masks[number] = absent, False
+            elif self.noise_words and self.noise_words.words and rng.random() < args.noise:
+                texts[number] = self.noise_words.insert(text, rng)
+            elif rng.random() < args.typos:
+                texts[number] = mistype(text, rng)
 
 
 def create_datasets(
     args: MiniArguments, training_args: MiniTrainingArguments
 ) -> tuple[SceneDataset, SceneDataset, list[str]]:
-    """The training's scenes, the validation's photographs as they are, and the categories of the former."""
+    """The scenes to train on, the validation's photographs as they are, and the categories to train on."""
     folders = [Path(folder) for folder in args.photos]
     train, validation = (Photographs.load(folders, part) for part in ("train", "validation"))
     categories = sorted({name for photograph in train for name in photograph.categories})
@@ -220,7 +186,7 @@ def create_datasets(
     unseen = PhotoScenes(validation, len(validation), args.image_size, EVALUATION_SEED, augment=False)
     noise_words = NoiseWords(find_unrelated_words(args, spoken_words(categories)), categories)
     return (
-        SceneDataset(scenes, args.expressions_per_scene, categories, args, noise_words),
+        SceneDataset(scenes, args.expressions_per_scene, args, categories, noise_words),
         SceneDataset(unseen, 6),
         categories,
     )
@@ -236,7 +202,7 @@ def read_words(args: MiniArguments) -> list[str]:
 
 
 def find_unrelated_words(args: MiniArguments, spoken: set[str], similarity: float = 0.7) -> list[str]:
-    """The words whose vectors are not near to those of any word that the sentences have: they may say nothing."""
+    """Words whose vectors are not near that of any word of the sentences, so that they may say nothing."""
     vocabulary = vocabulary_from_expressions(sorted({*spoken, *read_words(args)}))
     vectors = F.normalize(load_word_vectors(args.word_vectors, vocabulary).matrix, dim=1)
     rows = [vocabulary[word] for word in spoken if word in vocabulary]
@@ -245,18 +211,16 @@ def find_unrelated_words(args: MiniArguments, spoken: set[str], similarity: floa
 
 
 def create_processor(args: MiniArguments, spoken: set[str]) -> tuple[ReSTRProcessor, torch.Tensor]:
-    """The processor, whose words are those of the word vectors and of the sentences; and the vectors (rows, 50)."""
-    words = [*spoken, *read_words(args)]
-    vocabulary = vocabulary_from_expressions(sorted(set(words)))
-    image_processor = ReSTRImageProcessor(
-        size={"height": args.image_size, "width": args.image_size}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
-    )
+    """A processor with the words of the word vectors and of the sentences, and the vectors (words, dimensions)."""
+    vocabulary = vocabulary_from_expressions(sorted({*spoken, *read_words(args)}))
+    size = {"height": args.image_size, "width": args.image_size}
+    image_processor = ReSTRImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     processor = ReSTRProcessor(image_processor, build_tokenizer(vocabulary, drop_unknown_punctuation=True))
     return processor, load_word_vectors(args.word_vectors, vocabulary).matrix
 
 
 def create_model(args: MiniArguments, vectors: torch.Tensor) -> ReSTRForImageSegmentation:
-    """A pretrained vision encoder; all else from random weights, but for the words, which start from their vectors."""
+    """A model with a pretrained vision encoder and word vectors. All else is random."""
     text_config = ReSTRTextConfig(
         vocab_size=len(vectors),
         hidden_size=args.text_hidden_size,
@@ -290,8 +254,8 @@ def create_model(args: MiniArguments, vectors: torch.Tensor) -> ReSTRForImageSeg
 
 def initialize_weights(model: ReSTRForImageSegmentation) -> None:
     """
-    Start what is new. transformers' standard deviation of 0.02 suits widths near the paper's 768; at this width it is
-    too small, and learning stalls at masks that are empty everywhere.
+    Initialise the new parts. transformers' standard deviation of 0.02 suits widths near the paper's 768. At this width
+    it is too small, and training stalls at empty masks.
     """
     fusion = model.model.fusion
     for part in (fusion, model.model.text_model):
@@ -300,9 +264,9 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
                 nn.init.xavier_uniform_(module.weight)
     nn.init.normal_(fusion.seed_embedding, std=0.5)
     for projection in (fusion.visual_projection, fusion.text_projection):
-        nn.init.normal_(projection.weight)  # of vectors whose length is 1: each channel gets the variance 1
-    # A step of Adam moves the patch logits by about learning rate x width ** 2 x this weight: as in attention, the
-    # scalar product is divided by the root of the width.
+        nn.init.normal_(projection.weight)  # its inputs have length 1, so each channel gets the variance 1
+    # As in attention, the scalar product is divided by the root of the width. Otherwise a step of Adam would move the
+    # patch logits too far.
     nn.init.constant_(fusion.layer_norm.weight, model.config.hidden_size**-0.5)
     decoder: Any = model.pixel_decoder
     for layer in decoder.layers:
@@ -311,15 +275,21 @@ def initialize_weights(model: ReSTRForImageSegmentation) -> None:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for the groups that are marked so, AdamW for all others, as one optimizer."""
+    """Muon (Jordan et al., 2024) for the groups with `muon`, AdamW for all others, as one optimizer."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
         super().__init__([{"params": group["params"]} for group in groups], {})
-        muon, adamw = ([g for g in groups if g.get("muon", False) is is_muon] for is_muon in (True, False))
-        muon = [{name: value for name, value in group.items() if name != "muon"} for group in muon]
+        of_adamw, of_muon = (
+            [
+                {name: value for name, value in group.items() if name != "muon"}
+                for group in groups
+                if group["muon"] is uses_muon
+            ]
+            for uses_muon in (False, True)
+        )
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),  # type: ignore[list-item]
-            torch.optim.AdamW(adamw, fused=adamw[0]["params"][0].is_cuda, **options),
+            torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw"),  # type: ignore[arg-type]
+            torch.optim.AdamW(of_adamw, fused=of_adamw[0]["params"][0].is_cuda, **options),
         ]
         self._share_groups()
 
@@ -339,52 +309,45 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+_VISION_LAYER = re.compile(r"vision_model.*\blayers?\.(\d+)\.")
+
+
 def create_groups(model: nn.Module, args: MiniTrainingArguments) -> list[dict[str, Any]]:
-    """Parameter groups: the new blocks' matrices with Muon; the vision encoder's blocks, slower towards the pixels."""
-    num_layers = (
-        max(int(found[1]) for name, _ in model.named_parameters() if (found := _VISION_LAYER.search(name))) + 1
-    )
+    """Parameter groups by learning rate and weight decay. The matrices of new blocks are marked with `muon`."""
+    layers = [int(found[1]) for name, _ in model.named_parameters() if (found := _VISION_LAYER.search(name))]
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decay = args.weight_decay if parameter.ndim > 1 else 0.0
-        if "vision_model" in name:
-            layer = (
-                int(found[1])
-                if (found := _VISION_LAYER.search(name))
-                else -1
-                if "embeddings" in name
-                else num_layers - 1
-            )
-            rate, key = (
-                args.vision_learning_rate * args.vision_layer_decay ** (num_layers - 1 - layer),
-                f"vision {layer}",
-            )
-            if "position_embeddings" in name:
-                rate, key, decay = args.position_learning_rate, "positions", 0.0
-        elif "embed_tokens" in name:
-            rate, key, decay = args.word_learning_rate, "words", 0.0
-        elif parameter.ndim == 2 and "layers." in name and "pixel_decoder" not in name:
-            rate, key = args.learning_rate, "muon"
-        else:
-            rate, key = args.adamw_learning_rate, "new"
-        group = groups.setdefault(f"{key} {decay}", {"params": [], "lr": rate, "weight_decay": decay})
-        group["params"].append(parameter)
-        group["name"] = key
-        if key == "muon":
-            group["muon"] = True
+        if parameter.requires_grad:
+            group, rate = choose_group(name, parameter, max(layers), args)
+            has_decay = parameter.ndim > 1 and group not in ("positions", "words")
+            decay = args.weight_decay if has_decay else 0.0
+            options = {"name": group, "lr": rate, "weight_decay": decay, "muon": group == "muon", "params": []}
+            groups.setdefault(f"{group} {decay}", options)["params"].append(parameter)
     return list(groups.values())
 
 
-_VISION_LAYER = re.compile(r"vision_model.*\blayers?\.(\d+)\.")
+def choose_group(
+    name: str, parameter: nn.Parameter, last_layer: int, args: MiniTrainingArguments
+) -> tuple[str, float]:
+    """A parameter's group and learning rate. The vision encoder's blocks learn slower towards the pixels."""
+    if "position_embeddings" in name and "vision_model" in name:
+        return "positions", args.position_learning_rate
+    if "vision_model" in name:
+        found = _VISION_LAYER.search(name)
+        layer = int(found[1]) if found else -1 if "embeddings" in name else last_layer
+        return f"vision {layer}", args.vision_learning_rate * args.vision_layer_decay ** (last_layer - layer)
+    if "embed_tokens" in name:
+        return "words", args.word_learning_rate
+    if parameter.ndim == 2 and "layers." in name and "pixel_decoder" not in name:
+        return "muon", args.learning_rate
+    return "new", args.adamw_learning_rate
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
 class MiniTrainer(ReferringTrainer):
-    """ReferringTrainer with two optimizers in one, a gentle start of the vision encoder, and the soft Dice loss."""
+    """ReferringTrainer with two optimizers, a longer warm-up of the vision encoder, and the soft Dice loss."""
 
     args: MiniTrainingArguments
 
@@ -406,14 +369,10 @@ class MiniTrainer(ReferringTrainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
 
-            def factor(warmup: float, step: int) -> float:
-                progress = max(step - warmup, 0) / max(num_training_steps - warmup, 1)
-                return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-
             def schedule(name: str) -> Any:
-                is_slow = name.startswith(("vision", "positions"))
-                warmup = self.args.vision_warmup_steps if is_slow else self.args.warmup_steps
-                return lambda step: factor(warmup, step)
+                is_vision = name.startswith(("vision", "positions"))
+                warmup = self.args.vision_warmup_steps if is_vision else self.args.warmup_steps
+                return partial(schedule_factor, warmup=warmup, num_steps=num_training_steps)
 
             self.lr_scheduler = LambdaLR(optimizer, [schedule(group["name"]) for group in optimizer.param_groups])
         return self.lr_scheduler
@@ -421,24 +380,25 @@ class MiniTrainer(ReferringTrainer):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        inputs = unpack(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        loss = loss + self.mini.dice_loss_weight * soft_dice_loss(outputs.logits.float(), inputs["labels"])
+        loss = loss + self.mini.dice_loss_weight * soft_dice_loss(outputs.logits, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, unpack(self._prepare_inputs(inputs)), *args, **kwargs)
+
+def schedule_factor(step: int, warmup: float, num_steps: int) -> float:
+    progress = max(step - warmup, 0) / max(num_steps - warmup, 1)
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
 def soft_dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """One minus the Dice coefficient of (N, H, W) probabilities and masks: small masks count as much as large ones."""
-    probabilities = logits.sigmoid()
+    """One minus the Dice coefficient of (N, H, W) probabilities and masks. Small and large masks count the same."""
+    probabilities = logits.float().sigmoid()
     overlap = (probabilities * labels).sum((1, 2))
     return (1 - (2 * overlap + 1) / (probabilities.sum((1, 2)) + labels.sum((1, 2)) + 1)).mean()
 
 
 def parse_args(arguments: list[str]) -> tuple[MiniArguments, MiniTrainingArguments]:
-    """Options on the command line win over those of a `--config` file."""
+    """Read the options. The command line wins over a `--config` file, which HfArgumentParser ignores if missing."""
     parser = HfArgumentParser([MiniArguments, MiniTrainingArguments])  # type: ignore[list-item]
     for flag, value in itertools.pairwise(arguments):
         if flag == "--config" and not Path(value).is_file():
@@ -469,7 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = MiniTrainer(
         model=model,
         args=training_args,
-        data_collator=SceneCollator(processor),
+        data_collator=ReferringCollator(processor, len(vectors)),
         train_dataset=train,
         eval_dataset=validation,
         processor=processor,
