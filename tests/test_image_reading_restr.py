@@ -1,4 +1,4 @@
-"""Images in any form that people hold, and what is said of those that cannot be read."""
+"""Images in any form, and the errors for those that cannot be read."""
 
 import base64
 import io
@@ -45,7 +45,7 @@ def at(position: int) -> io.BytesIO:
 
 
 class Stream(io.RawIOBase):
-    """A file that can only be read on, such as a response."""
+    """A file without seek, such as a response."""
 
     def __init__(self):
         super().__init__()
@@ -175,6 +175,9 @@ def closed_file() -> io.BytesIO:
         (np.array([[None, 1]]), "got one of object"),
         (np.zeros((4, 4), complex), "got one of complex128"),
         (np.full((9, 9, 3), np.nan), "got float64 from nan"),
+        (np.full((9, 9, 3), -1.0), "before any normalization; got float64 from -1.0 to -1.0"),
+        (np.full((9, 9, 3), 300.0), "from 300.0 to 300.0"),
+        (np.full((9, 9, 3), 70000), "from 70000.0"),
         (np.zeros((40, 60, 5), np.uint8), r"got \(40, 60, 5\)"),
         (np.zeros(5), r"got \(5,\)"),
         (np.zeros((0, 60, 3), np.uint8), "at least one pixel"),
@@ -202,7 +205,9 @@ def test_ghostscript_is_never_started(processor, tmp_path, monkeypatch):
             processor(source)
 
 
-def test_lists_that_hold_themselves_are_refused(processor):
+def test_empty_lists_and_lists_that_hold_themselves_are_refused(processor):
+    with pytest.raises(ValueError, match="at least one image"):
+        processor([])
     images: list = [PIXELS]
     images.append(images)
     for read in (processor, processor.fetch_images):
@@ -215,14 +220,14 @@ def grey_png_of_16_bits(values: np.ndarray, transparent: int | None) -> bytes:
     return encode(image=Image.fromarray(values.astype(np.uint16)), **options)
 
 
-def test_a_transparent_value_leaves_16_bit_images_as_they_are(processor):
+def test_a_transparent_value_of_16_bit_images_becomes_white(processor):
     ramp = np.arange(256).reshape(16, 16) * 257
     options = {"rescale_factor": 1.0, "do_normalize": False, "return_tensors": "np"}
     plain, transparent = (
         processor(grey_png_of_16_bits(ramp, value), **options).pixel_values[0] for value in (None, 3 * 257)
     )
     assert np.array_equal(plain[0], np.arange(256).reshape(16, 16))
-    plain[:, ramp == 3 * 257] = 255  # onto white, as all that is transparent
+    plain[:, ramp == 3 * 257] = 255  # on white, as other transparency
     assert np.array_equal(transparent, plain)
 
 
