@@ -24,7 +24,7 @@ def test_defaults_are_the_published_architecture():
     assert config.layer_norm_eps == vision.layer_norm_eps == text.layer_norm_eps == 1e-5
 
 
-def test_fusion_follows_the_vision_encoder_unless_told():
+def test_fusion_follows_the_vision_encoder_by_default():
     vision_config = {"hidden_size": 96, "num_attention_heads": 12}
     assert ReSTRConfig(vision_config=vision_config).hidden_size == 96
     assert ReSTRConfig(vision_config=vision_config).intermediate_size == 384
@@ -32,7 +32,7 @@ def test_fusion_follows_the_vision_encoder_unless_told():
     assert ReSTRConfig(vision_config=vision_config, hidden_size=48).vision_config.hidden_size == 96
 
 
-def test_heads_are_twelve_or_as_many_as_the_vision_encoder_has():
+def test_heads_are_twelve_or_those_of_the_vision_encoder():
     for hidden_size, vision_heads, expected in ((768, 8, 12), (1024, 16, 16), (384, 6, 12), (32, 4, 4)):
         vision_config = {"hidden_size": hidden_size, "num_attention_heads": vision_heads}
         assert ReSTRConfig(vision_config=vision_config).num_attention_heads == expected
@@ -60,7 +60,7 @@ def test_widths_that_were_left_open_follow_another_vision_encoder(tmp_path, valu
     assert (other.fusion_type, other.vision_config) == ("vanilla", LARGE)
     assert config.to_dict() == saved
     assert other.with_vision_config(config.vision_config).to_dict() == saved
-    config.save_pretrained(tmp_path)  # where every width is written, none is open
+    config.save_pretrained(tmp_path)  # writes every width, so that none is open
     assert ReSTRConfig.from_pretrained(tmp_path, num_attention_heads=8).with_vision_config(LARGE).hidden_size == 768
     assert not [name for name in json.loads((tmp_path / "config.json").read_text()) if name.startswith("_")]
 
@@ -110,7 +110,7 @@ def test_parts_load_from_the_whole(tmp_path):
     assert ReSTRTextConfig.from_pretrained(tmp_path).vocab_size == 77
 
 
-# What Trainer, transformers, its exporters and quantizers, unsloth and users write into configs.
+# Keys that Trainer, transformers, its exporters and quantizers, unsloth and users write into configs.
 KEYS_OF_TOOLS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -134,7 +134,7 @@ KEYS_OF_TOOLS = {
 
 
 @pytest.mark.parametrize("config_class", CONFIG_CLASSES)
-def test_unknown_keys_are_kept_in_silence(tmp_path, caplog, config_class):
+def test_unknown_keys_are_kept_without_a_warning(tmp_path, caplog, config_class):
     config = config_class(**KEYS_OF_TOOLS)
     config.note = "changed"
     config.save_pretrained(tmp_path)
@@ -143,7 +143,7 @@ def test_unknown_keys_are_kept_in_silence(tmp_path, caplog, config_class):
     assert [record for record in caplog.records if "did you mean" in record.message] == []
 
 
-def test_folders_of_earlier_versions_load_in_silence(caplog):
+def test_folders_of_earlier_versions_load_without_a_warning(caplog):
     folder = Path(__file__).parents[1] / "examples" / "restr_mini"
     saved = json.loads((folder / "config.json").read_text())
     loaded = json.loads(ReSTRConfig.from_pretrained(folder).to_json_string())
@@ -151,8 +151,23 @@ def test_folders_of_earlier_versions_load_in_silence(caplog):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("config_class", CONFIG_CLASSES)
+@pytest.mark.parametrize("key", ["validate", "to_dict", "validate_architecture"])
+def test_keys_that_are_methods_are_refused(tmp_path, config_class, key):
+    message = rf"{config_class.__name__}: expected keys that are no methods of a config, got \['{key}'\]. Rename them."
+    with pytest.raises(ValueError, match=message):
+        config_class(**{key: 1})
+    config_class().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        config_class.from_pretrained(tmp_path, **{key: 1})
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {key: 1}))
+    with pytest.raises(ValueError, match=message):
+        config_class.from_pretrained(tmp_path)
+
+
 def hints(caplog):
-    """The one warning that was logged."""
+    """The single warning that was logged."""
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     return record.message
@@ -249,7 +264,7 @@ def test_parts_that_were_changed_are_checked_again(part):
         ReSTRConfig.from_dict({}, **{part.base_config_key: part})
 
 
-def test_bounds_hold_what_is_in_use():
+def test_values_in_use_are_within_bounds():
     ReSTRTextConfig(attention_dropout=0, layer_norm_eps=1, initializer_range=0, num_hidden_layers=1, vocab_size=1)
     ReSTRVisionConfig(hidden_size=6144, num_attention_heads=48, intermediate_size=24576, num_hidden_layers=48)
     ReSTRConfig(num_fusion_layers=100, share_fusion_layers=True, patch_loss_weight=0, hidden_act="silu")
@@ -264,7 +279,7 @@ def test_every_field_but_flags_and_parts_has_bounds():
         assert fields - inherited - tested <= rest
 
 
-CONTRADICTIONS = [
+REFUSED = [
     ({"hidden_size": 50}, "multiple of `num_attention_heads`, got 50 and 12"),
     ({"vision_config": {"hidden_size": 50}}, "ReSTRVisionConfig.*got 50 and 12"),
     ({"vision_config": {"image_size": 50}}, "multiple of `patch_size`, got 50 and 16"),
@@ -272,12 +287,13 @@ CONTRADICTIONS = [
     ({"text_config": {"num_attention_heads": 7}}, "got 300 and 7"),
     ({"text_config": {"pad_token_id": 12112}}, "below `vocab_size`, got 12112 and 12112"),
     ({"text_config": ReSTRVisionConfig()}, "restr_text_model"),
+    ({"text_config": BertConfig()}, "restr_text_model"),
     ({"vision_config": YolosConfig()}, "detection tokens"),
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), CONTRADICTIONS)
-def test_values_that_do_not_fit_one_another_are_refused(tmp_path, values, message):
+@pytest.mark.parametrize(("values", "message"), REFUSED)
+def test_values_and_parts_that_do_not_fit_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         ReSTRConfig(**values)
     ReSTRConfig().save_pretrained(tmp_path)
@@ -323,21 +339,10 @@ def test_vision_config_of_transformers_is_kept_as_it_is():
         ({"model_type": "mobilevit"}, "MobileViTConfig.*no `hidden_size`"),
         ({"model_type": "vit", "image_size": [8, 32, 32]}, r"ViTConfig.*its `image_size` is \[8, 32, 32\]. Take"),
         ({"model_type": "yolos"}, "YolosConfig.*detection tokens.*Take one that"),
+        ({"model_type": "vvit"}, "'restr_vision_model' or of a plain ViT.*got 'vvit'"),
         ({"model_type": "clip"}, "CLIPConfig.*Pass its `vision_config`"),
     ],
 )
-def test_vision_encoders_of_another_kind_are_refused_with_the_way_out(vision_config, message):
+def test_vision_encoders_of_another_kind_are_refused_with_advice(vision_config, message):
     with pytest.raises(ValueError, match=message):
         ReSTRConfig(vision_config=vision_config)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"vision_config": {"model_type": "vvit"}}, "'restr_vision_model' or of a plain ViT.*got 'vvit'"),
-        ({"text_config": {"model_type": "bert"}}, "restr_text_model"),
-    ],
-)
-def test_parts_of_another_kind_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        ReSTRConfig(**values)

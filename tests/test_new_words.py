@@ -1,4 +1,4 @@
-"""The page on new words does what it says."""
+"""The snippets of docs/new_words.md."""
 
 import re
 import runpy
@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "new_words.md
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """What the page's code leaves behind."""
+    """Variables after the page's code has run."""
     path = tmp_path_factory.mktemp("page") / "new_words.py"
     path.write_text("\n".join(BLOCKS), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
