@@ -57,7 +57,7 @@ PIECES = {
 
 
 def plain_pieces(text: str) -> list[str]:
-    """The rule, written with Python's `re` and nothing of the package."""
+    """The rule in Python's `re`, without the package."""
     pieces = []
     for piece in re.compile(r"(\W+)").split(unicodedata.normalize("NFC", text).strip().lower()):
         if not piece.isspace() and piece != "":
@@ -72,19 +72,14 @@ def vocabulary_of(pieces: set[str]) -> dict[str, int]:
     return SPECIAL_TOKENS | {piece: 7 + 2 * index for index, piece in enumerate(sorted(pieces))}
 
 
-@pytest.mark.parametrize("text", PIECES)
-def test_split_expression_of_known_sentences(text):
-    assert split_expression(text) == PIECES[text] == plain_pieces(text)
-
-
-@pytest.mark.parametrize("text", PIECES)
-def test_tokenizer_of_known_sentences(text):
-    pieces = PIECES[text]
+@pytest.mark.parametrize(("text", "pieces"), PIECES.items())
+def test_known_sentences(text, pieces):
+    assert split_expression(text) == pieces == plain_pieces(text)
     vocabulary = vocabulary_of(set(pieces))
     assert build_tokenizer(vocabulary)(text)["input_ids"] == [vocabulary[piece] for piece in pieces]
 
 
-def test_tokenizer_agrees_with_the_plain_rule_on_random_text():
+def test_random_text_is_split_by_the_plain_rule():
     letters = "aAbZ  ..,'-\n\t_17éÉΣ\u03c3\u0391\u0301\u0345İßǅ½²日Ⓐ\x1c\x1f\x85\u00a0\u200b😀"
     generator = random.Random(0)
     texts = ["".join(generator.choices(letters, k=generator.randint(0, 12))) for _ in range(5000)]
@@ -105,7 +100,7 @@ def test_every_character_is_split_as_python_splits_it():
 
 
 WORDS = vocabulary_from_expressions(["the dog guy s hat t shirt left"])
-# Sentence -> its words where unknown punctuation is dropped.
+# Sentence -> its words when unknown punctuation is dropped.
 DROPPED = {
     "dog!": "dog",
     "guy's hat": "guy s hat",
@@ -125,7 +120,7 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("text", DROPPED)
-def test_unknown_punctuation_is_dropped_beside_words(text, tmp_path):
+def test_unknown_punctuation_is_dropped_next_to_words(text, tmp_path):
     tokenizer = build_tokenizer(WORDS, drop_unknown_punctuation=True)
     tokenizer.save_pretrained(tmp_path)
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
@@ -142,7 +137,7 @@ def test_known_punctuation_is_kept():
 
 
 def keeps(piece: str, known: set[str]) -> bool:
-    """The rule for dropping, written without the tokenizer's expressions."""
+    """The rule for dropping, without the tokenizer's expressions."""
     categories = ("P", "Sk", "Cc", "Cf", "Z")
     drops = [
         char != "_" and (unicodedata.category(char).startswith(categories) or char in "$+<=>^`|~") for char in piece
@@ -253,12 +248,8 @@ def test_added_words_get_ids_of_their_own(drop, tmp_path):
 
 def test_words_of_several_pieces_are_refused():
     tokenizer = build_tokenizer(WORDS)
-    for words, message in (
-        ("zebra", "one string"),
-        (["t-shirts"], r"\['t', '-', 'shirts'\]"),
-        (["!"], "'!'"),
-        ([" "], "' '"),
-    ):
+    refused = {"zebra": "one string", ("t-shirts",): r"\['t', '-', 'shirts'\]", ("!",): "'!'", (" ",): "' '"}
+    for words, message in refused.items():
         with pytest.raises(ValueError, match=message):
             add_words(tokenizer, words)
     assert tokenizer.get_vocab() == WORDS

@@ -9,7 +9,7 @@ from modeling_restr import ReSTRImageProcessor
 from ...test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
 
 
-# How the common tests find the classes to test.
+# The common tests find the classes to test here.
 IMAGE_PROCESSOR_MAPPING_NAMES["restr"] = {"pil": "ReSTRImageProcessor"}
 
 

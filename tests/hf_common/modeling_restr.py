@@ -20,7 +20,7 @@ from ...test_configuration_common import ConfigTester
 from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
 
-# How the common tests know models without a loss.
+# The common tests find models without a loss here.
 MODEL_MAPPING_NAMES.update(
     restr="ReSTRModel", restr_vision_model="ReSTRVisionModel", restr_text_model="ReSTRTextModel"
 )
@@ -118,7 +118,7 @@ class ReSTRModelTester:
 
 
 class CommonModelTest(ModelTesterMixin):
-    """What all of ReSTR's models share; each has its tester and its config."""
+    """Tests of all of ReSTR's models. Each has its tester and its config."""
 
     model_tester_class: type
     config_class: type

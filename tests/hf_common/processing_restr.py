@@ -20,6 +20,6 @@ class ReSTRProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         return build_tokenizer({word: index for index, word in enumerate(words)})
 
     def test_processor_text_has_no_visual(self):
-        # The common test leaves one sentence of a batch without image; a sentence refers to something in an image.
+        # The common test leaves one sentence of a batch without image, which is an error here.
         with self.assertRaisesRegex(ValueError, "as many sentences as images"):
             self.get_processor()(images=self.prepare_images_inputs(batch_size=2), text=self.prepare_text_inputs(3))

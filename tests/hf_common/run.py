@@ -1,14 +1,14 @@
 """
 Run transformers' own common tests on this package.
 
-They are in transformers' source archive only, so this downloads the archive of the installed version once (kept in
-`build/hf_common`), unpacks its tests to a temporary folder, adds the four small modules that the archive leaves out
-(`stand_ins`) and our test modules beside this file, and runs pytest there. Without network, pass an archive:
+They are in transformers' source archive only. This downloads the archive of the installed version once, to
+`build/hf_common`, unpacks its tests to a temporary folder, adds the four small modules that the archive leaves out
+(`stand_ins`) and our test modules next to this file, and runs pytest there. Without network, put the archive into
+`build/hf_common` first.
 
-    python tests/hf_common/run.py [--archive transformers-X.Y.Z.tar.gz] [pytest arguments]
+    python tests/hf_common/run.py [pytest arguments]
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ REPOSITORY = HERE.parents[1]
 
 
 def fetch_archive() -> Path:
-    """The source archive of the installed transformers, downloaded with pip where it is not there yet."""
+    """The source archive of the installed transformers, downloaded with pip unless it is there."""
     folder = REPOSITORY / "build" / "hf_common"
     archive = folder / f"transformers-{transformers.__version__}.tar.gz"
     if not archive.exists():
@@ -35,7 +35,7 @@ def fetch_archive() -> Path:
         if not archive.exists():
             sys.exit(
                 f"The common tests did not run: pip could not download the source archive of {requirement}. Put "
-                f"{archive.name} into {folder}, or pass its path as `--archive`."
+                f"{archive.name} into {folder}."
             )
     return archive
 
@@ -63,14 +63,7 @@ def build_test_tree(archive: Path, root: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, help="transformers' source archive, of the installed version")
-    args, pytest_args = parser.parse_known_args()
-    archive = args.archive or fetch_archive()
-    if not archive.is_file():
-        sys.exit(f"The common tests did not run: there is no archive {archive}.")
-    if archive.name != f"transformers-{transformers.__version__}.tar.gz":
-        sys.exit(f"The common tests did not run: transformers {transformers.__version__} is installed, got {archive}.")
+    archive = fetch_archive()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         build_test_tree(archive, root)
@@ -78,7 +71,7 @@ def main() -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider"]
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-        command += [*pytest_args, "tests/models/restr"]
+        command += [*sys.argv[1:], "tests/models/restr"]
         sys.exit(subprocess.run(command, cwd=root, env=environment, check=False).returncode)
 
 
