@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 USE, DATA, SHARE = "Use a model", "Prepare data", "Share a model"  # the groups of commands in `restr --help`
 CARD = "Model card"
 
-app = typer.Typer(context_settings=SETTINGS, add_completion=False)
+app = typer.Typer(context_settings=SETTINGS, add_completion=False, rich_markup_mode="markdown")
 
 
 def _show_version(asked: bool) -> None:

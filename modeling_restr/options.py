@@ -86,7 +86,7 @@ def run(command: Any) -> NoReturn:
     """
     app = command
     if not isinstance(command, typer.Typer):
-        app = typer.Typer(add_completion=False, context_settings=SETTINGS)
+        app = typer.Typer(context_settings=SETTINGS, add_completion=False, rich_markup_mode="markdown")
         app.command()(command)
     try:
         sys.exit(app(standalone_mode=False))
