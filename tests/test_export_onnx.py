@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from annotated_images import make_images
+from doc_pages import run_page
 from numerics import assert_as_precise
 from PIL import EpsImagePlugin, Image
 from transformers import ViTConfig
@@ -582,14 +583,17 @@ def test_export_explains_what_it_cannot_do(pipe, tmp_path, monkeypatch):
 # The documentation
 
 
-def test_snippet_of_the_documentation(folder, tmp_path):
-    """It runs as it stands, where the folder and a photograph are called as it says."""
-    text = (REPOSITORY / "docs" / "export.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    (tmp_path / "restr-onnx").symlink_to(folder)
+@pytest.mark.slow
+def test_everything_on_the_page_runs(folder, tmp_path, monkeypatch):
+    """With the small model in the place of restr-mini."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "restr_mini").symlink_to(folder.parent / "model")
+    for name in ("benchmark.py", "benchmarks", "photos"):
+        (tmp_path / "examples" / name).symlink_to(REPOSITORY / "examples" / name)
     shutil.copyfile(PHOTO, tmp_path / "photo.jpg")
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 3  # it prints a line for each of its three sentences
+    printed = run_page("export.md", tmp_path)
+    assert "the upper dog 0." in printed and "the lower dog 0." in printed
+    assert (tmp_path / "restr-programs" / "image_encoder.pt2").is_file()
+    results = json.loads((tmp_path / "runs" / "onnx" / "results.json").read_text())["results"]
+    assert list(results) == ["torch", "float32", "int8"]
