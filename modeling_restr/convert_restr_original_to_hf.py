@@ -234,7 +234,7 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         key for key in _WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)
     ]:
         checkpoint = checkpoint[wrappers[0]]
-    items = checkpoint.items() if isinstance(checkpoint, dict) else [(None, checkpoint)]
+    items: Any = checkpoint.items() if isinstance(checkpoint, dict) else [(None, checkpoint)]
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in items):
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or those under 'state_dict'.")
     return {name.removeprefix("module."): tensor for name, tensor in items}

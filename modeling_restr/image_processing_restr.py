@@ -277,7 +277,7 @@ def _is_image_size(size: Any) -> bool:
 
 def _read_size(size: Any) -> SizeDict:
     """Read a `size` in any form that transformers knows: a number, a pair or a dict."""
-    pair = (size, size) if isinstance(size, Real) else size
+    pair: Any = (size, size) if isinstance(size, Real) else size
     if isinstance(size, (Mapping, SizeDict)):
         values = dict(size)
         pair = tuple(values.get(name) for name in ("height", "width")) if len(values) == 2 else None

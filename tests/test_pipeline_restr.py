@@ -42,7 +42,7 @@ def images():
 
 @pytest.fixture
 def seen(pipe):
-    """Shapes of the pixel values of every call of the vision encoder."""
+    """Record the shapes of the pixel values of every call of the vision encoder."""
     shapes = []
     vision_model = pipe.model.model.vision_model
     hook = vision_model.register_forward_pre_hook(
@@ -54,7 +54,7 @@ def seen(pipe):
 
 
 def by_hand(pipe, image, sentence):
-    """Mask and score without the pipeline: the processor, the model, the processor."""
+    """Mask and score by processor and model, without the pipeline."""
     inputs = pipe.processor(images=image, text=sentence, return_tensors="pt")
     with torch.no_grad():
         outputs = pipe.model(**inputs)
@@ -63,7 +63,7 @@ def by_hand(pipe, image, sentence):
 
 
 def agree(result, expected, share=0.999):
-    """Whether two results are the same but for pixels that float32 noise may turn."""
+    """Whether two results are equal except for pixels that float32 noise may change."""
     masks = [np.asarray(r["mask"]) for r in (result, expected)]
     same_mask = masks[0].shape == masks[1].shape and (masks[0] == masks[1]).mean() >= share
     return result["label"] == expected["label"] and same_mask and abs(result["score"] - expected["score"]) < 1e-4
@@ -83,12 +83,13 @@ def test_one_sentence_is_what_processor_and_model_give(pipe, images):
         assert result["mask"].mode == "L" and result["mask"].size == image.size
         np.testing.assert_array_equal(np.asarray(result["mask"]), mask * np.uint8(255))
         shares.append(mask.mean())
-    assert 0.02 < shares[0] < 0.98 and 0.02 < shares[2] < 0.98  # masks of this model say something
+    assert 0.02 < shares[0] < 0.98 and 0.02 < shares[2] < 0.98  # masks of this model are neither empty nor full
 
 
-def test_many_sentences_encode_the_image_once(pipe, images, seen):
+def test_many_sentences_encode_the_image_once(pipe, images, seen, caplog):
     results = pipe(images[0], text=SENTENCES)
-    assert seen == [(1, 3, 64, 64)]
+    assert seen == [(1, 3, 64, 64)] and warnings_of(caplog) == []
+    assert all(agree(*pair) for pair in zip(pipe({"image": images[0], "text": SENTENCES}), results))
     assert [result["label"] for result in results] == SENTENCES
     singles = [pipe(images[0], text=sentence)[0] for sentence in SENTENCES]
     assert all(agree(*pair) for pair in zip(results, singles))
@@ -123,11 +124,6 @@ def test_batches_keep_images_and_their_sentences_together(pipe, images, seen):
         for result, single in zip(results, singles):
             assert all(agree(*pair) for pair in zip(result, single))
         seen.clear()
-
-
-def test_one_dict_is_one_image(pipe, images):
-    expected = pipe(images[0], text=SENTENCES)
-    assert all(agree(*pair) for pair in zip(pipe({"image": images[0], "text": SENTENCES}), expected))
 
 
 def test_kinds_of_images(pipe, images, tmp_path):
@@ -191,7 +187,7 @@ def test_datasets_that_cannot_decode_an_image_name_its_row(pipe, images):
         list(pipe(rows))
 
 
-def test_endless_lists_are_refused(pipe, images):
+def test_lists_that_hold_themselves_are_refused(pipe, images):
     endless: list = [images[0]]
     endless.append(endless)
     with pytest.raises(ValueError, match="Item 1: Expected images in lists"):
@@ -222,12 +218,7 @@ def test_one_warning_for_all_images_of_a_call(pipe, images, caplog, kind):
     assert all(f"'{word}'" in warning for word in ("xyzzy", "Xyzzy", "zzz"))
 
 
-def test_known_words_warn_of_nothing(pipe, images, caplog):
-    pipe(images[0], text=SENTENCES)
-    assert warnings_of(caplog) == []
-
-
-def test_generators_are_read_as_they_are_asked_for(pipe, images):
+def test_generators_are_read_one_item_at_a_time(pipe, images):
     read = []
 
     def items():
@@ -287,22 +278,16 @@ def test_progress_shows_for_long_lists(pipe, images, capsys):
         assert (f"{count}/{count}" in capsys.readouterr().err) is shown
 
 
-def test_bfloat16(pipe, images, seen):
+def test_bfloat16_and_no_gradients(pipe, images):
     low = ReSTRPipeline(model=copy.deepcopy(pipe.model).bfloat16(), processor=pipe.processor, device="cpu")
     dtypes = []
-    low.model.register_forward_hook(lambda module, args, outputs: dtypes.append(outputs.logits.dtype))
+    low.model.register_forward_hook(
+        lambda module, args, outputs: dtypes.append((outputs.logits.dtype, torch.is_inference_mode_enabled()))
+    )
     results = low(images[0], text=SENTENCES)
-    assert dtypes == [torch.bfloat16]
+    assert dtypes == [(torch.bfloat16, True)]
     expected = pipe(images[0], text=SENTENCES)
     assert np.mean([np.mean(np.asarray(r["mask"]) == np.asarray(e["mask"])) for r, e in zip(results, expected)]) > 0.9
-
-
-def test_runs_without_gradients(pipe, images):
-    modes = []
-    hook = pipe.model.register_forward_hook(lambda *args: modes.append(torch.is_inference_mode_enabled()))
-    pipe(images[0], text="the man")
-    hook.remove()
-    assert modes == [True]
 
 
 def test_parameters_of_the_constructor_are_defaults_of_calls(pipe, images):
@@ -350,7 +335,7 @@ def test_iterator_is_read_once_with_several_workers(pipe, images):
     assert [result[0]["label"] for result in results] == [row["text"] for row in rows]
 
 
-def test_saved_pipeline_is_all_that_a_pipeline_needs(pipe, images, tmp_path):
+def test_a_saved_pipeline_loads_as_a_pipeline(pipe, images, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert {"model.safetensors", "pipeline_restr.py", "processor_config.json"} <= {p.name for p in tmp_path.iterdir()}
     again = pipeline("referring-image-segmentation", model=str(tmp_path), device="cpu")
