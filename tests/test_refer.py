@@ -1,4 +1,4 @@
-"""REFER's layout, in files as Python 2 and 3 write them, against pycocotools and the tests' own reading."""
+"""REFER's layout, in files as Python 2 and 3 write them, compared with pycocotools."""
 
 import json
 import pickle
@@ -144,7 +144,7 @@ def as_python2_str(value):
     return value
 
 
-# The references
+# --- The references ---------------------------------------------------------------------------------------------------
 
 
 def test_what_is_read(data):
@@ -219,7 +219,7 @@ def test_malicious_pickles_are_refused(data, protocol):
         (b"(S'true'\nios\nsystem\n.", r"os\.system"),
         (b"cos\nsystem\n(S'true'\ntR.", r"os\.system"),
         (b"\x80\x02c__builtin__\neval\nU\x03__1\x85R.", r"__builtin__\.eval"),
-        (pickle.dumps(np.float64(1)), r"numpy.*scalar"),
+        (pickle.dumps(np.float64(1)), r"numpy.*scalar.*: write NumPy's numbers as int\(\) and float\(\)"),
         (pickle.dumps([complex(1, 2)]), r"builtins\.complex"),
         (b"\x80\x02U\x01xQ.", "persistent"),
         (b"", "Ran out of input"),
@@ -234,7 +234,7 @@ def test_pickles_of_anything_else_are_refused(tmp_path, content, named):
         load_plain_pickle(path)
 
 
-# Folders, datasets and splits
+# --- Folders, datasets and splits -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_images_are_found_where_they_usually_are(tmp_path, below):
     read = read_refer(tmp_path, tmp_path / "coco")
     assert [image.image for image in read] == [folder / name for name in FILE_NAMES.values()]
     (folder / FILE_NAMES[9]).unlink()
-    assert read_refer(tmp_path, tmp_path / "coco")[1].image == folder / FILE_NAMES[9]  # to be named as missing
+    assert read_refer(tmp_path, tmp_path / "coco")[1].image == folder / FILE_NAMES[9]  # reported as missing later
 
 
 def test_images_are_found_under_other_names(tmp_path):
@@ -327,7 +327,7 @@ def test_folders_that_do_not_exist_are_explained(data):
         read_refer(data / "data", data / "train2014")
 
 
-# Files that do not fit together
+# --- Files that do not fit together -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -341,14 +341,7 @@ def test_folders_that_do_not_exist_are_explained(data):
         ({"sentences": ["the dog"]}, r"ref_id 2, sentences: expected the fields \['sent', 'sent_id'\], got 'the dog'"),
         ({"sentences": 5}, r"refs\(unc\)\.p, reference 1: expected sentences to be a list, got 5"),
         ({"sentences": [{"sent": None, "sent_id": 1}]}, "ref_id 2, sentences: expected sent to be text, got None"),
-        ({"sentences": [{"sent": 5, "sent_id": 1}]}, "ref_id 2, sentences: expected sent to be text, got 5"),
-        (
-            {"sentences": [{"sent": "", "sent_id": 2**64}]},
-            "sentences: expected sent_id to be a whole number of 64 bit",
-        ),
-        ({"ref_id": "a"}, r"refs\(unc\)\.p, reference 1: expected ref_id to be a whole number of 64 bits, got 'a'"),
         ({"image_id": [9]}, r"reference 1: expected image_id to be a whole number of 64 bits, got \[9\]"),
-        ({"ann_id": 2**63}, "reference 1: expected ann_id to be a whole number of 64 bits, got 9223372036854775808"),
         ({"split": None}, "reference 1: expected split to be text, got None"),
     ],
 )
@@ -360,57 +353,50 @@ def test_references_that_do_not_fit_are_named(data, changes, message):
         read_refer(data / "data", data / "train2014")
 
 
-def test_files_of_something_else_are_explained(data):
-    folder = data / "data/refcoco"
+def change(table, number, **fields):
+    """The default instances with other fields in one record, or with one record more."""
+    instances = default_instances()
+    records = instances[table]
+    if number == len(records):
+        records.append({**records[0], "file_name": "other.jpg"})
+    records[number] = {name: value for name, value in {**records[number], **fields}.items() if value is not ...}
+    return json.dumps(instances)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "is not JSON"),
+        ("[]", "is not in COCO's format"),
+        ('{"images": []}', "is not in COCO's format"),
+        (100_000 * "[", "is not JSON that can be used: maximum recursion depth"),
+        (change("images", 0, height=...), "581857 of the images: expected the fields .*'height'.*, got"),
+        (change("images", 2), "the ids of images must be unique, 581857 is there twice"),
+        (change("annotations", 5), "the ids of annotations must be unique, 10 is there twice"),
+        (change("categories", 2), "the ids of categories must be unique, 1 is there twice"),
+        (change("annotations", 0, id=2**70), f"record 0 of the annotations: expected id .* got {2**70}"),
+        (change("images", 0, file_name=5), "581857 of the images: expected file_name to be text, got 5"),
+        (change("categories", 1, name=5), "18 of the categories: expected name to be text, got 5"),
+    ],
+    ids=str,
+)
+def test_instances_of_something_else_are_explained(data, content, message):
+    (data / "data/refcoco/instances.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"instances\.json.*{message}"):
+        read_refer(data / "data", data / "train2014")
+
+
+def test_references_of_something_else_are_explained(data):
     for refs, message in (
         ({"refs": []}, "to hold a list of references, got dict"),
         ([{"ref_id": 1}], r"reference 0: expected the fields \['ann_id', .*\], got \{'ref_id': 1\}"),
     ):
-        write_refer(folder, refs)
-        with pytest.raises(ValueError, match=message):
-            read_refer(data / "data", data / "train2014")
-    instances = default_instances()
-    del instances["images"][0]["height"]
-    for content, message in (
-        ("[", r"instances\.json is not JSON"),
-        ("[]", r"instances\.json is not in COCO's format"),
-        ('{"images": []}', r"instances\.json is not in COCO's format"),
-        (json.dumps(instances), r"instances\.json, 581857 of the images: expected the fields .*'height'.*, got"),
-        (100_000 * "[", r"instances\.json is not JSON that can be used: maximum recursion depth"),
-    ):
-        write_refer(folder)
-        (folder / "instances.json").write_text(content)
+        write_refer(data / "data/refcoco", refs)
         with pytest.raises(ValueError, match=message):
             read_refer(data / "data", data / "train2014")
 
 
-@pytest.mark.parametrize("table", ["images", "annotations", "categories"])
-def test_ids_of_instances_are_unique_and_fit_into_64_bits(data, table):
-    instances = default_instances()
-    instances[table].append(instances[table][0] | {"file_name": "other.jpg"})
-    write_refer(data / "data/refcoco", instances=instances)
-    number = instances[table][0]["id"]
-    with pytest.raises(
-        ValueError, match=rf"instances\.json: the ids of {table} must be unique, {number} is there twice"
-    ):
-        read_refer(data / "data", data / "train2014")
-    instances[table][-1]["id"] = 2**70
-    write_refer(data / "data/refcoco", instances=instances)
-    with pytest.raises(ValueError, match=rf"instances\.json, record \d+ of the {table}: expected id .* got {2**70}"):
-        read_refer(data / "data", data / "train2014")
-
-
-@pytest.mark.parametrize(("table", "field"), [("images", "file_name"), ("categories", "name")])
-def test_texts_of_instances_are_texts(data, table, field):
-    instances = default_instances()
-    for record in instances[table]:
-        record[field] = 5
-    write_refer(data / "data/refcoco", instances=instances)
-    with pytest.raises(ValueError, match=rf"instances\.json, \d+ of the {table}: expected {field} to be text, got 5"):
-        read_refer(data / "data", data / "train2014")
-
-
-def test_references_that_are_there_twice_are_named(data, caplog):
+def test_repeated_references_are_named(data, caplog):
     refs = default_refs()
     write_refer(data / "data/refcoco", [*refs, refs[0]])
     images = read_refer(data / "data", data / "train2014")
@@ -424,7 +410,7 @@ def test_two_images_of_one_file_are_refused(data, names):
     for image, name in zip(instances["images"], names):
         image["file_name"] = name
     write_refer(data / "data/refcoco", instances=instances)
-    read_refer(data / "data", data / "train2014")  # its images are missing, which is said of each when rows are built
+    read_refer(data / "data", data / "train2014")  # missing images are reported when rows are built
     write_images(data / "job_1", ["a.jpg"])
     message = r"a\.jpg for image 581857 \(.*a\.jpg\) and for image 9 \(.*a\.jpg\): give a folder"
     with pytest.raises(ValueError, match=message):
@@ -434,15 +420,7 @@ def test_two_images_of_one_file_are_refused(data, names):
         assert len({image.image for image in read_refer(data / "data", data)}) == 2
 
 
-def test_numbers_of_numpy_are_explained(tmp_path):
-    (tmp_path / "refs.p").write_bytes(pickle.dumps([{"ref_id": np.int64(5)}]))
-    with pytest.raises(
-        ValueError, match=r"refs\.p was refused: .*numpy.*: write NumPy's numbers as int\(\) and float\(\)"
-    ):
-        load_plain_pickle(tmp_path / "refs.p")
-
-
-# The dataset
+# --- The dataset ------------------------------------------------------------------------------------------------------
 
 
 def expected_mask(segmentation):
@@ -475,27 +453,6 @@ def test_dataset_has_the_masks_that_pycocotools_makes(data):
     assert num_references == len(default_refs())
 
 
-def test_bad_images_of_a_dataset_stop_it_or_are_left_out(data):
-    (data / "train2014" / FILE_NAMES[9]).unlink()
-    with pytest.raises(BadImage, match=rf"1 images cannot be used.*\n  {FILE_NAMES[9]}: missing"):
-        load_refer(data / "data", data / "train2014")
-    dataset = load_refer(data / "data", data / "train2014", skip_bad=True)
-    assert dataset["image_id"][:] == [581857]
-
-
-@pytest.mark.parametrize("name", ["../up.jpg", "./../secret/s.jpg", "/dev/zero", 5000 * "a", "", "..\\up.jpg", "x\0"])
-def test_names_that_lead_out_of_the_folder_are_not_followed(data, name):
-    write_images(data / "secret", ["s.jpg"])
-    write_images(data, ["up.jpg"])
-    for file_name in (name, str(data / "up.jpg")):
-        instances = default_instances()
-        instances["images"][1]["file_name"] = file_name
-        write_refer(data / "data/refcoco", instances=instances)
-        with pytest.raises(BadImage, match="1 images cannot be used"):
-            load_refer(data / "data", data / "train2014")
-        assert load_refer(data / "data", data / "train2014", skip_bad=True)["image_id"][:] == [581857]
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -507,6 +464,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(data, name):
         ("segmentation", [[-20, -9, -3, -9, -3, -1]]),
         ("segmentation", 5),
         ("segmentation", {}),
+        ("segmentation", []),  # which does not mean "nothing in the image"
         ("segmentation", [{"a": 1}]),
         ("segmentation", ["a"]),
         ("bbox", "x"),
@@ -517,7 +475,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(data, name):
         ("width", [32]),
     ],
 )
-def test_damaged_annotations_are_their_images_fault(data, field, value):
+def test_damaged_annotations_make_bad_images(data, field, value):
     instances = default_instances()
     instances["images" if field in ("height", "width") else "annotations"][1][field] = value
     write_refer(data / "data/refcoco", instances=instances)
@@ -526,18 +484,10 @@ def test_damaged_annotations_are_their_images_fault(data, field, value):
     assert load_refer(data / "data", data / "train2014", skip_bad=True)["image_id"][:] == [581857]
 
 
-def test_object_without_a_segmentation_is_no_expression_about_nothing(data):
-    instances = default_instances()
-    instances["annotations"][1]["segmentation"] = []
-    write_refer(data / "data/refcoco", instances=instances)
-    with pytest.raises(BadImage, match=rf"{FILE_NAMES[9]}: ref_id 2: A polygon must be .* got \[\]"):
-        load_refer(data / "data", data / "train2014")
+# --- The package ------------------------------------------------------------------------------------------------------
 
 
-# The package
-
-
-def test_readers_are_imported_when_asked_for():
+def test_readers_are_imported_on_first_use():
     code = """
 import sys
 import modeling_restr.data
