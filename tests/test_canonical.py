@@ -1,4 +1,4 @@
-"""The canonical form against Pillow and masks that NumPy draws."""
+"""The canonical form compared with Pillow and NumPy."""
 
 import io
 import logging
@@ -99,9 +99,9 @@ def test_grey_palette_and_other_images_are_kept(tmp_path, name, mode):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("a.jpg", "RGB"), ("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "P"), ("a.webp", "RGB")]
+    ("name", "mode", "orientation"),
+    [("a.jpg", "RGB", 5), ("a.jpg", "L", 6), ("a.jpg", "CMYK", 7), ("a.png", "P", 8), ("a.webp", "RGB", 6)],
 )
-@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_annotations_of_a_rotated_photo_as_stored(tmp_path, name, mode, orientation):
     """A program that ignores EXIF made them, so users get the image as it is stored, exactly."""
     path = write_image(tmp_path / name, mode=mode, orientation=orientation)

@@ -1,4 +1,4 @@
-"""Combining: nothing that is evaluated on is trained on, whatever its files are called."""
+"""Combining: no image that is evaluated on is trained on, whatever its file name."""
 
 import dataclasses
 import io
@@ -143,7 +143,7 @@ def test_sets_without_training_or_evaluation_combine(tmp_path):
     assert "1 image, 2 references and 3 expressions were dropped" in combination.notes[0]
 
 
-def test_files_that_rows_name_lie_in_the_folder(tmp_path):
+def test_files_named_in_rows_lie_in_the_folder(tmp_path):
     folders = {name: prepare_folder(tmp_path / name, name, train=make_images(tmp_path, [1])) for name in "ab"}
     shard = next((folders["b"] / "data").iterdir())
     table = pq.read_table(shard)

@@ -1,4 +1,4 @@
-"""gRefCOCO's layout: several targets are one mask, none is an empty one."""
+"""gRefCOCO's layout: several targets are one mask, no target is an empty mask."""
 
 import dataclasses
 import json
@@ -138,9 +138,7 @@ def test_no_target_is_an_empty_mask(tmp_path, ann_id, category_id):
         ([], r"at least 3 points, got \[\]"),
         (None, r"at least 3 points, got \[\]"),
         ([[-9, -9, -3, -9, -3, -1]], "covers no pixel"),
-        ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "covers no pixel"),
         ([[1e9, 1, 12, 1, 12, 9]], "got 1000000000.0"),
-        (5, "got 1 numbers"),
     ],
 )
 @pytest.mark.parametrize("ann_ids", [[10], [10, 20], [20, 10]], ids=str)
@@ -200,14 +198,8 @@ def test_folder_or_the_one_above(tmp_path, name):
         (make_ref(5, [10], [1], image_id=7), "ref_id 5: 7 is not among the images"),
         (make_ref(5, [10, -1], [1, -1]), r"ref_id 5: ann_id has both objects and no target: \[10, -1\]"),
         ({"ref_id": 5}, "reference 0: expected the fields"),
-        (
-            make_ref(5, [10, "20"], [1, 1]),
-            "reference 0: expected ann_id to be a whole number of 64 bits or a list of th",
-        ),
-        (
-            make_ref(5, [10], None),
-            "reference 0: expected category_id to be a whole number of 64 bits or a list of them",
-        ),
+        (make_ref(5, [10, "20"], [1, 1]), "expected ann_id to be a whole number of 64 bits or a list of them"),
+        (make_ref(5, [10], None), "expected category_id to be a whole number of 64 bits or a list of them"),
     ],
 )
 def test_references_that_do_not_fit_are_named(tmp_path, ref, message):

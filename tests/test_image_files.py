@@ -1,4 +1,4 @@
-"""Images by the names that annotation files give them: found as other machines wrote them, and never elsewhere."""
+"""Images by the names in annotation files, as other machines wrote them. No file outside of the folder is found."""
 
 import os
 import unicodedata
@@ -10,14 +10,9 @@ from modeling_restr.data.image_files import MAX_BYTES, image_finder, resolve_ima
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of images beside a file that nobody may have."""
-    for name in (
-        "photos/a.jpg",
-        "photos/batch/b c.jpg",
-        "photos/train2017/000000000009.jpg",
-        "up.jpg",
-        "secret/s.jpg",
-    ):
+    """A folder of images next to files that must not be opened."""
+    inside = ("photos/a.jpg", "photos/batch/b c.jpg", "photos/train2017/000000000009.jpg")
+    for name in (*inside, "up.jpg", "secret/s.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     return tmp_path / "photos"
@@ -62,21 +57,8 @@ def test_names_are_taken_as_they_are_first(folder):
 @pytest.mark.parametrize(
     "name",
     [
-        "../up.jpg",
-        "./../secret/s.jpg",
-        "%2e%2e/up.jpg",
-        "..\\up.jpg",
-        "/dev/zero",
-        "",
-        ".",
-        "..",
-        "/",
-        "\0",
-        "%00.jpg",
-        "\ud800.jpg",
-        5000 * "a",
-        2000 * "a/" + "up.jpg",
-        5000 * "../",
+        *("../up.jpg", "./../secret/s.jpg", "%2e%2e/up.jpg", "..\\up.jpg", "/dev/zero", "", ".", "..", "/", "\0"),
+        *("%00.jpg", "\ud800.jpg", 5000 * "a", 2000 * "a/" + "up.jpg", 5000 * "../"),
     ],
 )
 def test_nothing_outside_is_found(folder, name):
@@ -86,7 +68,7 @@ def test_nothing_outside_is_found(folder, name):
         resolve_image(path, folder)
 
 
-def test_what_is_opened_lies_inside(folder, tmp_path):
+def test_only_files_in_the_folder_are_opened(folder, tmp_path):
     assert resolve_image(folder / "a.jpg", folder) == folder / "a.jpg"
     assert resolve_image(tmp_path / "up.jpg") == tmp_path / "up.jpg"  # of no folder
     (folder / "inside.jpg").symlink_to("a.jpg")
@@ -142,6 +124,6 @@ def test_only_regular_files_are_opened(folder):
         resolve_image(image_finder(folder)("nowhere.jpg"), folder)
 
 
-def test_folder_that_is_none(folder):
+def test_a_file_is_no_folder(folder):
     with pytest.raises(ValueError, match=r"Expected a folder of images, got .*a\.jpg"):
         image_finder(folder / "a.jpg")

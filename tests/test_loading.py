@@ -1,4 +1,4 @@
-"""Prepared data from folders, whose rows are always those of their files, and from a Hub, of any version."""
+"""Prepared data from folders, always as their files are now, and from a Hub, in any version."""
 
 import io
 import shutil
@@ -36,7 +36,7 @@ def masks(rows):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_is_never_mistaken_for_another_or_for_what_it_was(tmp_path, streaming):
+def test_a_folder_is_never_mistaken_for_another_or_an_earlier_version(tmp_path, streaming):
     folders = [tmp_path / "one" / "photos", tmp_path / "two" / "photos"]
     for seed, folder in enumerate((*folders, folders[0])):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A prepared folder, as its users load it, and what may be added to it."""
+"""Prepared folders: what they hold, what may be added to them, and how they are pushed."""
 
 import dataclasses
 import json
@@ -135,7 +135,7 @@ def test_two_at_once_in_one_folder_are_an_error(tmp_path, images):
         prepare(SOURCE, {"val": images}, tmp_path / "output")
 
 
-def test_bad_images_stop_it_and_leave_no_card_and_no_file_that_lacks_any(tmp_path, images):
+def test_bad_images_stop_it_without_a_card_or_incomplete_files(tmp_path, images):
     output = tmp_path / "output"
     images[4].image.unlink()
     with pytest.raises(BadImage, match=f": 1\n  {images[4].file_name}: missing"):
@@ -179,7 +179,7 @@ def test_two_images_of_one_file_in_two_splits_are_refused(tmp_path, images):
     prepare(SOURCE, {"train": images[:1], "val": [same]}, tmp_path / "output")
 
 
-def test_nothing_but_bad_images_is_an_error_even_so(tmp_path, images):
+def test_a_split_of_bad_images_only_is_an_error(tmp_path, images):
     for image in images:
         image.image.unlink()
     with pytest.raises(BadImage, match=r"None of the 7 images of the split 'val'.*folder of the images"):
@@ -209,20 +209,14 @@ def test_source_is_read_back_as_it_was(tmp_path, images):
     assert str(tmp_path) not in json.dumps(read_settings(tmp_path / "output"))
     with pytest.raises(ValueError, match="is no prepared dataset"):
         read_settings(tmp_path)
-    for text in (
-        "null",
-        "[]",
-        "1",
-        "{}",
-        '{"version": 1',
-        (tmp_path / "output" / "preparation.json").read_text()[:-9],
-    ):
+    truncated = (tmp_path / "output" / "preparation.json").read_text()[:-9]
+    for text in ("null", "[]", "1", "{}", truncated):
         (tmp_path / "preparation.json").write_text(text)
         with pytest.raises(ValueError, match=r"preparation\.json(: expected the fields| is not JSON)"):
             read_settings(tmp_path)
 
 
-def test_fingerprint_is_of_the_annotations_only(tmp_path, images):
+def test_fingerprint_depends_on_the_annotations_only(tmp_path, images):
     elsewhere = [dataclasses.replace(image, image=tmp_path / "elsewhere.jpg") for image in images]
     assert fingerprint(images) == fingerprint(elsewhere)
     prints = {fingerprint(images), fingerprint(images[:-1]), fingerprint(images[::-1])}
@@ -244,11 +238,6 @@ def test_fingerprint_is_of_the_annotations_only(tmp_path, images):
         fingerprint([dataclasses.replace(images[0], references=(dataclasses.replace(reference, bbox={1}),))])
 
 
-def write_text(path, text) -> str:
-    path.write_text(text)
-    return str(path)
-
-
 def test_push_is_one_commit_that_leaves_no_older_shards(tmp_path, images, monkeypatch):
     for images_per_shard, name in ((1, "many"), (4, "few")):
         prepare(SOURCE, {"val": images}, tmp_path / name, images_per_shard=images_per_shard)
@@ -264,7 +253,7 @@ def test_push_is_one_commit_that_leaves_no_older_shards(tmp_path, images, monkey
 
 
 @pytest.mark.parametrize("missing", ["README.md", "preparation.json", "data/*.parquet"])
-def test_folder_that_is_not_prepared_makes_no_repository(tmp_path, images, monkeypatch, missing):
+def test_an_unprepared_folder_creates_no_repository(tmp_path, images, monkeypatch, missing):
     prepare(SOURCE, {"val": images}, tmp_path / "prepared")
     for path in (tmp_path / "prepared").glob(missing):
         path.unlink()
@@ -275,10 +264,11 @@ def test_folder_that_is_not_prepared_makes_no_repository(tmp_path, images, monke
         assert not hub.repositories
 
 
-def test_loading_snippet_of_the_card_runs(tmp_path, images, monkeypatch):
+def test_the_card_s_snippet_runs(tmp_path, images, monkeypatch):
     output = tmp_path / "output"
     prepare(SOURCE, {"val": images}, output)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)[1]
-    names = runpy.run_path(write_text(tmp_path / "snippet.py", code.replace("path/or/id", str(output))))
+    (tmp_path / "snippet.py").write_text(code.replace("path/or/id", str(output)))
+    names = runpy.run_path(str(tmp_path / "snippet.py"))
     assert names["mask"].shape == images[0].size and names["texts"] == ["nothing"]

@@ -1,4 +1,4 @@
-"""What a reader sees when a dataset is not as it was published."""
+"""Counts next to the published ones, and every difference in words."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Fields of records, and the summary of what is wrong with them."""
+"""Fields of records, and the summary of problems."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_fields_of_another_kind_are_named_with_their_place(changes, message):
         check_fields(record | changes, kinds, "refs.p, reference 3")
 
 
-def test_records_that_are_none_are_shown_in_short():
+def test_other_values_are_shown_in_short():
     deep = []
     for _ in range(5000):
         deep = [deep]

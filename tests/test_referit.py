@@ -75,7 +75,7 @@ def test_numbers_are_the_same_in_every_split_that_has_them(data):
     assert len(set(sent_ids)) == 4
 
 
-def test_masks_travel_to_other_processes_unread(data):
+def test_masks_are_read_in_the_process_that_builds_the_rows(data):
     images = read(data)
     for file in (data / "masks").iterdir():
         moved = file.with_suffix(".moved")
@@ -115,7 +115,7 @@ def test_masks_that_crash_scipy_are_bad_images(data):
     assert build_dataset(read(data), skip_bad=True, progress=False)["image_id"][:] == [8756]
 
 
-def test_reader_that_ended_is_started_again(data):
+def test_a_reader_that_ended_is_started_again(data):
     reader = MatReader()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"KeyError: 'x'"):
@@ -140,7 +140,7 @@ def test_images_lie_in_their_folder(data):
         build_dataset(read(data), progress=False)
 
 
-def test_names_that_are_there_twice_are_said(data, caplog):
+def test_repeated_names_are_reported(data, caplog):
     (data / "referit_query_test.json").write_text('{"8756_1": ["sky"], "112_10": ["a"], "8756_1": ["sun"]}')
     with pytest.raises(ValueError, match=r"referit_query_test\.json .*: 8756_1 is there twice"):
         read(data)
@@ -150,12 +150,6 @@ def test_names_that_are_there_twice_are_said(data, caplog):
         "referit_query_test.json: 1 ids of references occur more than once and are counted as often (8756001)"
         in caplog.text
     )
-
-
-def test_missing_images_are_named(data):
-    (data / "images/112.jpg").unlink()
-    with pytest.raises(BadImage, match=r"112\.jpg: missing"):
-        build_dataset(read(data), progress=False)
 
 
 def test_splits_that_do_not_exist_are_explained(data):
@@ -189,7 +183,7 @@ def test_files_of_something_else_are_explained(data, queries):
         read(data)
 
 
-def test_scipy_is_asked_for(data, monkeypatch):
+def test_scipy_is_named_if_it_is_missing(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(ImportError, match=r'SciPy reads: `pip install "modeling-restr\[train\]"`'):
         read(data)

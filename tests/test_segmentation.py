@@ -1,4 +1,4 @@
-"""Segmentations of every form against pycocotools and masks that NumPy draws; what is none reaches no C code."""
+"""Segmentations of every form compared with pycocotools and NumPy. Invalid ones reach no C code."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_polygons_and_rles_are_united():
     assert np.array_equal(decode_mask(rle), mask | coco_annotation_mask([BOX, TRIANGLE]))
 
 
-def test_no_parts_are_an_empty_mask():
+def test_no_parts_make_an_empty_mask():
     assert segmentation_to_rle([], (HEIGHT, WIDTH)) == encode_mask(np.zeros((HEIGHT, WIDTH)))
 
 
@@ -153,7 +153,7 @@ def zigzag(num_points):
     return [number for index in range(num_points) for number in (WIDTH * (index % 2), index % HEIGHT)]
 
 
-def test_outlines_without_end_are_refused():
+def test_endless_outlines_are_refused():
     limit = MAX_OUTLINE * (HEIGHT + WIDTH)
     assert segmentation_to_rle([zigzag(100)], SIZE)["size"] == list(SIZE)
     with pytest.raises(ValueError, match=f"of at most {limit} pixels, got {WIDTH * 300}"):
@@ -169,7 +169,7 @@ def test_outlines_up_to_one_size_outside_are_cut_off(offset):
     assert np.array_equal(decode_mask(segmentation_to_rle([polygon], SIZE)), mask)
 
 
-def test_polygons_of_tools_are_read_as_cocos():
+def test_polygons_of_annotation_tools_are_read_as_coco_s():
     expected = segmentation_to_rle([BOX], SIZE)
     points = [[BOX[index], BOX[index + 1]] for index in range(0, len(BOX), 2)]
     forms = [BOX, points, [points], tuple(BOX), np.array(points).tolist(), [np.array(BOX)], [BOX, [1.0, 2.0]]]
@@ -203,7 +203,7 @@ def test_objects_have_pixels():
         object_to_rle(SeveralObjects(([BOX], [[]])), SIZE)  # the outline of the second was lost
 
 
-def test_masks_are_decoded_only_as_far_as_images_are(monkeypatch):
+def test_masks_larger_than_any_image_are_not_decoded(monkeypatch):
     with pytest.raises(ValueError, match=r"at most \d+ pixels, got one of size \(1000000, 1000000\)"):
         decode_mask({"size": [10**6, 10**6], "counts": [10**12]})
     with pytest.raises(ValueError, match="cover 767 pixels"):

@@ -1,4 +1,4 @@
-"""Own photos and sentences, as JSONL and CSV: rows with the masks that were meant, and errors that name the line."""
+"""Own photos and sentences in JSONL and CSV: rows with the right masks, and errors that name the line."""
 
 import json
 
@@ -150,7 +150,7 @@ def test_a_photo_is_in_one_split(folder):
     ],
     ids=str,
 )
-def test_lines_that_cannot_be_used_are_named(folder, wrong, message):
+def test_unusable_lines_are_named(folder, wrong, message):
     path = write_lines(folder, line(polygon=OUTLINE), wrong)
     with pytest.raises(ValueError, match=rf"own\.jsonl cannot be used(?s:.)*{message}"):
         read_sentences(path, folder / "photos")
@@ -179,7 +179,7 @@ def test_boxes_are_four_numbers(folder, box):
         (b"image,sentence\na.jpg,gr\xfcn\n", "is not in UTF-8.*Save it as UTF-8"),
     ],
 )
-def test_csv_files_that_cannot_be_used(folder, text, message):
+def test_unusable_csv_files(folder, text, message):
     path = folder / "own.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
@@ -205,7 +205,7 @@ def test_a_long_outline_fits_a_cell_of_csv(folder):
 # --- Files of photos and masks ----------------------------------------------------------------------------------------
 
 
-def test_photos_and_masks_that_cannot_be_used_are_bad_images(folder):
+def test_unusable_photos_and_masks_make_bad_images(folder):
     rgb = np.zeros((*SIZE, 3), dtype=np.uint8)
     rgb[0, 0], rgb[0, 1] = (255, 0, 0), (0, 255, 0)
     Image.fromarray(rgb).save(folder / "masks" / "colours.png")

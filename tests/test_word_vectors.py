@@ -1,4 +1,4 @@
-"""Word vectors against files that the tests write and a NumPy reading of them."""
+"""Word vectors from small files, compared with how NumPy reads them."""
 
 import logging
 
@@ -113,7 +113,7 @@ def test_malformed_lines_are_explained(tmp_path, content, line, message):
         load_word_vectors(tmp_path / "glove.txt", SPECIAL_TOKENS | {"dog": 4, "left": 5})
 
 
-def test_files_and_vocabularies_of_no_use_are_explained(tmp_path):
+def test_useless_files_and_vocabularies_are_explained(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         load_word_vectors(tmp_path / "empty.txt", SPECIAL_TOKENS | {"dog": 4})
