@@ -1,13 +1,13 @@
 """
-A Hub in memory, over real HTTP on this machine: what huggingface_hub, transformers and datasets ask of one when
-repositories are created, pushed to, tagged and read, in whole or in ranges.
+A Hub in memory over real HTTP on this machine. It answers what huggingface_hub, transformers and datasets request when
+they create, push, tag and read repositories, also in ranges.
 
     with serve() as hub:
         subprocess.run(command, env=os.environ | hub.environment(tmp_path))
         hub.repositories["model", "tester/restr"].files("main")
 
-Like the real one it refuses to write without a token, knows private repositories, tells LFS files from others, and
-says what a file is so that clients leave out what has not changed. It has no Xet storage.
+Like the real one it needs a token for writing, has private repositories and LFS files, and reports hashes so that clients
+skip unchanged files. It has no Xet storage.
 """
 
 import base64
@@ -36,7 +36,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 
 class Refusal(Exception):
-    """An error as the Hub answers it: status and, for clients to tell it by, a code."""
+    """An error answer of the Hub: a status, and a code for clients."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -52,7 +52,7 @@ class Commit:
 
 
 class Repository:
-    """The commits of one repository, oldest first, and the names for some of them."""
+    """The commits of a repository, oldest first, with its branches and tags."""
 
     def __init__(self, kind: str, name: str, private: bool = False):
         self.kind, self.name, self.private = kind, name, private
@@ -76,7 +76,7 @@ class Repository:
         raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """The files of a revision, but for the `.gitattributes` that every repository begins with."""
+        """The files of a revision, without the `.gitattributes` of every repository."""
         return {path: content for path, content in self.at(revision).files.items() if path != ".gitattributes"}
 
     @property
@@ -95,18 +95,18 @@ class Hub:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """The variables that lead a process here, with its caches in `home`."""
+        """Environment variables with which a process uses this Hub, with its caches in `home`."""
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         return {**variables, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
 
     def connect(self, home: Path, patch: pytest.MonkeyPatch) -> None:
-        """Lead huggingface_hub and transformers here in this process, which read its environment when it began."""
+        """Make this process use this Hub, although its libraries have already read the environment."""
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + template)
         patch.setattr(constants, "ENDPOINT", self.url)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr("transformers.utils.hub._hf_api", None)  # made at the first push, and kept
+        patch.setattr("transformers.utils.hub._hf_api", None)  # created at the first push
         patch.setenv("HF_TOKEN", TOKEN)
 
 
@@ -115,12 +115,12 @@ def is_lfs(path: str) -> bool:
 
 
 def object_id(content: bytes) -> str:
-    """Git's name of a file."""
+    """Git's hash of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def upload_id(path: str, content: bytes) -> str:
-    """What clients compare their own file with, and the ETag of a download."""
+    """The hash that clients compare with their own file, and the ETag of a download."""
     return hashlib.sha256(content).hexdigest() if is_lfs(path) else object_id(content)
 
 
@@ -130,7 +130,7 @@ def read_front_matter(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def list_entries(files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
-    """Every file and folder, as `tree` and `paths-info` describe them."""
+    """Every file and folder in the form of `tree` and `paths-info`."""
     entries: dict[str, dict[str, Any]] = {}
     for path, content in sorted(files.items()):
         for folder in PurePosixPath(path).parents:
@@ -143,7 +143,7 @@ def list_entries(files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Finds the method for a request in `ROUTES`; what it returns is answered as JSON."""
+    """Finds the function for a request in `ROUTES`, and answers with its result as JSON."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -152,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
-        self.content = self.read_content()  # whole, or the rest would be taken for the next request
+        self.content = self.read_content()  # completely, or the rest would be read as the next request
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.hub.requests.append(f"{self.command} {self.path}")
@@ -214,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def route(methods: str, pattern: str, is_open: bool = False) -> Any:
-    """Decorator for an answer; `is_open`: a POST that only asks, and needs no token."""
+    """Register the function that answers a request. With `is_open`, a POST needs no token."""
 
     def add(function: Any) -> Any:
         function.is_open = is_open
@@ -407,7 +407,7 @@ def resolve(self: Handler, kind: str, name: str, revision: str, path: str) -> No
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """An empty Hub on a free port, gone at the end of the `with` block."""
+    """An empty Hub on a free port, until the end of the `with` block."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,14 +1,14 @@
-"""A saved bundle runs where the package is installed, and where it is not."""
+"""A saved bundle runs with and without the package."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_without_package
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig
@@ -40,31 +40,12 @@ CODE_FILES = {
     "vision_encoder_restr.py",
 }
 SERVING_FILES = {"handler.py", "requirements.txt"}
-OTHER_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 SENTENCES = ["the dog on the left", "ball"]
 
-# Loads the folder argv[1] with remote code, asks about the image argv[2], and writes what it got to the folder argv[3].
-FRESH_PROCESS = '''
+# Loads the folder argv[1] with remote code, asks about the image argv[2], and writes the results to the folder argv[3].
+LOADS = """
 import json, sys
-from importlib.abc import MetaPathFinder
-
-
-class Hidden(MetaPathFinder):
-    """Whatever is installed or on the path: here the package is not."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_restr":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Hidden())
-try:
-    import modeling_restr
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("the package can be imported")
-
 import numpy as np
 import torch
 import transformers
@@ -100,7 +81,7 @@ save_file({name: tensor.contiguous() for name, tensor in results.items()}, f"{ou
 loaded = (config, base_model, model, processor, image_processor, pipe)
 with open(f"{output}/classes.json", "w") as file:
     json.dump([[type(part).__module__, type(part).__name__] for part in loaded], file)
-'''
+"""
 
 
 def build_model(seed: int = 3, **options) -> ReSTRForImageSegmentation:
@@ -129,33 +110,33 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def bundle(tmp_path) -> Path:
-    return save_bundle(build_model(), build_processor(), tmp_path / "bundle")
+    model, processor = build_model(), build_processor()
+    folder = save_bundle(model, processor, tmp_path / "bundle")
+    assert not any(hasattr(part, "auto_map") for part in (model.config, processor, processor.image_processor))
+    return folder
 
 
 def test_bundle_is_complete_and_flat(bundle):
     files = read_files(bundle)
-    assert files.keys() == CODE_FILES | SERVING_FILES | OTHER_FILES
+    assert files.keys() == CODE_FILES | SERVING_FILES | MODEL_FILES
     assert all(files[name] == (PACKAGE / name).read_bytes() for name in CODE_FILES)
     assert files["handler.py"] == (PACKAGE / "hub" / "handler.py").read_bytes()
     assert list(bundle.parent.iterdir()) == [bundle]
 
 
-def test_code_needs_nothing_but_itself_and_required_packages(bundle):
+def test_code_imports_only_itself_and_required_packages(bundle):
     allowed = sys.stdlib_module_names | {"huggingface_hub", "numpy", "packaging", "PIL", "torch", "transformers"}
     for name in CODE_FILES | {"handler.py"}:
         assert set(get_imports(bundle / name)) <= allowed
         assert {f"{module}.py" for module in get_relative_imports(bundle / name)} <= CODE_FILES
 
 
-def test_fresh_process_without_the_package_gives_the_same(bundle, tmp_path):
+def test_fresh_process_without_the_package_computes_the_same(bundle, tmp_path):
     (tmp_path / "output").mkdir()
     build_image().save(tmp_path / "photo.png")
-    (tmp_path / "fresh.py").write_text(FRESH_PROCESS)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     arguments = [bundle, tmp_path / "photo.png", tmp_path / "output", *SENTENCES]
-    subprocess.run(
-        [sys.executable, tmp_path / "fresh.py", *map(str, arguments)], check=True, env=environment, cwd=tmp_path
-    )
+    run_without_package(LOADS, *arguments, cwd=tmp_path, **environment)
 
     model, processor, image = build_model(), build_processor(), build_image()
     inputs = processor(images=image, text=SENTENCES, return_tensors="pt")
@@ -173,7 +154,7 @@ def test_fresh_process_without_the_package_gives_the_same(bundle, tmp_path):
     assert 0 < np.count_nonzero(masks) < masks.size
 
     saved, whole = read_files(tmp_path / "output" / "saved"), read_files(bundle)
-    assert saved.keys() == CODE_FILES | OTHER_FILES
+    assert saved.keys() == CODE_FILES | MODEL_FILES
     assert all(saved[name] == whole[name] for name in {*CODE_FILES, "model.safetensors", "tokenizer.json"})
 
     classes = json.loads((tmp_path / "output" / "classes.json").read_text())
@@ -190,13 +171,13 @@ def test_second_call_gives_identical_bytes(bundle, tmp_path):
     assert read_files(save_bundle(*loaded, tmp_path / "new" / "folder")) == first
 
 
-def test_parts_that_are_saved_alone_bring_the_same_code(bundle, tmp_path):
+def test_parts_that_are_saved_alone_have_the_same_code(bundle, tmp_path):
     build_model().save_pretrained(tmp_path / "parts")
     processor = build_processor()
     processor.save_pretrained(tmp_path / "parts")
     assert not hasattr(processor, "auto_map")
     parts = read_files(tmp_path / "parts")
-    assert parts.keys() == CODE_FILES | OTHER_FILES
+    assert parts.keys() == CODE_FILES | MODEL_FILES
     assert all(parts[name] == (PACKAGE / name).read_bytes() for name in CODE_FILES)
     for key in ("auto_map", "custom_pipelines"):
         saved = [json.loads((folder / "config.json").read_text())[key] for folder in (tmp_path / "parts", bundle)]
@@ -215,7 +196,7 @@ def test_code_is_added_to_a_folder_without_it(bundle, tmp_path):
 def test_without_code_nothing_refers_to_it(bundle, tmp_path):
     loaded = ReSTRForImageSegmentation.from_pretrained(bundle), ReSTRProcessor.from_pretrained(bundle)
     folder = save_bundle(*loaded, tmp_path / "plain", include_code=False)
-    assert {path.name for path in folder.iterdir()} == OTHER_FILES
+    assert {path.name for path in folder.iterdir()} == MODEL_FILES
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         assert "auto_map" not in (folder / name).read_text() and "custom_pipelines" not in (folder / name).read_text()
     model = ReSTRForImageSegmentation.from_pretrained(folder)
@@ -230,7 +211,7 @@ def test_existing_folder_is_updated_and_keeps_other_files(bundle):
     (bundle / "model.safetensors.index.json").touch()
     model = build_model(seed=1)
     save_bundle(model, build_processor(), bundle)
-    files = CODE_FILES | SERVING_FILES | OTHER_FILES | {"README.md", "checkpoint-1"}
+    files = CODE_FILES | SERVING_FILES | MODEL_FILES | {"README.md", "checkpoint-1"}
     assert {path.name for path in bundle.iterdir()} == files
     assert (bundle / "README.md").read_text() == "mine"
     loaded = ReSTRForImageSegmentation.from_pretrained(bundle).state_dict()
@@ -251,7 +232,7 @@ def test_failure_while_writing_leaves_everything_as_it_was(bundle, tmp_path, mon
     assert list(tmp_path.iterdir()) == [bundle]
 
 
-def test_update_that_is_cut_off_does_not_load(bundle, monkeypatch):
+def test_interrupted_update_does_not_load(bundle, monkeypatch):
     replace, calls = os.replace, []
 
     def replace_twice(source, target):
@@ -271,7 +252,7 @@ def test_update_that_is_cut_off_does_not_load(bundle, monkeypatch):
     ReSTRForImageSegmentation.from_pretrained(bundle)
 
 
-def test_half_precision_is_stored_and_loads_in_the_dtype_of_the_model(bundle, tmp_path):
+def test_half_precision_loads_in_the_dtype_of_the_model(bundle, tmp_path):
     vit = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
     )
@@ -284,14 +265,6 @@ def test_half_precision_is_stored_and_loads_in_the_dtype_of_the_model(bundle, tm
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float())
     assert ReSTRForImageSegmentation.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_model_and_processor_are_left_alone(bundle):
-    model, processor = build_model(), build_processor()
-    save_bundle(model, processor, bundle)
-    assert not hasattr(model.config, "auto_map")
-    assert not hasattr(processor, "auto_map")
-    assert not hasattr(processor.image_processor, "auto_map")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +294,7 @@ def test_weights_beyond_the_dtype_are_refused(tmp_path):
     save_bundle(model, build_processor(), tmp_path / "bundle", dtype=torch.bfloat16)
 
 
-def test_file_in_place_of_the_folder_is_refused(tmp_path):
+def test_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "bundle").write_text("a file")
     with pytest.raises(ValueError, match="is a file"):
         save_bundle(build_model(), build_processor(), tmp_path / "bundle")

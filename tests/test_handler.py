@@ -1,10 +1,11 @@
-"""The handler of an Inference Endpoint, asked over HTTP: its answers against the pipeline's, and what it refuses."""
+"""The handler of an Inference Endpoint and the server of `restr serve`: their answers, and what they refuse."""
 
 import base64
 import http.client
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -24,6 +25,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_without_package
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError
 from numerics import assert_same_text
@@ -37,7 +39,7 @@ from modeling_restr.hub.serve import DeadlineReader, Server
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-WAIT = 600  # seconds, of a busy machine
+WAIT = 600  # seconds, for a busy machine
 BOUNDS = {
     "RESTR_MAX_IMAGE_BYTES": 30_000,
     "RESTR_MAX_IMAGE_PIXELS": 10_000,
@@ -46,17 +48,10 @@ BOUNDS = {
 }
 TEXTS = ["the red square", "blue thing", "a box that is green"]
 
-# Loads the handler of the folder argv[1] as the Endpoint's web service does, where there is no package, and answers the
-# request in the file argv[2].
-FRESH_PROCESS = """
+# Loads the handler of the folder argv[1] as an Endpoint's web service does, and answers the request in the file argv[2].
+ENDPOINT = """
 import importlib.util, json, sys
 
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name == "modeling_restr":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Hidden())
 folder, request = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("handler.EndpointHandler", f"{folder}/handler.py")
 sys.path.insert(0, folder)
@@ -118,7 +113,7 @@ def pipe(folder) -> ReSTRPipeline:
 
 @contextmanager
 def own_process_settings():
-    """A handler sets Pillow's bound for its process; the tests' process gets it back."""
+    """Restore Pillow's limit, which a handler sets for its process."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         yield patch
@@ -126,7 +121,7 @@ def own_process_settings():
 
 @pytest.fixture(scope="module")
 def handler(pipe, tmp_path_factory):
-    plain = tmp_path_factory.mktemp("plain")  # without code, so that none is copied into the cache of remote code
+    plain = tmp_path_factory.mktemp("plain")  # without code, so that the cache of remote code stays empty
     save_bundle(pipe.model, pipe.processor, plain, include_code=False)
     with own_process_settings() as patch:
         for name, value in BOUNDS.items():
@@ -149,7 +144,7 @@ def url(handler):
 
 
 def post(url: str, body: bytes | dict, query: dict | None = None, **headers) -> tuple[int, list | dict]:
-    """Status and answer, which is JSON whatever was asked."""
+    """Status and answer, which is always JSON."""
     if isinstance(body, dict):
         body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=WAIT)
@@ -174,7 +169,7 @@ def make_request(image: Image.Image | None = None, **others) -> dict:
         {"text": TEXTS, "parameters": None},
     ],
 )
-def test_answers_are_the_pipeline_s(url, pipe, others):
+def test_answers_are_those_of_the_pipeline(url, pipe, others):
     status, results = post(url, make_request(**others))
     assert status == 200
     assert_same(results, pipe(make_image(), text=TEXTS))
@@ -191,7 +186,7 @@ def test_threshold_reaches_the_pipeline(url, pipe, parameters):
     assert not np.array_equal(read_masks(results)[0], np.asarray(pipe(make_image(), text=TEXTS[0])[0]["mask"]))
 
 
-def test_photo_may_come_as_it_is_with_a_query(url, pipe):
+def test_photo_may_be_the_body_with_sentences_in_the_query(url, pipe):
     photo = to_bytes(make_image())
     query = {"text": "\n".join(TEXTS[:2]), "threshold": 0.4}
     status, results = post(url, photo, query, **{"Content-Type": "image/png"})
@@ -202,7 +197,7 @@ def test_photo_may_come_as_it_is_with_a_query(url, pipe):
 def test_pil_images_and_photos_of_cameras_are_read(handler, pipe):
     assert_same(handler({"inputs": make_image(), "text": TEXTS[0]}), pipe(make_image(), text=TEXTS[0]))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     turned = to_bytes(make_image(), exif=exif)
     results = handler({"inputs": turned, "text": TEXTS[0]})
     assert_same(results, pipe(make_image().transpose(Image.Transpose.ROTATE_270), text=TEXTS[0]))
@@ -220,7 +215,7 @@ def test_data_uris_are_base64(url, pipe, head):
     assert_same(results, pipe(make_image(), text=TEXTS[0]))
 
 
-def test_open_files_are_read_from_their_start(handler, pipe):
+def test_open_files_are_read_from_the_start(handler, pipe):
     expected = pipe(make_image(), text=TEXTS[0])
     written = BytesIO()
     make_image().save(written, "PNG")
@@ -237,7 +232,7 @@ def test_open_files_are_read_from_their_start(handler, pipe):
         handler({"inputs": StringIO("text"), "text": TEXTS[0]})
 
 
-def test_lost_words_are_in_the_answer_and_in_the_log(url, caplog):
+def test_unread_words_are_in_the_answer_and_in_the_log(url, caplog):
     texts = ["the red xyzzy", TEXTS[0], "the red red red red red zzz"]
     status, results = post(url, make_request(text=texts))
     assert status == 200
@@ -247,7 +242,7 @@ def test_lost_words_are_in_the_answer_and_in_the_log(url, caplog):
     assert "'xyzzy'" in warning and "'zzz'" in warning
 
 
-def test_thirty_two_requests_at_once(url, handler, pipe, monkeypatch):
+def test_thirty_two_simultaneous_requests(url, handler, pipe, monkeypatch):
     images = [make_image(seed, (40 + seed, 30)) for seed in range(32)]
     texts = [TEXTS[: 1 + seed % 3][::-1] for seed in range(32)]
     start, busy, model = threading.Barrier(32), threading.Lock(), handler.pipe
@@ -286,7 +281,7 @@ def test_inference_client_reads_the_answers(url, pipe, tmp_path):
 
 
 def claim_size(width: int, height: int) -> bytes:
-    """A PNG file whose header tells of another size than its pixels have."""
+    """A PNG file whose header claims a wrong size."""
     content = bytearray(to_bytes(make_image()))
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
@@ -317,7 +312,7 @@ BAD_REQUESTS = {
     "too many sentences": ({"text": ["blue thing"] * 4}, "Expected 1 to 3 sentences, got 4"),
     "too long a sentence": ({"text": "blue " * 9}, "at most 40 characters, got 45"),
     "a threshold above 1": ({"parameters": {"threshold": 1.5}}, "Expected one threshold from 0 to 1"),
-    "a threshold that is none": ({"parameters": {"threshold": float("nan")}}, "Expected one threshold from 0 to 1"),
+    "NaN as threshold": ({"parameters": {"threshold": float("nan")}}, "Expected one threshold from 0 to 1"),
     "a word as threshold": ({"parameters": {"mask_threshold": "low"}}, "Expected one threshold from 0 to 1"),
     "truth as threshold": ({"parameters": {"threshold": True}}, "Expected one threshold from 0 to 1"),
     "two thresholds": ({"parameters": {"threshold": 0.4, "mask_threshold": 0.6}}, "Expected one threshold"),
@@ -326,8 +321,8 @@ BAD_REQUESTS = {
     "letters beyond ASCII": ({"inputs": "ü" * 8}, "as standard base64 in one line"),
     "an empty image": ({"inputs": ""}, "Expected an image in 'inputs' .*, got something else"),
     "no image file": ({"inputs": to_base64(noise(300))}, "Expected an image in 'inputs' .*, got something else"),
-    "a format of programs": ({"inputs": to_base64(to_bytes(make_image(), "EPS"))}, "got something else"),
-    "half an image": ({"inputs": to_base64(to_bytes(make_image())[:-2000])}, "complete image .* got a damaged one"),
+    "a format that runs programs": ({"inputs": to_base64(to_bytes(make_image(), "EPS"))}, "got something else"),
+    "half of an image": ({"inputs": to_base64(to_bytes(make_image())[:-2000])}, "complete image .* got a damaged one"),
     "too many bytes": ({"inputs": to_base64(noise(30_001))}, "at most 30000 bytes, got 30001"),
     "too many bytes, no base64": ({"inputs": "*" * 40_004}, "at most 30000 bytes, got 30003"),
     "too many pixels": (
@@ -337,7 +332,7 @@ BAD_REQUESTS = {
     "a bomb": ({"inputs": to_base64(claim_size(60_000, 60_000))}, "1 to 10000 pixels, got a larger one"),
     "an animation": ({"inputs": to_base64(to_bytes(make_image(), "GIF", **FRAMES))}, "several frames or pages"),
     "an animated PNG": ({"inputs": to_base64(to_bytes(make_image(), "PNG", **FRAMES))}, "several frames or pages"),
-    "pixels that are no numbers": (
+    "pixels that are not finite": (
         {"inputs": to_base64(to_bytes(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"))},
         "cannot be read: expected values in 0..1 or 0..255",
     ),
@@ -353,8 +348,8 @@ def test_bad_requests_are_explained(url, changes, message):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as a handler does in its process
-def test_images_at_the_bounds_are_read(url, handler):
-    exact = to_bytes(make_image(0, (100, 100)), "BMP")  # its size is that of its pixels
+def test_images_at_the_limits_are_read(url, handler):
+    exact = to_bytes(make_image(0, (100, 100)), "BMP")  # of known size
     assert 30_000 < len(exact) < 30_100
     status, answer = post(url, {"inputs": to_base64(exact), "text": TEXTS[0]})
     assert status == 400 and "30000 bytes" in answer["error"]
@@ -362,7 +357,7 @@ def test_images_at_the_bounds_are_read(url, handler):
     assert status == 200 and len(results) == 3
 
 
-def test_pillow_refuses_bombs_that_the_server_itself_would_decode(handler):
+def test_pillow_refuses_bombs_that_the_server_decodes_itself(handler):
     with pytest.raises(Image.DecompressionBombError):
         Image.open(BytesIO(claim_size(60_000, 60_000)))
     with pytest.raises(ValueError, match="Expected an image of 1 to 10000 pixels, got 101 x 100"):
@@ -396,7 +391,7 @@ def test_neither_paths_nor_urls_are_opened(url, tmp_path):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError, KeyError, OSError, TypeError])
-def test_failure_of_the_model_shows_in_the_log_alone(url, handler, monkeypatch, caplog, error):
+def test_failure_of_the_model_is_only_logged(url, handler, monkeypatch, caplog, error):
     def fail(*args, **kwargs):
         raise error("at /secret/place")
 
@@ -409,7 +404,7 @@ def test_failure_of_the_model_shows_in_the_log_alone(url, handler, monkeypatch, 
     assert post(url, make_request())[0] == 200
 
 
-def test_weights_that_are_not_numbers_are_the_server_s_fault(url, handler, caplog):
+def test_weights_that_are_not_finite_are_the_fault_of_the_server(url, handler, caplog):
     bias = handler.pipe.model.model.fusion.visual_projection.bias
     kept = bias.detach().clone()
     try:
@@ -421,20 +416,20 @@ def test_weights_that_are_not_numbers_are_the_server_s_fault(url, handler, caplo
     assert "finite" in caplog.text
 
 
-def test_whatever_is_wrong_with_a_request_is_one_error(handler):
+def test_bad_requests_raise_request_errors(handler):
     for data in (None, {}, {"inputs": 5, "text": "dog"}, {"inputs": make_image(), "text": [" "]}):
         with pytest.raises(RequestError):
             handler(data)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1e6", ""])
-def test_bounds_have_to_be_positive_integers(monkeypatch, value):
+def test_limits_have_to_be_positive_integers(monkeypatch, value):
     monkeypatch.setenv("RESTR_MAX_SENTENCES", value)
     with pytest.raises(ValueError, match="positive integer in the environment variable RESTR_MAX_SENTENCES"):
         EndpointHandler("path")
 
 
-def test_local_server_refuses_what_it_need_not_read(url):
+def test_server_refuses_bodies_that_it_need_not_read(url):
     json_type = {"Content-Type": "application/json"}
     for length in ("100000000", "-1", "many", "9" * 5000):
         status, answer = post(url, b"{}", **json_type, **{"Content-Length": length})
@@ -447,7 +442,7 @@ def test_local_server_refuses_what_it_need_not_read(url):
 
 
 def send(url: str, request: bytes) -> bytes:
-    """All that the server sends until it closes the connection."""
+    """Everything that the server sends until it closes the connection."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=WAIT) as connection:
         connection.sendall(request)
@@ -456,7 +451,7 @@ def send(url: str, request: bytes) -> bytes:
 
 @pytest.mark.parametrize("path", ["/", "/health", "/health?verbose=1"])
 @pytest.mark.parametrize("version", ["1.0", "1.1", "2", "2.0", "3.11"])
-def test_local_server_says_that_it_is_there(url, path, version):
+def test_server_reports_its_health(url, path, version):
     headers, body = send(url, f"GET {path} HTTP/{version}\r\nConnection: close\r\n\r\n".encode()).split(b"\r\n\r\n")
     assert headers.startswith(b"HTTP/1.1 200 OK\r\n")
     assert json.loads(body) == {"status": "ok"}
@@ -477,7 +472,7 @@ def test_http_0_9_is_answered_without_headers(url, request_line):
         (f"GET /{'a' * 70_000} HTTP/1.1", 414),
     ],
 )
-def test_local_server_refuses_in_json(url, request_line, status):
+def test_server_refuses_in_json(url, request_line, status):
     headers, body = send(url, f"{request_line}\r\nConnection: close\r\n\r\n".encode()).split(b"\r\n\r\n")
     assert headers.startswith(f"HTTP/1.1 {status} ".encode()) and json.loads(body).keys() == {"error"}
 
@@ -487,7 +482,7 @@ def test_head_gets_no_body(url):
     assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\n")
 
 
-def test_a_request_has_a_deadline_however_slowly_it_comes(monkeypatch):
+def test_a_request_has_a_deadline_however_slowly_it_arrives(monkeypatch):
     moments = iter([0, 4, 8, 12])
     monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: next(moments)))
     ours, theirs = socket.socketpair()
@@ -501,14 +496,14 @@ def test_a_request_has_a_deadline_however_slowly_it_comes(monkeypatch):
             reader.readinto(buffer)
 
 
-def test_a_client_that_drips_is_dropped(url, monkeypatch):
-    moments = iter([0, 1])  # of the first line
+def test_a_slow_client_is_dropped(url, monkeypatch):
+    moments = iter([0, 1])  # for the first line
     monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: next(moments, 61)))
     assert send(url, b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n" + b"a" * 4000) == b""
 
 
-def test_a_client_that_leaves_is_no_fault(handler, capfd):
-    """At once, in the middle of its request, and while the model runs."""
+def test_a_client_that_leaves_is_not_an_error(handler, capfd):
+    """Before its request, in the middle of it, and while the model runs."""
     asked, left = threading.Event(), threading.Event()
 
     def ask_model(data):
@@ -520,11 +515,11 @@ def test_a_client_that_leaves_is_no_fault(handler, capfd):
     model = type("Model", (), {**bounds, "__call__": lambda self, data: ask_model(data)})()
     head = b"POST / HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 4\r\n\r\n"
     with Server(("127.0.0.1", 0), model) as server:
-        server.daemon_threads = False  # the end waits for them
+        server.daemon_threads = False  # so that the server waits for them at the end
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for request in (b"", head + b"nu", head + b"null"):
             connection = socket.create_connection(server.server_address, timeout=WAIT)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves by a reset
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
             connection.sendall(request)
             if request.endswith(b"null"):
                 asked.wait()
@@ -534,37 +529,25 @@ def test_a_client_that_leaves_is_no_fault(handler, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_fresh_process_without_the_package_answers_from_the_folder(folder, pipe, tmp_path):
-    (tmp_path / "fresh.py").write_text(FRESH_PROCESS)
+def test_an_endpoint_without_the_package_answers_from_the_folder(folder, pipe, tmp_path):
     (tmp_path / "request.json").write_text(json.dumps(make_request(text=TEXTS)))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, tmp_path / "fresh.py", folder, tmp_path / "request.json"]
-    done = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert_same(json.loads(done.stdout.splitlines()[-1]), pipe(make_image(), text=TEXTS))
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    printed = run_without_package(ENDPOINT, folder, tmp_path / "request.json", cwd=tmp_path, **environment)
+    assert_same(json.loads(printed.splitlines()[-1]), pipe(make_image(), text=TEXTS))
 
 
-def test_the_command_serves_until_it_is_stopped(folder, pipe, tmp_path):
-    command = [sys.executable, "-m", "modeling_restr.cli", "serve", folder, "--port", "0", "--num-threads", "1"]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        line = process.stdout.readline()
-        assert line.startswith(f"Serving {folder} at http://"), process.stderr.read()
-        status, results = post(f"http://127.0.0.1:{line.rpartition(':')[2].strip()}", make_request(text=TEXTS))
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=WAIT)
-    assert status == 200 and [result["label"] for result in results] == TEXTS
-    assert process.returncode == 130 and "Traceback" not in errors
-
-
-def test_page_on_serving_shows_what_happens(monkeypatch, capsys):
+def test_the_page_shows_what_the_command_serves(monkeypatch, capsys):
     page = (REPOSITORY / "docs" / "serving.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL)
+    (command,) = (shlex.split(code) for language, code in blocks if language == "bash")
+    assert command == ["restr", "serve", "examples/restr_mini", "--port", "8080"]
+    command = [sys.executable, "-m", "modeling_restr.cli", *command[1:-1], "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     monkeypatch.chdir(REPOSITORY)
-    for name in BOUNDS:
-        monkeypatch.delenv(name, raising=False)
-    with own_process_settings(), serve(EndpointHandler("examples/restr_mini")) as url:
+    with subprocess.Popen(command, **pipes) as process:
+        line = process.stdout.readline()
+        assert line.startswith("Serving examples/restr_mini at http://"), process.stderr.read()
+        url = f"http://127.0.0.1:{line.rpartition(':')[2].strip()}"
         shown = [number for number, (language, _) in enumerate(blocks) if language == "python"]
         assert len(shown) == 2
         for number in shown:
@@ -573,6 +556,13 @@ def test_page_on_serving_shows_what_happens(monkeypatch, capsys):
             language, shown_output = blocks[number + 1]
             assert language == "text"
             assert_same_text(capsys.readouterr().out, shown_output)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT)
+    assert process.returncode == 130 and "Traceback" not in errors
+
+
+def test_the_limits_are_documented():
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
     bounds = dict(re.findall(r"^\| `(RESTR_\w+)` \| ([\d,]+) \|", page, flags=re.MULTILINE))
     assert bounds == dict(re.findall(r"- `(RESTR_\w+)` \(([\d,]+)\)", EndpointHandler.__doc__))
     read = re.findall(r'_read_bound\("(\w+)", ([\d_]+)\)', (REPOSITORY / "modeling_restr/hub/handler.py").read_text())

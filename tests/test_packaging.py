@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fresh_process import HIDE
 from packaging.requirements import Requirement
 from PIL import Image
 from tiny_training import make_model, make_processor
@@ -25,18 +26,6 @@ from modeling_restr.hub import save_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "model_card.md")
-# Hides the packages in the variable HIDDEN, as if they were not installed.
-SITE = """
-import os, sys
-from importlib.machinery import PathFinder
-
-class VisiblePackages(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name in os.environ["HIDDEN"].split() else super().find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = VisiblePackages
-"""
 
 
 def normalize(name: str) -> str:
@@ -69,7 +58,8 @@ def test_every_import_is_declared(declared):
     requirements = [*declared.install_requires, *declared.extras_require["dev"]]
     names = {normalize(Requirement(requirement).name) for requirement in requirements}
     found = find_imports(ROOT / "modeling_restr") | find_imports(ROOT / "examples")
-    ours = {"modeling_restr", *(path.stem for path in (ROOT / "examples").rglob("*.py"))}
+    examples = [*(ROOT / "examples").rglob("*.py")]
+    ours = {"modeling_restr", *(path.stem for path in examples), *(path.parent.name for path in examples)}
     installed = packages_distributions()
     sources = {module: installed.get(module, [module]) for module in found.keys() - ours}
     undeclared = [module for module, source in sources.items() if not names & set(map(normalize, source))]
@@ -132,7 +122,7 @@ def test_the_installed_wheel_works_in_an_empty_folder_without_the_extras(built, 
         tmp_path / "photo.png"
     )
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    (tmp_path / "site" / "sitecustomize.py").write_text(HIDE)
     extras = {normalize(Requirement(line).name) for line in declared.extras_require["dev"]}
     hidden = [module for module, names in packages_distributions().items() if extras & set(map(normalize, names))]
     place = tmp_path / "empty"

@@ -1,4 +1,4 @@
-"""Which card a repository gets from which push, and that nothing which somebody wrote is lost."""
+"""Which card each kind of push writes, and that edited cards are kept."""
 
 from pathlib import Path
 
@@ -84,11 +84,8 @@ def by_stock_trainer(model, processor, folder) -> None:
     trainer.push_to_hub()
 
 
-# --- transformers' own pushes -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("push", [by_model, by_processor, by_pipeline, by_stock_trainer])
-def test_transformers_pushes_leave_its_own_card_with_the_tags_until_the_package_pushes(
+def test_pushes_of_transformers_write_its_card_with_the_tags_until_the_package_pushes(
     hub, model, processor, tmp_path, push
 ):
     push(model, processor, tmp_path / "trainer")
@@ -100,13 +97,13 @@ def test_transformers_pushes_leave_its_own_card_with_the_tags_until_the_package_
     assert read_card(hub) == str(build_model_card(None, model_id="tester/restr"))
 
 
-def test_folder_of_the_stock_trainer_is_pushed_with_the_package_s_card(hub, model, processor, tmp_path):
+def test_folder_of_the_stock_trainer_is_pushed_with_our_card(hub, model, processor, tmp_path):
     by_stock_trainer(model, processor, tmp_path / "trainer")
     push_to_hub(tmp_path / "trainer", "other")
     assert read_card(hub, "other") == str(build_model_card(None, model_id="tester/other"))
 
 
-def test_pipeline_is_pushed_whole(hub, model, processor):
+def test_pipeline_is_pushed_with_its_code(hub, model, processor):
     by_pipeline(model, processor, None)
     files = hub.repositories["model", "tester/restr"].files()
     assert {"model.safetensors", "processor_config.json", "tokenizer.json", "pipeline_restr.py"} <= files.keys()
@@ -120,10 +117,7 @@ def test_tags_of_one_push_stay_with_it(hub, model, processor):
     assert set(ModelCard(read_card(hub, "other")).data.tags) == TAGS
 
 
-# --- the package's push -----------------------------------------------------------------------------------------------
-
-
-def test_card_that_somebody_wrote_stays_to_the_byte(hub, model, processor, tmp_path):
+def test_edited_card_is_kept_byte_by_byte(hub, model, processor, tmp_path):
     written = write_card("---\nlicense: mit # mine\ntags: [a]\n---\r\n\r\nWhat I wrote.")
     push_to_hub((model, processor), "restr")
     make_trainer(model, processor, tmp_path / "trainer").push_to_hub()
@@ -139,10 +133,7 @@ def test_card_claims_no_licence(hub, model, processor):
     assert card.data.license is None and "No licence was named for the weights" in card.text
 
 
-# --- ReferringTrainer's push ------------------------------------------------------------------------------------------
-
-
-def test_trainer_s_card_has_its_settings_and_none_of_its_results(hub, model, processor, tmp_path):
+def test_card_of_the_trainer_has_its_settings_but_not_its_results(hub, model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path / "trainer", weight_decay=0.0123, start="me/start")
     trainer.state.log_history.append({"eval_loss": 0.125, "eval_overall_iou": 0.875, "epoch": 1.0, "step": 1})
     trainer.state.global_step = 7
@@ -159,7 +150,7 @@ def test_trainer_s_card_has_its_settings_and_none_of_its_results(hub, model, pro
     assert {"model.safetensors", "processor_config.json"} <= hub.repositories["model", "tester/restr"].files().keys()
 
 
-def test_trainer_writes_its_card_again_until_somebody_edits_it(hub, model, processor, tmp_path):
+def test_trainer_regenerates_its_card_until_it_is_edited(hub, model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path / "trainer")
     trainer.push_to_hub()
     assert "| `steps` | 0 |" in read_card(hub)
@@ -176,7 +167,7 @@ def test_trainer_writes_its_card_again_until_somebody_edits_it(hub, model, proce
     assert read_card(hub) == edited
 
 
-def test_trainer_s_card_needs_neither_a_hub_nor_a_saved_model(model, processor, tmp_path):
+def test_card_of_the_trainer_needs_neither_a_hub_nor_a_saved_model(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, start="/home/me/start")
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
@@ -187,7 +178,7 @@ def test_trainer_s_card_needs_neither_a_hub_nor_a_saved_model(model, processor, 
     assert "Kwak" in (tmp_path / "README.md").read_text()
 
 
-def test_trainer_s_card_of_a_branch_is_that_of_the_branch(hub, model, processor, tmp_path):
+def test_trainer_keeps_the_card_of_a_branch(hub, model, processor, tmp_path):
     write_card("What main says.")
     HfApi().create_branch("tester/restr", branch="v2")
     written = write_card("What the branch says.", revision="v2")
@@ -196,7 +187,7 @@ def test_trainer_s_card_of_a_branch_is_that_of_the_branch(hub, model, processor,
     assert read_card(hub, revision="v2") == written and read_card(hub) == "What main says."
 
 
-def test_card_with_pictures_goes_with_its_own_weights_only(hub, processor, tmp_path):
+def test_card_with_pictures_belongs_to_its_weights(hub, processor, tmp_path):
     folder = save_bundle(make_model(processor), processor, tmp_path / "model")
     write_model_card(folder, example=Example(PHOTO, ["red thing"], "somebody"))
     push_to_hub(folder, "restr")

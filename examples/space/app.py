@@ -1,11 +1,11 @@
 """
-Demo of ReSTR: a photo and sentences in, a mask for each sentence out; in a browser, and over an API.
+Demo of ReSTR in a browser and over an API: masks for sentences about a photo.
 
-This folder is a Space for the Hugging Face Hub (README.md says how to put it there). In a clone of the repository:
+This folder is a Space for the Hugging Face Hub (README.md says how to create it). In a clone of the repository:
 
     pip install -e ".[space]" && python examples/space/app.py
 
-The environment variable MODEL_ID names another model: a folder, or an id on the Hub.
+The environment variable MODEL_ID selects another model by folder or Hub id.
 """
 
 import base64
@@ -35,7 +35,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 
 HERE = Path(__file__).resolve().parent
-SHIPPED_CHECKPOINT = HERE.parent / "restr_mini"  # in a clone; elsewhere the first of `models` in README.md
+SHIPPED_CHECKPOINT = HERE.parent / "restr_mini"  # in a clone; otherwise the first of `models` in README.md
 PHOTOS = HERE / "photos" if (HERE / "photos").is_dir() else HERE.parent / "photos"
 EXAMPLES = {
     "held_out/000000173350.jpg": "the upper dog\nthe lower dog",
@@ -43,71 +43,71 @@ EXAMPLES = {
     "held_out/000000000370.jpg": "the kid\nthe broccoli on the right",
 }
 
-# One colour a sentence: those of `modeling_restr.visualization`, which a Space need not have installed.
+# One colour per sentence, as in `modeling_restr.visualization`, which a Space may lack.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#0072b2")
 MAX_SENTENCES = len(COLORS)
-MAX_CHARACTERS = 200  # a sentence; the model reads the first 20 words or so
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no others, some of which run programs
+MAX_CHARACTERS = 200  # per sentence; the model reads about the first 20 words
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more formats, some by running programs
 MAX_MEGAPIXELS = 50
 MAX_FILE_SIZE = "20mb"
-MAX_SIDE = 2048  # pixels; longer photos are made smaller, so that each user takes little memory
-PREVIEW_SIDE, THUMBNAIL_SIDE, OUTLINE_WIDTH = 960, 400, 2  # pixels of what the page shows
+MAX_SIDE = 2048  # pixels; longer photos are resized to bound the memory of each user
+PREVIEW_SIDE, THUMBNAIL_SIDE, OUTLINE_WIDTH = 960, 400, 2  # pixels on the page
 CACHED_PHOTOS = 64  # image features in memory, 2.8 MB each at 480x480 pixels
-MAX_SESSIONS = 200  # whose answers are in memory, 20 MB each at most
+MAX_SESSIONS = 200  # with answers in memory, at most 20 MB each
 MAX_WAITING = 64  # requests in the queue
-SESSION_SECONDS = 3600  # after which a session's answer and files go
+SESSION_SECONDS = 3600  # until a session's answer and files are deleted
 MAX_LISTED_WORDS = 300
 DEFAULT_THRESHOLD = 0.5
-# Where all is in one column, the masks are below the window.
+# In a layout of one column, the masks are below the visible part of the page.
 SCROLL_TO_OVERLAY = """
 () => { if (innerWidth < 768) document.querySelector("#overlay").scrollIntoView({behavior: "smooth"}) }
 """
 SOURCES: Any = ["upload", "webcam", "clipboard"]
-FONTS = ["system-ui", "sans-serif"]  # of the system: nothing is loaded
+FONTS = ["system-ui", "sans-serif"]  # the system's own, so that no font is loaded
 
 HEADER = """
 <header class="title">
 <h1>Say what you mean, get its mask</h1>
-<p><b>ReSTR</b> finds in a photo what a sentence refers to, with transformers and no convolutions
-(<a href="https://arxiv.org/abs/2203.16768">Kim et al., CVPR 2022</a>). The photo is read once, however many sentences
-ask about it.</p>
+<p><b>ReSTR</b> finds what a sentence refers to in a photo, with transformers and no convolutions
+(<a href="https://arxiv.org/abs/2203.16768">Kim et al., CVPR 2022</a>). It encodes the photo once for any number of
+sentences.</p>
 </header>
 """
-THRESHOLD_NOTE = "The probability above which a pixel is in the mask. Moving it does not run the model again."
+THRESHOLD_NOTE = "Probability above which a pixel is in the mask. Moving it does not run the model again."
 API_DESCRIPTION = (
-    "Masks for sentences about a photo, one sentence a line. Returns for each sentence its label, score, share of the "
-    "photo and words with the class seed's attention; and the masks as PNG files, 255 inside and 0 outside."
+    "Masks for sentences about a photo, one sentence per line. Returns the label, score, share of the photo and words "
+    "with the class seed's attention of each sentence, and the masks as PNG files, 255 inside and 0 outside."
 )
 
 LIMITS = (
-    f"At most {MAX_SENTENCES} sentences of {MAX_CHARACTERS} characters; photos of up to {MAX_MEGAPIXELS} megapixels "
-    f"and {MAX_FILE_SIZE.upper()}. A photo longer than {MAX_SIDE} pixels is made smaller first, and its masks have "
-    "that size."
+    f"At most {MAX_SENTENCES} sentences of {MAX_CHARACTERS} characters, and photos of up to {MAX_MEGAPIXELS} megapixels "
+    f"and {MAX_FILE_SIZE.upper()}. A photo with a side of more than {MAX_SIDE} pixels is resized first, and its masks "
+    "have the new size."
 )
 SEED_NOTE = (
-    "<b>The words that the class seed leaned on:</b> the stronger a word's colour, the more attention it got. "
-    "Percentages are shares of the seed's attention, averaged over all heads and layers of the seed encoder; what is "
-    "missing to 100 went to empty word slots and to the seed itself. <u>Dashed</u> words are not in the model's "
-    "vocabulary: it sees <i>unknown</i>. <s>Struck</s> ones are beyond the words that it reads."
+    "<b>What the class seed attended to:</b> the stronger a word's colour, the more attention it got. Percentages are "
+    "shares of the seed's attention, averaged over all heads and layers of the seed encoder. The rest went to empty word "
+    "slots and to the seed itself. The model's vocabulary lacks <u>dashed</u> words, and it reads them as "
+    "<i>unknown</i>. It does not read <s>struck</s> words, because the sentence is too long."
 )
 
 
 def refuse(message: str) -> gr.Error:
-    """What users see, in the page or from the API, instead of a result."""
+    """An error for users, on the page or from the API."""
     return gr.Error(message, print_exception=False)
 
 
 def read_sentences(text: Any) -> list[str]:
-    """The sentences of the text, one a line; blank lines do not count."""
+    """The sentences of a text with one per line. Blank lines are ignored."""
     lines = unicodedata.normalize("NFC", text).splitlines() if isinstance(text, str) else []
     sentences = [" ".join(line.split()) for line in lines if line.strip()]
     if not sentences:
-        raise refuse("There is no sentence yet: write what to look for, one sentence a line.")
+        raise refuse("There is no sentence yet: write what to look for, one sentence per line.")
     if len(sentences) > MAX_SENTENCES:
-        raise refuse(f"At most {MAX_SENTENCES} sentences at a time, please; these are {len(sentences)}.")
+        raise refuse(f"At most {MAX_SENTENCES} sentences at a time, please. You wrote {len(sentences)}.")
     for number, sentence in enumerate(sentences, start=1):
         if len(sentence) > MAX_CHARACTERS:
-            raise refuse(f"Sentence {number} has {len(sentence)} characters; {MAX_CHARACTERS} are the limit.")
+            raise refuse(f"Sentence {number} has {len(sentence)} characters. The limit is {MAX_CHARACTERS}.")
         if not re.search(r"\w", sentence):
             raise refuse(f"Sentence {number} has no words: say what to look for.")
     return sentences
@@ -120,14 +120,14 @@ def check_threshold(threshold: Any) -> float:
 
 
 def get_path(photo: dict[str, Any] | None) -> str:
-    """Of gr.Image's data. Gradio's own reading of it is left out: its errors are not for users."""
+    """The path in gr.Image's data. Gradio's own code to read it has errors that users cannot understand."""
     if not photo or not photo["path"]:
         raise refuse("There is no photo yet: upload one, take one, paste one, or choose an example.")
     return photo["path"]
 
 
 def check_input(read: Callable[[Any], Any], value: Any) -> dict[str, Any]:
-    """Whether `read` takes a value of an input, as Gradio shows it there."""
+    """Gradio's validation of an input: whether `read` accepts its value."""
     try:
         read(value)
     except gr.Error as error:
@@ -137,8 +137,8 @@ def check_input(read: Callable[[Any], Any], value: Any) -> dict[str, Any]:
 
 def read_photo(path: str | os.PathLike, image_processor: Any) -> np.ndarray:
     """
-    The photo as the model sees it before it is resized: upright, 8-bit RGB, transparency on white; uint8 of shape
-    (height, width, 3), no side longer than `MAX_SIDE`. The number of pixels is checked before they are decoded.
+    The photo as the model sees it before it is resized: upright, 8-bit RGB, transparency on white. It is an array of
+    uint8 (height, width, 3) with no side longer than `MAX_SIDE`. Its size is checked before the pixels are decoded.
     """
     too_large = refuse(f"This image has more than {MAX_MEGAPIXELS} megapixels: make it smaller first.")
     try:
@@ -147,17 +147,17 @@ def read_photo(path: str | os.PathLike, image_processor: Any) -> np.ndarray:
                 raise too_large
             image.thumbnail((MAX_SIDE, MAX_SIDE))
             pixels = image_processor.process_image(image, do_convert_rgb=True, do_rescale=True)
-    except gr.Error:  # a ValueError, too
+    except gr.Error:  # is a ValueError as well
         raise
     except Image.DecompressionBombError:
         raise too_large from None
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises for files that are no image, or are damaged
+    except (OSError, ValueError, SyntaxError):  # Pillow's errors for damaged files and other content
         raise refuse("This file cannot be read as an image: try a JPEG, PNG or WebP file.") from None
     return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
 
 
 class Word(NamedTuple):
-    """A word of a sentence, and the class seed's attention to it, 0 to 1; None if the model does not read the word."""
+    """A word, and the class seed's attention to it from 0 to 1, or None if the model does not read the word."""
 
     text: str
     is_known: bool
@@ -166,12 +166,12 @@ class Word(NamedTuple):
 
 @dataclass
 class Answer:
-    """What the model says of N sentences about a photo: all that masks at any threshold are made of."""
+    """The model's outputs for N sentences about a photo, from which masks at any threshold are made."""
 
     photo: np.ndarray  # (height, width, 3)
     sentences: list[str]
     words: list[list[Word]]
-    logits: torch.Tensor  # (N, H, W), of the model's input
+    logits: torch.Tensor  # (N, H, W) at the size of the model's input
     patch_logits: torch.Tensor  # (N, h, w)
 
 
@@ -186,9 +186,9 @@ def average_seed_attention(
     attentions: Sequence[torch.Tensor], num_layers: int, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    The attention of the class seed to each of T word slots, (N, T), 0 for padding: the mean over all heads and all
-    layers of the seed encoder. Its layers come last in the model's attentions, and in each the seed is the last token
-    and the words stand before it (also in the one encoder of the variant "vanilla", behind the patches).
+    The attention of the class seed to each of T word slots, averaged over all heads and layers of the seed encoder:
+    (N, T), 0 for padding. The seed encoder's layers come last in the model's attentions. In each, the seed is the last
+    token, after the words. This also holds for the single encoder of the variant "vanilla".
     """
     num_slots = attention_mask.shape[1]
     weights = torch.stack(tuple(attentions[-num_layers:]))[..., -1, -num_slots - 1 : -1]  # (layers, N, heads, T)
@@ -196,7 +196,7 @@ def average_seed_attention(
 
 
 class Segmenter:
-    """A model with its processor, and the features of the photos that were asked about last."""
+    """A model with its processor, and a cache with the features of recent photos."""
 
     def __init__(self, model: Any, processor: Any):
         self.model = model.eval()
@@ -207,19 +207,19 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(cls, model_id: str) -> "Segmenter":
-        """With the package where it is installed, with the code that the model brings along where it is not."""
+        """Load a model with the package if it is installed, otherwise with the code in the model's repository."""
         is_installed = importlib.util.find_spec("modeling_restr") is not None
         if is_installed:
             importlib.import_module("modeling_restr")  # registers the model with the Auto classes
         options: dict[str, Any] = {} if is_installed else {"trust_remote_code": True}
-        # Eager attention returns its weights; the vision encoder's, which has most of the work, are not asked for.
+        # Eager attention returns its weights. The vision encoder, which takes most of the time, need not.
         attention = {"": "eager", "text_config": "eager", "vision_config": "sdpa"}
         model = AutoModelForImageSegmentation.from_pretrained(model_id, attn_implementation=attention, **options)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         return cls(model.to(device), AutoProcessor.from_pretrained(model_id, **options))
 
     def encode(self, photo: np.ndarray) -> torch.Tensor:
-        """The image features (1, h, w, vision_hidden_size), kept by the photo's pixels for all users."""
+        """The image features (1, h, w, vision_hidden_size). The cache is shared by all users."""
         key = f"{photo.shape}{hashlib.sha256(photo.data).hexdigest()}"
         kept = self._features.get(key)
         if kept is None:
@@ -230,7 +230,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def ask(self, photo: np.ndarray, sentences: list[str]) -> Answer:
-        """Runs the model: the vision encoder for a new photo only."""
+        """Run the model. The vision encoder runs only for a new photo."""
         vision_embeds = self.encode(photo)
         inputs = self.processor(text=sentences, return_offsets_mapping=True, return_tensors="pt")
         offsets = inputs.pop("offset_mapping").tolist()
@@ -255,14 +255,14 @@ class Segmenter:
         return words + [Word(text, True, None) for text in sentence[end:].split() if re.search(r"\w", text)]
 
     def segment(self, answer: Answer, threshold: float) -> list[Segmentation]:
-        """Masks of the photo's own size; the model is not run."""
+        """Masks of the photo's own size. This does not run the model."""
         results = self._resize_to(answer.logits, answer.photo.shape[:2], threshold)
         return [Segmentation(result["mask"].numpy(), result["score"]) for result in results]
 
     def get_patch_maps(self, answer: Answer, size: tuple[int, int]) -> list[np.ndarray]:
-        """The patches' probabilities on the photo, resized to `size` (height, width), with the patches' edges kept."""
+        """Probabilities of the patches on the photo, at `size` (height, width), with sharp edges between patches."""
         logits = F.interpolate(answer.patch_logits[:, None], self.input_size, mode="nearest")[:, 0]
-        # The letterbox is that of the photo, so it is undone at the photo's aspect ratio, which `size` keeps.
+        # `size` has the aspect ratio of the photo, so that the letterbox is removed correctly.
         return [result["probabilities"].numpy() for result in self._resize_to(logits, size, 0.5)]
 
     def _resize_to(self, logits: torch.Tensor, size: tuple[int, int], threshold: float) -> list[dict[str, Any]]:
@@ -275,14 +275,14 @@ class Segmenter:
 
 
 def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Pixels or a mask with no side longer than `side`."""
+    """Resize pixels or a mask so that no side is longer than `side`."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side))
     return np.asarray(image)
 
 
 def draw_overlay(answer: Answer, segmentations: list[Segmentation]) -> tuple[np.ndarray, list[tuple[np.ndarray, str]]]:
-    """The photo and a layer for each sentence, as gr.AnnotatedImage takes them: half opaque, with an outline."""
+    """The photo and one translucent layer with an outline per sentence, as gr.AnnotatedImage takes them."""
     photo = Image.fromarray(answer.photo)
     scale = PREVIEW_SIDE / max(photo.size)
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
@@ -296,12 +296,12 @@ def draw_overlay(answer: Answer, segmentations: list[Segmentation]) -> tuple[np.
 
 
 def make_labels(sentences: list[str]) -> list[str]:
-    """The sentences with their numbers, which tell equal ones apart."""
+    """The sentences with their numbers, so that equal sentences differ."""
     return [f"{number}  {sentence}" for number, sentence in enumerate(sentences, start=1)]
 
 
 def draw_cutout(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The photo where the mask is, and its pale shadow elsewhere."""
+    """The photo inside the mask, and a pale grey version outside."""
     grey = np.asarray(Image.fromarray(photo).convert("L"))[..., None]
     return np.where(mask[..., None], photo, 190 + grey // 5).astype(np.uint8)
 
@@ -321,7 +321,7 @@ def to_data_url(pixels: np.ndarray) -> str:
 
 
 def make_cards(segmenter: Segmenter, answer: Answer, segmentations: list[Segmentation]) -> str:
-    """HTML: for each sentence its words, its mask and its patch map."""
+    """HTML with the words, mask and patch map of each sentence."""
     photo = shrink(answer.photo, THUMBNAIL_SIDE)
     patch_maps = segmenter.get_patch_maps(answer, photo.shape[:2])
     grid = " x ".join(map(str, answer.patch_logits.shape[1:]))
@@ -344,7 +344,7 @@ def make_cards(segmenter: Segmenter, answer: Answer, segmentations: list[Segment
 
 
 def make_words(words: list[Word]) -> str:
-    """HTML: the words, shaded with their attention; the most attended word has the full colour."""
+    """HTML with the words shaded by attention. The most attended word has the full colour."""
     most = max((word.attention or 0.0 for word in words), default=0.0) or 1.0
     parts = []
     for word in words:
@@ -359,7 +359,7 @@ def make_words(words: list[Word]) -> str:
 
 
 def name_masks(sentences: list[str]) -> list[str]:
-    """A file name for each sentence."""
+    """One file name per sentence."""
     words = [re.sub(r"\W+", "-", sentence.lower()).strip("-")[:40] for sentence in sentences]
     return [f"{number}_{text}.png" for number, text in enumerate(words, start=1)]
 
@@ -372,7 +372,7 @@ def encode_mask(mask: np.ndarray) -> bytes:
 
 
 def pack_masks(answer: Answer, segmentations: list[Segmentation]) -> bytes:
-    """A ZIP file with a PNG for each sentence."""
+    """A ZIP file with one PNG per sentence."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, segmentation in zip(name_masks(answer.sentences), segmentations):
@@ -381,7 +381,7 @@ def pack_masks(answer: Answer, segmentations: list[Segmentation]) -> bytes:
 
 
 def make_records(answer: Answer, segmentations: list[Segmentation]) -> list[dict[str, Any]]:
-    """What the API says of each sentence, next to its mask."""
+    """What the API returns for each sentence besides its mask."""
     return [
         {
             "label": sentence,
@@ -396,7 +396,7 @@ def make_records(answer: Answer, segmentations: list[Segmentation]) -> list[dict
 
 
 def describe_model(segmenter: Segmenter, model_id: str) -> str:
-    """Markdown: what runs here, and what it can know."""
+    """Markdown about the model and the limits of the demo."""
     name = Path(model_id).name if Path(model_id).exists() else f"[{model_id}](https://huggingface.co/{model_id})"
     size = segmenter.model.num_parameters() / 1e6
     height, width = segmenter.input_size
@@ -404,22 +404,22 @@ def describe_model(segmenter: Segmenter, model_id: str) -> str:
 
 
 def list_unknown(words: list[Word]) -> list[str]:
-    """The words that the model reads as unknown, each once."""
+    """The distinct words that the model reads as unknown."""
     return list(dict.fromkeys(word.text for word in words if not word.is_known))
 
 
 def list_cut(words: list[Word]) -> list[str]:
-    """The words that are beyond those that the model reads, each once."""
+    """The distinct words that the model does not read because the sentence is too long."""
     return list(dict.fromkeys(word.text for word in words if word.attention is None))
 
 
 def ask(segmenter: Segmenter, path: str, text: str) -> Answer:
-    """Checks what the user gave, runs the model, and warns of the words that it could not read."""
+    """Check the input, run the model, and warn about words that it could not read."""
     answer = segmenter.ask(read_photo(path, segmenter.processor.image_processor), read_sentences(text))
     words = [word for words in answer.words for word in words]
     for names, problem in (
-        (list_unknown(words), "The model does not know {}: use other words."),
-        (list_cut(words), "The sentence is too long, and {} was not read: use fewer words."),
+        (list_unknown(words), "The model does not know {}. Use other words."),
+        (list_cut(words), "The sentence is too long, and {} was not read. Use fewer words."),
     ):
         if names:
             gr.Warning(problem.format(html.escape(", ".join(map(repr, names)))))
@@ -427,7 +427,7 @@ def ask(segmenter: Segmenter, path: str, text: str) -> Answer:
 
 
 class View(NamedTuple):
-    """What the page shows of an answer at a threshold."""
+    """What the page shows for an answer at a threshold."""
 
     overlay: Any = None  # (photo, [(mask, label), ...]) as gr.AnnotatedImage takes it
     colors: dict[str, str] | None = None
@@ -450,7 +450,7 @@ def make_view(segmenter: Segmenter, answer: Answer, threshold: float) -> View:
 
 
 def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **model_run: Any) -> None:
-    """`/segment` of the API. It takes the page's inputs, so files are checked alike, and answers in data."""
+    """Add `/segment` to the API. It takes the page's inputs, so that files are checked in the same way."""
 
     def segment(photo: dict | None, sentences: str, threshold: float) -> tuple[list[dict[str, Any]], list[str]]:
         answer = ask(segmenter, get_path(photo), sentences)
@@ -466,12 +466,12 @@ def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **
 
 
 def list_examples() -> list[list[str]]:
-    """[path, sentences] of the example photos that are there."""
+    """[path, sentences] of the example photos that exist."""
     return [[str(PHOTOS / name), text] for name, text in EXAMPLES.items() if (PHOTOS / name).is_file()]
 
 
 def add_vocabulary(segmenter: Segmenter) -> None:
-    """A small vocabulary is worth reading: it is all that the model can be asked about."""
+    """List a vocabulary that is small enough to read."""
     words = segmenter.list_vocabulary()
     if len(words) <= MAX_LISTED_WORDS:
         with gr.Accordion(f"The {len(words)} words that this model knows", open=False):
@@ -479,7 +479,7 @@ def add_vocabulary(segmenter: Segmenter) -> None:
 
 
 def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
-    """The page, which starts with the first example and its masks, and the API."""
+    """The page, which shows the first example with its masks at the start, and the API."""
     samples = list_examples()
     first_answer = ask(segmenter, *samples[0]) if samples else None
     first_photo, first_text = samples[0] if samples else (None, None)
@@ -491,7 +491,9 @@ def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
                 photo = gr.Image(first_photo, type="filepath", label="Photo", height=300, sources=SOURCES, buttons=[])
-                sentences = gr.Textbox(first_text, label="What do you mean? One sentence a line", lines=3, max_lines=9)
+                sentences = gr.Textbox(
+                    first_text, label="What do you mean? One sentence per line", lines=3, max_lines=9
+                )
                 button = gr.Button("Segment", variant="primary")
                 inputs = [photo, sentences]
                 examples = (
@@ -507,13 +509,13 @@ def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
 
         page = Page(photo, sentences, threshold, answer, overlay, cards, download)
         add_events(segmenter, page, button, examples)
-        # Not the state's first value: that would come back, below another photo, when a user's own answer has gone.
+        # As the state's initial value it would replace a user's own answer when that expires.
         demo.load(lambda: first_answer, None, answer, api_visibility="private")
     return demo.queue(max_size=MAX_WAITING)
 
 
 class Page(NamedTuple):
-    """The components that the events are about."""
+    """The components that events read and update."""
 
     photo: gr.Image
     sentences: gr.Textbox
@@ -525,22 +527,22 @@ class Page(NamedTuple):
 
 
 def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: Any) -> None:
-    """What happens when a user asks, chooses an example, moves the slider, or calls the API."""
+    """Connect the page and the API: asking, choosing an example, moving the slider."""
 
     def ask_and_show(photo: dict | None, sentences: str, threshold: float) -> tuple[Any, ...]:
         answer = ask(segmenter, get_path(photo), sentences)
         return answer, *make_view(segmenter, answer, check_threshold(threshold)).update()
 
     def check(photo: dict | None, sentences: str, threshold: float) -> list[dict]:
-        """Says what is missing beside the input, before the model's queue."""
+        """Report missing input next to its field, before the request enters the model's queue."""
         return [check_input(get_path, photo), check_input(read_sentences, sentences), gr.validate(True, "")]
 
     def show(answer: Answer | None, threshold: float) -> tuple[Any, ...]:
         if answer is None:
-            raise refuse("There is no answer yet, or it is too long ago: press Segment.")
+            raise refuse("There is no answer yet, or it has expired: press Segment.")
         return make_view(segmenter, answer, threshold).update()
 
-    # All that runs the model waits in one queue: two at a time would each take twice as long.
+    # Everything that runs the model shares one queue. Two runs at a time would each take twice as long.
     model_run: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
     inputs = [page.photo, page.sentences, page.threshold]
     outputs = [page.overlay, page.cards, page.download]
@@ -563,7 +565,7 @@ def get_default_model() -> str:
 
 
 def launch(demo: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
-    """Serves the demo with its looks and limits, and with nothing from another host."""
+    """Serve the demo with its style and limits. It loads nothing from other hosts."""
     return demo.launch(
         theme=gr.themes.Default(primary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["monospace"]),
         css_paths=HERE / "style.css",
