@@ -15,7 +15,6 @@ import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -30,6 +29,7 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError
 from numerics import assert_same_text
 from PIL import Image
+from tiny_models import randomize
 from tiny_training import make_model, make_processor
 
 from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline, ReSTRProcessor
@@ -95,13 +95,8 @@ def assert_same(results: list[dict], expected: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny model whose weights are large enough that its masks differ by image and by sentence."""
     processor = make_processor()
-    model = make_model(processor)
-    torch.manual_seed(1)
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.4)
+    model = randomize(make_model(processor), seed=1, std=0.4)
     return save_bundle(model, processor, tmp_path_factory.mktemp("saved") / "model")
 
 
@@ -111,36 +106,23 @@ def pipe(folder) -> ReSTRPipeline:
     return ReSTRPipeline(model=model, processor=ReSTRProcessor.from_pretrained(folder), device="cpu")
 
 
-@contextmanager
-def own_process_settings():
-    """Restore Pillow's limit, which a handler sets for its process."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-        yield patch
-
-
 @pytest.fixture(scope="module")
 def handler(pipe, tmp_path_factory):
     plain = tmp_path_factory.mktemp("plain")  # without code, so that the cache of remote code stays empty
     save_bundle(pipe.model, pipe.processor, plain, include_code=False)
-    with own_process_settings() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # a handler sets it for its process
         for name, value in BOUNDS.items():
             patch.setenv(name, str(value))
         yield EndpointHandler(str(plain))
 
 
-@contextmanager
-def serve(handler):
+@pytest.fixture(scope="module")
+def url(handler):
     with Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def url(handler):
-    with serve(handler) as url:
-        yield url
 
 
 def post(url: str, body: bytes | dict, query: dict | None = None, **headers) -> tuple[int, list | dict]:
@@ -160,30 +142,33 @@ def make_request(image: Image.Image | None = None, **others) -> dict:
     return {"inputs": to_base64(to_bytes(image or make_image())), "text": TEXTS[0], **others}
 
 
+HEADS = ("data:image/png;base64,", "data:;base64,", "DATA:image/x;charset=utf-8;base64,")
+
+
 @pytest.mark.parametrize(
-    "others",
+    ("changes", "texts", "threshold"),
     [
-        {"text": TEXTS},
-        {"text": "\n".join(TEXTS) + "\n"},
-        {"text": None, "parameters": {"text": TEXTS, "threshold": None}},
-        {"text": TEXTS, "parameters": None},
+        ({"text": TEXTS}, TEXTS, 0.5),
+        ({"text": "\n".join(TEXTS) + "\n"}, TEXTS, 0.5),
+        ({"text": None, "parameters": {"text": TEXTS, "threshold": None}}, TEXTS, 0.5),
+        ({"text": TEXTS, "parameters": None}, TEXTS, 0.5),
+        ({"parameters": {"threshold": 0.8}}, TEXTS[:1], 0.8),
+        ({"parameters": {"mask_threshold": 0.8}}, TEXTS[:1], 0.8),
+        ({"parameters": {"threshold": "0.8"}}, TEXTS[:1], 0.8),
+        *(({"inputs": head + to_base64(to_bytes(make_image()))}, TEXTS[:1], 0.5) for head in HEADS),
     ],
 )
-def test_answers_are_those_of_the_pipeline(url, pipe, others):
-    status, results = post(url, make_request(**others))
+def test_answers_are_those_of_the_pipeline(url, pipe, changes, texts, threshold):
+    status, results = post(url, make_request(**changes))
     assert status == 200
-    assert_same(results, pipe(make_image(), text=TEXTS))
-    masks = read_masks(results)
+    assert_same(results, pipe(make_image(), text=texts, threshold=threshold))
+
+
+def test_sentences_and_thresholds_give_different_masks(pipe):
+    masks = [np.asarray(result["mask"]) for result in pipe(make_image(), text=TEXTS)]
     assert all(0 < np.count_nonzero(mask) < mask.size for mask in masks)
+    masks.append(np.asarray(pipe(make_image(), text=TEXTS[0], threshold=0.8)[0]["mask"]))
     assert all((masks[0] != mask).any() for mask in masks[1:])
-
-
-@pytest.mark.parametrize("parameters", [{"threshold": 0.8}, {"mask_threshold": 0.8}, {"threshold": "0.8"}])
-def test_threshold_reaches_the_pipeline(url, pipe, parameters):
-    status, results = post(url, make_request(parameters=parameters))
-    assert status == 200
-    assert_same(results, pipe(make_image(), text=TEXTS[0], threshold=0.8))
-    assert not np.array_equal(read_masks(results)[0], np.asarray(pipe(make_image(), text=TEXTS[0])[0]["mask"]))
 
 
 def test_photo_may_be_the_body_with_sentences_in_the_query(url, pipe):
@@ -206,13 +191,6 @@ def test_pil_images_and_photos_of_cameras_are_read(handler, pipe):
     assert Image.open(BytesIO(several)).n_frames == 2
     photo = Image.open(BytesIO(to_bytes(make_image(), "JPEG", quality=95)))
     assert_same(handler({"inputs": several, "text": TEXTS[0]}), pipe(photo, text=TEXTS[0]))
-
-
-@pytest.mark.parametrize("head", ["data:image/png;base64,", "data:;base64,", "DATA:image/x;charset=utf-8;base64,"])
-def test_data_uris_are_base64(url, pipe, head):
-    status, results = post(url, {"inputs": head + to_base64(to_bytes(make_image())), "text": TEXTS[0]})
-    assert status == 200
-    assert_same(results, pipe(make_image(), text=TEXTS[0]))
 
 
 def test_open_files_are_read_from_the_start(handler, pipe):
