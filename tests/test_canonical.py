@@ -148,9 +148,9 @@ def test_wrong_size_is_explained(tmp_path):
         build_row(annotate(path, size=(HEIGHT, WIDTH + 1)))
     with pytest.raises(BadImage, match=r"\(32, 24\)"):
         build_row(annotate(path, size=(WIDTH, HEIGHT)))
-    turned = write_image(tmp_path / "b.jpg", orientation=6)
+    rotated = write_image(tmp_path / "b.jpg", orientation=6)
     with pytest.raises(BadImage, match=r"b\.jpg: decodes to \(32, 24\)"):
-        build_row(annotate(turned, size=(HEIGHT, WIDTH + 1)))
+        build_row(annotate(rotated, size=(HEIGHT, WIDTH + 1)))
     unstated = AnnotatedImage(7, "a.jpg", path, annotate(path, size=(HEIGHT, WIDTH + 1)).references)
     with pytest.raises(BadImage, match=r"a\.jpg: ref_id 11: The mask is of size \(24, 33\)"):
         build_row(unstated)

@@ -1,4 +1,4 @@
-"""Generated expressions for COCO files: what is said is true of one instance only, by an independent reading."""
+"""Generated expressions for COCO files: an independent reader finds each true of one instance only."""
 
 import json
 import random
@@ -27,7 +27,7 @@ SIDES = {
     "left": r"left|leftmost", "right": r"right|rightmost",
     "top": r"top|upper|topmost|highest|uppermost", "bottom": r"bottom|lower|bottommost|lowest|lowermost",
 }  # fmt: skip
-# Forms that the reader takes for others: plain words for what is said in more.
+# Variants and the plain form that the reader replaces them by.
 FORMS = [
     (r"first (.+) from (left|right)", r"\2most \1"),
     (r"(?:far|very) (left|right|top|bottom) (.+)", r"\1most \2"),
@@ -75,7 +75,7 @@ KNOWN = [
 
 
 class Reader:
-    """Reads a sentence against the masks of an image. Doubt counts: it returns all instances that could be meant."""
+    """Compares a sentence with the masks of an image. In doubt, it returns all instances that could be meant."""
 
     def __init__(self, masks: dict[int, np.ndarray], nouns: dict[int, str]):
         self.nouns = nouns
@@ -85,7 +85,7 @@ class Reader:
         self.areas = {index: int(mask.sum()) for index, mask in masks.items()}
 
     def measure(self, mask):
-        """Where a mask is along x and along y, by each thing that a reader could go by, as shares of the side."""
+        """Where a mask is along x and y, by each measure that people could use, as shares of the side."""
         rows, columns = np.nonzero(mask)
         return {
             axis: {
@@ -369,7 +369,7 @@ def test_a_big_and_a_small_one():
 
 
 @pytest.mark.parametrize(
-    ("instances", "unsaid"),
+    ("instances", "disputable"),
     [
         pytest.param([box(0.40, 0.4, 0.43, 0.5), box(0.45, 0.4, 0.48, 0.5)], r"most|\ball\b", id="centres too near"),
         pytest.param([box(0.1, 0.4, 0.7, 0.6), box(0.25, 0.4, 0.85, 0.6)], r"most|\ball\b", id="one behind the other"),
@@ -404,13 +404,13 @@ def test_a_big_and_a_small_one():
         pytest.param([box(0.4, 0.4, 0.6, 0.6)], r"\bon\b|\bat\b|left|right", id="alone in the middle"),
     ],
 )
-def test_what_some_reader_could_dispute_is_not_said(instances, unsaid):
-    said = set().union(*names_of(instances))
-    assert not [name for name in said if re.search(unsaid, name)]
+def test_disputable_statements_are_not_made(instances, disputable):
+    found = set().union(*names_of(instances))
+    assert not [name for name in found if re.search(disputable, name)]
 
 
-def test_it_is_said_where_it_is_clear():
-    """The cases above are silent for the reason that they name: with it gone, the statement is there."""
+def test_clear_statements_are_made():
+    """Without the reason that a case above names, its statement is made."""
     assert "leftmost" in names_of([box(0.40, 0.4, 0.43, 0.5), box(0.50, 0.4, 0.53, 0.5)])[0]
     assert "leftmost" in names_of([box(0.1, 0.4, 0.5, 0.6), box(0.4, 0.4, 0.8, 0.6)])[0]
     assert "topmost" in names_of([box(0.4, 0.1, 0.5, 0.2), box(0.5, 0.8, 0.6, 0.9)])[0]
@@ -423,27 +423,27 @@ def test_it_is_said_where_it_is_clear():
     assert names_of([box(0.05, 0.05, 0.2, 0.2)]) == [{"only", "on the left", "at the top", "top left"}]
 
 
-def test_tiny_instances_are_told_apart_from_but_not_referred_to():
+def test_tiny_instances_are_distinguished_but_not_referred_to():
     big, tiny = box(0.1, 0.2, 0.5, 0.8), box(0.8, 0.4, 0.82, 0.42, can_be_target=False)
     assert names_of([big, tiny]) == [{"leftmost", "left of all", "left half", "left of two", "bigger"}, set()]
 
 
-def test_nouns_that_one_could_mix_up():
+def test_nouns_that_people_could_confuse():
     dog, hot_dog = box(0.1, 0.4, 0.2, 0.6, noun="dog"), box(0.7, 0.4, 0.8, 0.6, noun="hot dog")
     assert names_of([dog, hot_dog]) == [set(), {"only", "on the right"}]
     assert names_of([dog], unclear_nouns={"hot dog"}) == names_of([dog], unclear_nouns={"dog"}) == [set()]
-    # A name that says a place leaves no room for another.
+    # A name with a place in it allows no other place.
     hands = [box(0.1, 0.4, 0.2, 0.6, noun="left hand"), box(0.7, 0.4, 0.8, 0.6, noun="left hand")]
     assert names_of(hands) == [set(), set()]
     assert names_of(hands[:1]) == [{"only"}]
 
 
-def test_expressions_are_distinct_and_as_many_as_asked_for():
+def test_expressions_are_distinct_and_as_many_as_requested():
     row = [box(0.1, 0.4, 0.2, 0.6), box(0.45, 0.4, 0.55, 0.6), box(0.8, 0.4, 0.9, 0.6)]
     for seed in range(20):
-        for said in generate_expressions(row, np.random.default_rng(seed), expressions_per_instance=4).values():
-            assert len({expression.text.removeprefix("the ") for expression in said}) == 4
-            assert len({expression.statement for expression in said}) == 3  # all there are, before any comes twice
+        for expressions in generate_expressions(row, np.random.default_rng(seed), expressions_per_instance=4).values():
+            assert len({expression.text.removeprefix("the ") for expression in expressions}) == 4
+            assert len({expression.statement for expression in expressions}) == 3  # all of them before any is repeated
     alone = generate_expressions([box(0.3, 0.1, 0.9, 0.9)], np.random.default_rng(0))
     assert [expression.statement for expression in alone[0]] == [Statement("category", "only", 0)]
 

@@ -229,7 +229,7 @@ def test_captions_need_no_categories(write):
 
 @pytest.mark.parametrize("orientation", [None, 3, 6])
 def test_sizes_that_are_not_stated_are_those_of_the_images(write, tmp_path, orientation):
-    size = (HEIGHT, WIDTH) if orientation == 6 else (WIDTH, HEIGHT)  # turned by 90 degrees when shown
+    size = (HEIGHT, WIDTH) if orientation == 6 else (WIDTH, HEIGHT)  # rotated by 90 degrees when shown
     save_image(tmp_path / "7.png", size, orientation)
     images = write([outline(1, [LEFT_OUTLINE])], image={"height": None, "width": None})
     assert images[0].size == (HEIGHT, WIDTH)

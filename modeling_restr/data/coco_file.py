@@ -221,11 +221,11 @@ def _read_size(path: Path, image_dir: Path) -> _FileSize:
         with Image.open(resolve_image(path, image_dir)) as image:
             # Pillow would decode a whole PNG to look for EXIF after its pixels.
             has_exif = image.format != "PNG" or "exif" in image.info
-            is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            is_rotated = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             stored = (image.height, image.width)
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise ValueError(f"{path} cannot be read ({error}).") from error
-    return _FileSize(stored[::-1] if is_turned else stored, stored)
+    return _FileSize(stored[::-1] if is_rotated else stored, stored)
 
 
 def _as_size(value: Any) -> tuple[int, int] | None:

@@ -48,7 +48,7 @@ class MatReader:
     @staticmethod
     def _ask(process: subprocess.Popen[bytes], path: Path, variable: str) -> np.ndarray:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps([str(path), variable]).encode() + b"\n")
+        process.stdin.write(json.dumps([str(path.absolute()), variable]).encode() + b"\n")
         process.stdin.flush()
         if not (line := process.stdout.readline()):
             raise EOFError

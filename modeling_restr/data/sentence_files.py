@@ -184,10 +184,8 @@ def _parse_csv(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}: expected different columns, image and sentence among them, got {names}.")
         for cells in rows:
             if len(cells) > len(names):
-                yield (
-                    rows.line_num,
-                    ValueError(f'got {len(cells)} cells for {len(names)} columns: write "a sentence, with a comma"'),
-                )
+                advice = 'write "a sentence, with a comma"'
+                yield rows.line_num, ValueError(f"got {len(cells)} cells for {len(names)} columns: {advice}")
             elif any(cells):
                 yield rows.line_num, {name: cell for name, cell in zip(names, cells) if cell.strip()}
     except csv.Error as error:
@@ -244,7 +242,7 @@ class _Masks:
     def _box_to_polygon(self, box: Any) -> list[float]:
         if not self.boxes_as_masks:
             raise ValueError(
-                f"expected one of {', '.join(MASK_COLUMNS[:-1])}, got a box: boxes_as_masks takes its rectangle as the mask."
+                f"expected one of {', '.join(MASK_COLUMNS[:-1])}, got a box: boxes_as_masks takes its rectangle as mask."
             )
         if not are_numbers(box) or len(box) != 4:
             raise ValueError(f"expected box to be [left, top, width, height], got {reprlib.repr(box)}.")

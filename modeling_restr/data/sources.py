@@ -37,7 +37,7 @@ class Plan:
 
     source: What the data is.
     splits: The names of all splits.
-    read: Reads one of them, and adds what it passes over to the problems.
+    read: Reads one of them, and adds what it leaves out to the problems.
     other_names: {other name of a split: its name}.
     notes: Paragraphs for the card on how the data was made.
     cache_dir: A folder that is removed when the data is prepared.
@@ -132,11 +132,11 @@ def plan_refer(
         options={"split_by": split_by},
         published=published,
     )
-
-    def read(split: str, problems: Problems) -> list[AnnotatedImage]:
-        return read_refer(annotation_dir, image_dir, dataset, split_by, split)
-
-    return Plan(source, list(published) or refclef_splits, read)
+    return Plan(
+        source,
+        list(published) or refclef_splits,
+        lambda split, _: read_refer(annotation_dir, image_dir, dataset, split_by, split),
+    )
 
 
 def plan_grefcoco(annotation_dir: str | Path, image_dir: str | Path) -> Plan:
@@ -146,22 +146,16 @@ def plan_grefcoco(annotation_dir: str | Path, image_dir: str | Path) -> Plan:
         "are united) or to nothing in the image (the mask is empty)."
     )
     source = Source(name="grefcoco", title="gRefCOCO (unc)", description=description, origins=("grefcoco",))
-
-    def read(split: str, problems: Problems) -> list[AnnotatedImage]:
-        return read_grefcoco(annotation_dir, image_dir, "unc", split)
-
-    return Plan(source, ["train", "val", "testA", "testB"], read)
+    splits = ["train", "val", "testA", "testB"]
+    return Plan(source, splits, lambda split, _: read_grefcoco(annotation_dir, image_dir, "unc", split))
 
 
 def plan_referit(annotation_dir: str | Path, mask_dir: str | Path, image_dir: str | Path) -> Plan:
     """ReferIt, see [`read_referit`]."""
     description = "Read from referit_query_SPLIT.json and one MATLAB mask per object."
     source = Source(name="referit", title="ReferIt", description=description, origins=("referit",))
-
-    def read(split: str, problems: Problems) -> list[AnnotatedImage]:
-        return read_referit(annotation_dir, mask_dir, image_dir, split)
-
-    return Plan(source, ["train", "val", "test"], read)
+    splits = ["train", "val", "test"]
+    return Plan(source, splits, lambda split, _: read_referit(annotation_dir, mask_dir, image_dir, split))
 
 
 def plan_hub(path_or_id: str, image_dir: str | Path | None = None, *, data_revision: str | None = None) -> Plan:
@@ -181,11 +175,12 @@ def plan_hub(path_or_id: str, image_dir: str | Path | None = None, *, data_revis
         options={"copy": title, "revision": data_revision},
         published=published,
     )
-
-    def read(split: str, problems: Problems) -> list[AnnotatedImage]:
-        return read_hub_copy(path_or_id, split, image_dir, data_revision)
-
-    return Plan(source, [usual_names.get(split, split) for split in available], read, usual_names)
+    return Plan(
+        source,
+        [usual_names.get(split, split) for split in available],
+        lambda split, _: read_hub_copy(path_or_id, split, image_dir, data_revision),
+        other_names=usual_names,
+    )
 
 
 # --- Own data ---------------------------------------------------------------------------------------------------------
@@ -218,11 +213,11 @@ def plan_coco(
             f"at most {expressions_per_instance} per object, each true of one object only (seed {seed})."
         )
     source = Source(name=name, title=f"Expressions for {name}", description=description, options=options)
-
-    def read(split: str, problems: Problems) -> list[AnnotatedImage]:
-        return read_coco(instances_file, image_dir, split=split, problems=problems, **options)
-
-    return Plan(source, ["train", "val"] if val_share else ["train"], read)
+    return Plan(
+        source,
+        ["train", "val"] if val_share else ["train"],
+        lambda split, problems: read_coco(instances_file, image_dir, split=split, problems=problems, **options),
+    )
 
 
 def plan_sentences(
@@ -261,11 +256,13 @@ def plan_combine(folders: Sequence[str | Path], output_dir: str | Path, names: S
         raise ValueError(f"Expected --names with a different name for each of the folders, got {' '.join(names)}.")
     cache_dir = Path(output_dir, ".cache")
     combination = combine(dict(zip(names, folders)), cache_dir)
-
-    def read(split: str, problems: Problems) -> Sequence[AnnotatedImage]:
-        return _select(combination.splits, split)
-
-    return Plan(combination.source, list(combination.splits), read, notes=combination.notes, cache_dir=cache_dir)
+    return Plan(
+        combination.source,
+        list(combination.splits),
+        lambda split, _: _select(combination.splits, split),
+        notes=combination.notes,
+        cache_dir=cache_dir,
+    )
 
 
 __all__ = ["Plan", "plan_coco", "plan_combine", "plan_grefcoco", "plan_hub", "plan_refer", "plan_referit"]
