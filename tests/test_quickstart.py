@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and does what it says."""
+"""The notebook runs from top to bottom and does what it says."""
 
 import io
 import re
@@ -25,7 +25,7 @@ def read_notebook():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The notebook as it was run at the repository's root, logged in to a Hub; and that Hub."""
+    """The notebook after a run at the repository's root, logged in to a Hub, and that Hub."""
     home, notebook = tmp_path_factory.mktemp("home"), read_notebook()
     with serve() as hub, pytest.MonkeyPatch.context() as patch:
         more = {"PYTHONPATH": str(REPOSITORY), "IPYTHONDIR": str(home), "TMPDIR": str(home)}
@@ -46,7 +46,7 @@ def read_pictures(notebook) -> list[Image.Image]:
     return [Image.open(io.BytesIO(b64decode(data["image/png"]))) for data in outputs if "image/png" in data]
 
 
-def test_it_is_kept_without_what_a_run_puts_in():
+def test_it_is_stored_without_outputs():
     code = [cell for cell in read_notebook().cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
@@ -59,6 +59,7 @@ def test_its_files_are_found_from_the_root_and_from_its_own_folder(folder, monke
     assert (names["CHECKPOINT"] / "config.json").exists() and names["PHOTO"].exists()
 
 
+@pytest.mark.slow
 def test_it_shows_masks_and_its_two_ways_to_ask_agree(run):
     notebook, _ = run
     assert len(read_pictures(notebook)) == 4
@@ -66,7 +67,8 @@ def test_it_shows_masks_and_its_two_ways_to_ask_agree(run):
     assert len(shares) == 3 and all(float(share) > 99.9 for share in shares)
 
 
-def test_fine_tuning_pays_on_its_ten_photos(run):
+@pytest.mark.slow
+def test_fine_tuning_helps_on_its_ten_photos(run):
     notebook, _ = run
     before, after = re.search(r"the ten: mean_iou ([\d.]+) -> ([\d.]+)", read_text(notebook)).groups()
     assert float(after) > float(before) + 0.05
@@ -74,7 +76,8 @@ def test_fine_tuning_pays_on_its_ten_photos(run):
     assert len(losses) == 3 and losses[-1] < losses[0]
 
 
-def test_what_it_pushes_is_a_whole_model_with_its_evaluation(run):
+@pytest.mark.slow
+def test_it_pushes_a_complete_model_with_its_evaluation(run):
     notebook, hub = run
     repository = hub.repositories["model", "tester/restr-ten-photos"]
     assert len(repository.titles) == 1 and repository.private
