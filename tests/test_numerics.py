@@ -1,4 +1,4 @@
-"""The bound that float32 is held to: its rounding keeps to it, anything coarser does not."""
+"""The bound for float32: its own rounding stays within it, coarser rounding does not."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def compute(model, values):
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_of_one_layer_is_no_rounding_of_float32(dtype):
+def test_half_precision_in_one_layer_exceeds_the_rounding_of_float32(dtype):
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(4)))
     assert_rounding_explains(compute, model, torch.randn(8, 32))

@@ -1,4 +1,4 @@
-"""Where it cannot work, the package and the code of a saved model say why."""
+"""The package and the code of a saved model say why they cannot work."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def test_the_same_version_is_asked_for_everywhere(bundle, place):
     assert TRANSFORMERS in path.read_text()
 
 
-def test_in_the_folder_of_a_saved_model_the_import_says_what_hides_the_package(bundle):
+def test_the_import_says_that_a_saved_model_s_code_hides_the_package(bundle):
     done = run_python("-c", "import modeling_restr", path=[ROOT], cwd=bundle)
     error = done.stderr.splitlines()[-1]
     assert error.startswith(f"ImportError: Expected the package modeling_restr, but {bundle / 'modeling_restr.py'} is")
