@@ -384,7 +384,9 @@ def test_weights_of_masked_autoencoders_load_as_a_plain_vit(tmp_path):
         decoder_num_attention_heads=4,
     )
     encoder = save_encoder(ViTMAEForPreTraining, config, tmp_path / "mae")
-    with pytest.raises(ValueError, match=r"ViTMAEConfig.*shuffles its patches.*`ViTModel.from_pretrained\(...\)\.save"):
+    with pytest.raises(
+        ValueError, match=r"ViTMAEConfig.*shuffles its patches.*`ViTModel.from_pretrained\(...\)\.save"
+    ):
         ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "mae")
     ViTModel.from_pretrained(tmp_path / "mae", add_pooling_layer=False).save_pretrained(tmp_path / "vit")
     model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "vit")
