@@ -285,7 +285,7 @@ def push(
     """
     from .hub.push import push_to_hub, rewrite_card
 
-    card = {
+    card: dict[str, Any] = {
         "recipe": recipe,
         "evaluations": evaluation,
         "data": training_data,

@@ -5,12 +5,8 @@ import http.client
 import json
 import os
 import re
-import shlex
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import warnings
 import zlib
@@ -27,7 +23,6 @@ import torch
 from fresh_process import run_without_package
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError
-from numerics import assert_same_text
 from PIL import Image
 from tiny_models import randomize
 from tiny_training import make_model, make_processor
@@ -512,36 +507,3 @@ def test_an_endpoint_without_the_package_answers_from_the_folder(folder, pipe, t
     environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     printed = run_without_package(ENDPOINT, folder, tmp_path / "request.json", cwd=tmp_path, **environment)
     assert_same(json.loads(printed.splitlines()[-1]), pipe(make_image(), text=TEXTS))
-
-
-def test_the_page_shows_what_the_command_serves(monkeypatch, capsys):
-    page = (REPOSITORY / "docs" / "serving.md").read_text()
-    blocks = re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL)
-    (command,) = (shlex.split(code) for language, code in blocks if language == "bash")
-    assert command == ["restr", "serve", "examples/restr_mini", "--port", "8080"]
-    command = [sys.executable, "-m", "modeling_restr.cli", *command[1:-1], "0"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    monkeypatch.chdir(REPOSITORY)
-    with subprocess.Popen(command, **pipes) as process:
-        line = process.stdout.readline()
-        assert line.startswith("Serving examples/restr_mini at http://"), process.stderr.read()
-        url = f"http://127.0.0.1:{line.rpartition(':')[2].strip()}"
-        shown = [number for number, (language, _) in enumerate(blocks) if language == "python"]
-        assert len(shown) == 2
-        for number in shown:
-            code = blocks[number][1].replace("http://127.0.0.1:8080", url)
-            exec(compile(code, "docs/serving.md", "exec"), {})  # noqa: S102
-            language, shown_output = blocks[number + 1]
-            assert language == "text"
-            assert_same_text(capsys.readouterr().out, shown_output)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=WAIT)
-    assert process.returncode == 130 and "Traceback" not in errors
-
-
-def test_the_limits_are_documented():
-    page = (REPOSITORY / "docs" / "serving.md").read_text()
-    bounds = dict(re.findall(r"^\| `(RESTR_\w+)` \| ([\d,]+) \|", page, flags=re.MULTILINE))
-    assert bounds == dict(re.findall(r"- `(RESTR_\w+)` \(([\d,]+)\)", EndpointHandler.__doc__))
-    read = re.findall(r'_read_bound\("(\w+)", ([\d_]+)\)', (REPOSITORY / "modeling_restr/hub/handler.py").read_text())
-    assert bounds == {name: value.replace("_", ",") for name, value in read}
