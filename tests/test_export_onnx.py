@@ -468,7 +468,7 @@ def test_runner_explains_bad_input(runner, folder, tmp_path):
         ((image, []), {}, "got none"),
         (([image], ["a", "b"]), {}, "one image with a list of sentences"),
         (({"image": image},), {}, "Expected dicts"),
-        (({"image": image, "text": "ball"}, "ball"), {}, "no text beside them"),
+        (({"image": image, "text": "ball"}, "ball"), {}, "no other text"),
         ((image, "a ball"), {"threshold": 1.5}, "threshold from 0 to 1"),
         ((image, "a ball"), {"batch_size": 0}, "batch_size >= 1"),
         ((image, "\ud800 ball"), {}, "surrogate pair"),
@@ -572,7 +572,7 @@ def test_export_explains_what_it_cannot_do(pipe, tmp_path, monkeypatch):
         save_onnx(pipe.model, pipe.processor, tmp_path / "file")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
-    with pytest.raises(ValueError, match="which has a model in it"):
+    with pytest.raises(ValueError, match="a folder without a model in it"):
         save_onnx(pipe.model, pipe.processor, tmp_path / "model")
     monkeypatch.setattr(onnx_folder, "PACKAGES", ("onnx", "absent_package"))
     with pytest.raises(ImportError, match="needs absent_package: pip install"):

@@ -1,4 +1,4 @@
-"""ReSTR as two graphs for other runtimes; never imported by the model files. ONNX needs the extra `onnx`."""
+"""ReSTR as two graphs for other runtimes. The model files never import it. ONNX needs the extra `onnx`."""
 
 from .graphs import export_image_encoder, export_sentence_query
 from .onnx_folder import save_onnx

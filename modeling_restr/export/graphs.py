@@ -1,10 +1,10 @@
 """
-ReSTR as two graphs, so that one image serves many sentences: `torch.export` programs that other runtimes start from.
+ReSTR as two `torch.export` programs, from which other runtimes start. The image is encoded once for many sentences.
 
     image_encoder   pixel_values (B, 3, H, W) -> vision_embeds (B, h, w, vision_hidden_size)
     sentence_query  vision_embeds, input_ids (N, T), image_indices (N,) -> logits (N, H, W), patch_logits (N, h, w)
 
-B, N and, with ReSTR's own vision encoder, H and W are free; H and W are then multiples of the patch size.
+B and N are free. With ReSTR's own vision encoder, so are H and W, in multiples of the patch size.
 """
 
 import copy
@@ -20,7 +20,7 @@ from ..modeling_restr import ReSTRForImageSegmentation
 
 
 class ReSTRImageEncoder(nn.Module):
-    """The image features of `get_image_features`."""
+    """Returns the image features of `get_image_features`."""
 
     def __init__(self, model: ReSTRForImageSegmentation):
         super().__init__()
@@ -32,7 +32,7 @@ class ReSTRImageEncoder(nn.Module):
 
 
 class ReSTRSentenceQuery(nn.Module):
-    """Everything after the image encoder: `(logits, patch_logits)` of sentences about encoded images."""
+    """Everything after the image encoder. Returns `(logits, patch_logits)` of sentences about encoded images."""
 
     def __init__(self, model: ReSTRForImageSegmentation):
         super().__init__()
@@ -48,12 +48,12 @@ class ReSTRSentenceQuery(nn.Module):
 @torch.no_grad()
 def export_image_encoder(model: ReSTRForImageSegmentation) -> ExportedProgram:
     """
-    Export what encodes images, in float32, on the CPU and in evaluation mode; the model itself is not changed.
+    Export the image encoder in float32, on the CPU and in evaluation mode. The model itself is not changed.
 
-    The number of images is free, and with ReSTR's own vision encoder so are their height and width.
+    The number of images is free. With ReSTR's own vision encoder, so are their height and width.
     """
     model = _prepare(model)
-    model.model.text_model = model.model.fusion = nn.Identity()  # a program keeps every weight of its module
+    model.model.text_model = model.model.fusion = nn.Identity()  # or else the program keeps their weights
     config: Any = model.config.vision_config
     grid, patch_size = _sample_grid(model), _as_pair(config.patch_size)
     shape: dict[int, Any] = {0: Dim("num_images")}
@@ -66,10 +66,10 @@ def export_image_encoder(model: ReSTRForImageSegmentation) -> ExportedProgram:
 @torch.no_grad()
 def export_sentence_query(model: ReSTRForImageSegmentation) -> ExportedProgram:
     """
-    Export what answers sentences about encoded images, as [`export_image_encoder`] does the other part.
+    Export everything after the image encoder, as [`export_image_encoder`] exports the encoder.
 
-    The numbers of images and sentences are free, and with ReSTR's own vision encoder so is the grid of patches. The
-    words fill all slots of the model, padded on the left.
+    The numbers of images and sentences are free. With ReSTR's own vision encoder, so is the grid of patches. The words
+    fill all slots of the model, padded on the left.
     """
     model = _prepare(model)
     model.model.vision_model = nn.Identity()
@@ -90,7 +90,7 @@ def export_sentence_query(model: ReSTRForImageSegmentation) -> ExportedProgram:
 
 
 def has_free_image_size(model: ReSTRForImageSegmentation) -> bool:
-    """Whether the graphs take images of any size: other encoders interpolate positions in ways that do not trace."""
+    """Whether the graphs take images of any size. Other encoders interpolate positions in ways that cannot be traced."""
     config: Any = model.config
     return config.vision_config.model_type == ReSTRVisionConfig.model_type
 
@@ -102,7 +102,7 @@ def _prepare(model: ReSTRForImageSegmentation) -> Any:
 
 
 def _sample_grid(model: ReSTRForImageSegmentation) -> tuple[int, int]:
-    """(h, w) of the patches to trace with: where it is free another one than the model's, to trace the resizing."""
+    """(h, w) of the patches to trace with. If it is free, it differs from the model's, so that resizing is traced."""
     config: Any = model.config
     sizes = zip(_as_pair(config.vision_config.image_size), _as_pair(config.vision_config.patch_size))
     height, width = (image // patch for image, patch in sizes)
@@ -115,7 +115,7 @@ def _as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class Graph(NamedTuple):
-    """How a graph is exported, and what its inputs and outputs are called."""
+    """The function that exports a graph, and the names of the graph's inputs and outputs."""
 
     export: Callable[[ReSTRForImageSegmentation], ExportedProgram]
     input_names: list[str]

@@ -19,7 +19,7 @@ from .graphs import GRAPHS
 
 RUNNER = Path(__file__).with_name("restr_onnx.py")
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# Weights above 2 GB stand beside their graph, in a file of the same name and the ending .data.
+# Weights above 2 GB are in a file next to their graph, with the same name and the ending .data.
 GRAPH_PATTERNS = tuple(f"{name}{ending}" for name in GRAPHS for ending in ("*.onnx", "*.onnx.data", ".pt2"))
 
 
@@ -32,19 +32,19 @@ def save_onnx(
     programs: bool = False,
 ) -> Path:
     """
-    Save the two graphs of a model (see `graphs.py`) with the settings, the tokenizer and the code that run them:
-    `restr_onnx.py` in the folder has `ReSTROnnxPipeline`.
+    Save the two graphs of a model (see `graphs.py`), with the settings, the tokenizer and `restr_onnx.py`, whose
+    `ReSTROnnxPipeline` runs them.
 
-    Everything is written to a temporary folder first and then moved. In an existing folder the graphs of an earlier
-    export are removed first and the new ones come last; other files are kept.
+    The graphs of an earlier export in the folder are replaced. Other files are kept. An export that fails changes
+    nothing.
 
     Args:
-        model ([`ReSTRForImageSegmentation`]): The model, exported in float32; it is not changed.
-        processor ([`ReSTRProcessor`]): Its processor; it is not changed.
-        folder (`str` or `os.PathLike`): Where to save; parent folders are made as needed.
+        model ([`ReSTRForImageSegmentation`]): The model, which is exported in float32 and not changed.
+        processor ([`ReSTRProcessor`]): Its processor.
+        folder (`str` or `os.PathLike`): Folder to write to. Parent folders are made as needed.
         int8 (`bool`, defaults to `False`):
-            Whether to add graphs whose linear maps have 8-bit weights, one scale a channel, and 8-bit inputs, scaled
-            as they come.
+            Whether to add graphs whose linear maps have 8-bit weights, with one scale per channel, and 8-bit inputs,
+            with scales computed at run time.
         programs (`bool`, defaults to `False`):
             Whether to add the `torch.export` programs, `image_encoder.pt2` and `sentence_query.pt2`.
 
@@ -52,16 +52,16 @@ def save_onnx(
         `Path`: The folder.
 
     Raises:
-        `ValueError`: `model` or `processor` is of another class, they do not fit each other, the processor leaves out
-            a step of its work, or `folder` is a file or holds a model.
+        `ValueError`: `model` or `processor` is of another class, they do not fit each other, a step of the processor
+            is switched off, or `folder` is a file or holds a model.
         `ImportError`: A package of the extra `onnx` is missing.
     """
     folder = Path(folder).absolute()
-    if (folder / "config.json").exists():  # its tokenizer.json, which is another one, would be lost
-        raise ValueError(f"Expected a folder for the export alone, got {folder}, which has a model in it.")
+    if (folder / "config.json").exists():  # whose tokenizer.json would be overwritten
+        raise ValueError(f"Expected a folder without a model in it, got {folder}. Export to a folder of its own.")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"The export needs {', '.join(missing)}: pip install onnx onnxruntime onnxscript")
+        raise ImportError(f'The export needs {", ".join(missing)}: pip install "modeling-restr[onnx]"')
     check_pair(model, processor)
     settings = _image_settings(processor)
     with replace_files(folder, essential=GRAPH_PATTERNS) as staging:
@@ -76,7 +76,7 @@ def save_onnx(
 def save_graph(
     model: ReSTRForImageSegmentation, name: str, folder: Path, *, int8: bool = False, program: bool = False
 ) -> None:
-    """Write one of `GRAPHS` to an existing folder, under its name."""
+    """Write one of `GRAPHS` to an existing folder."""
     graph = GRAPHS[name]
     exported = graph.export(model)
     options: Any = {"input_names": graph.input_names, "output_names": graph.output_names}
@@ -89,7 +89,7 @@ def save_graph(
 
 
 def quantize(path: Path, output: Path) -> None:
-    """Write a graph again with 8-bit weights of its linear maps; the channel maps after upsampling stay as they are."""
+    """Write a graph with 8-bit weights in its linear maps, but not in the channel maps after upsampling."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     large = path.with_name(f"{path.name}.data").exists()
@@ -104,7 +104,7 @@ def quantize(path: Path, output: Path) -> None:
 
 
 def _image_settings(processor: ReSTRProcessor) -> dict[str, Any]:
-    """What `restr_onnx.py` has to know of the image processor."""
+    """The settings of the image processor that `restr_onnx.py` needs."""
     image_processor: Any = processor.image_processor
     steps = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
     skipped = [step for step in steps if not getattr(image_processor, step)]
@@ -116,7 +116,7 @@ def _image_settings(processor: ReSTRProcessor) -> dict[str, Any]:
 
 
 def _padding_tokenizer(tokenizer: Any) -> Tokenizer:
-    """The tokenizer, with the padding and truncation that the processor asks of it on every call."""
+    """The tokenizer with the padding and truncation that the processor applies at every call."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     length = tokenizer.model_max_length
     backend.enable_truncation(length, direction=tokenizer.truncation_side)

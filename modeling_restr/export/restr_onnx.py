@@ -1,7 +1,7 @@
 """
-Referring image segmentation with an exported ReSTR: photographs and sentences in, a mask for each sentence out.
+Referring image segmentation with an exported ReSTR: photographs and sentences in, a mask per sentence out.
 
-This file stands beside the graphs that it runs and needs NumPy, Pillow, onnxruntime and tokenizers, nothing else:
+This file lies next to the graphs that it runs. It needs NumPy, Pillow, onnxruntime and tokenizers only:
 
     import sys
 
@@ -11,8 +11,8 @@ This file stands beside the graphs that it runs and needs NumPy, Pillow, onnxrun
     pipe = ReSTROnnxPipeline("restr-onnx")
     pipe("photo.jpg", text="the dog on the left")
 
-It reads and prepares images and masks exactly as `image_reading_restr.py` and `image_processing_restr.py` do, which say
-why, and takes and returns what `pipeline_restr.py` does.
+Images and masks are read and prepared exactly as in `image_reading_restr.py` and `image_processing_restr.py`, which
+explain why. Inputs and results are those of `pipeline_restr.py`.
 """
 
 import base64
@@ -40,31 +40,31 @@ from tokenizers import Encoding, Tokenizer
 logger = logging.getLogger(__name__)
 
 _UNKNOWN = "<unk>"
-# A warning names this many words of a kind, and this many characters of a word.
+# A warning names at most this many words of a kind, and this many characters of a word.
 _MAX_NAMED_WORDS, _MAX_NAMED_CHARACTERS = 20, 50
 _CHANNELS = (1, 3, 4)
-# How far a float image may overshoot its range, as resampling filters do, before it counts as another range.
+# How far a float image may overshoot its range, as resampling filters make it.
 _OVERSHOOT = 1e-3
-# Lists and datasets of at least this length show their progress unless told otherwise.
+# Lists and datasets of at least this length show their progress by default.
 _PROGRESS_FROM = 20
-# Sentences that are decoded at a time: at 480 x 480 pixels in float32 each takes 0.13 GB on the way.
+# Sentences that are decoded at a time. At 480 x 480 pixels each takes about 0.13 GB.
 _SENTENCES_AT_A_TIME = 32
 
 
 class UnreadableImageError(ValueError):
-    """What was given as an image is missing, damaged, too large, of an unknown kind, or no image. The message names it."""
+    """An image is missing, damaged, too large, of an unknown format, or no image. The message names it."""
 
 
 class EncodedImage(NamedTuple):
-    """What [`ReSTROnnxPipeline.encode_images`] keeps of an image."""
+    """An image as [`ReSTROnnxPipeline.encode_images`] returns it."""
 
-    vision_embeds: np.ndarray  # float32 (h, w, vision_hidden_size): the features of the patches
+    vision_embeds: np.ndarray  # float32 (h, w, vision_hidden_size), the features of the patches
     size: tuple[int, int]  # (height, width) of the image in pixels
 
 
 class ReSTROnnxPipeline:
     """
-    [`ReSTRPipeline`] over the two graphs of an exported folder, without PyTorch and Transformers.
+    [`ReSTRPipeline`] with the two graphs of an exported folder, without PyTorch and Transformers.
 
     Example:
 
@@ -88,13 +88,13 @@ class ReSTROnnxPipeline:
     ) -> None:
         """
         Args:
-            folder: what `restr export` wrote; by default the one that this file is in.
-            precision: "float32", or "int8" for graphs with 8-bit weights where the folder has them.
-            providers: of ONNX Runtime, such as `["CUDAExecutionProvider", "CPUExecutionProvider"]`.
-            session_options: of ONNX Runtime, such as the number of threads.
+            folder: Folder that `restr export` wrote, by default the one of this file.
+            precision: "float32", or "int8" for graphs with 8-bit weights if the folder has them.
+            providers: Providers of ONNX Runtime, such as `["CUDAExecutionProvider", "CPUExecutionProvider"]`.
+            session_options: Options of ONNX Runtime, such as the number of threads.
 
         Raises:
-            ValueError: if the folder lacks a file, or for another precision.
+            ValueError: The folder lacks a file, or the precision is another one.
         """
         folder = Path(__file__).parent if folder is None else Path(folder)
         suffixes = {"float32": "", "int8": "_int8"}
@@ -104,7 +104,7 @@ class ReSTROnnxPipeline:
         settings, tokenizer = folder / "restr_onnx.json", folder / "tokenizer.json"
         missing = [path.name for path in (*graphs, settings, tokenizer) if not path.is_file()]
         if missing:
-            raise ValueError(f"Expected {folder} as restr export writes it, but it lacks {missing}.")
+            raise ValueError(f"Expected a folder that restr export wrote, got {folder}, which lacks {missing}.")
         self.image_encoder, self.sentence_query = (
             onnxruntime.InferenceSession(graph, session_options, providers=list(providers)) for graph in graphs
         )
@@ -125,27 +125,27 @@ class ReSTROnnxPipeline:
     ) -> Any:
         """
         Args:
-            image: an image (PIL image, NumPy array, path, URL, data URI, base64, bytes, open file or [`EncodedImage`])
-                with its `text`; or `{"image": ..., "text": ...}`; or a list, generator or dataset (anything that has a length and is
-                indexed by number) of such dicts, or of images that all get the same `text`.
-            text: a sentence, or a list of them about one image.
-            threshold: probability above which a pixel belongs to the mask.
-            batch_size: number of images that the image encoder sees at a time.
-            num_workers: number of threads that read images.
-            show_progress: whether to show a progress bar over the images (needs tqdm); by default for lists and
-                datasets of 20 or more.
+            image: An image (PIL image, NumPy array, path, URL, data URI, base64, bytes, open file or [`EncodedImage`])
+                with its `text`; or `{"image": ..., "text": ...}`; or a list, generator or dataset (anything with a
+                length and an index) of these dicts, or of images that all get the same `text`.
+            text: A sentence, or a list of sentences about one image.
+            threshold: Probability above which a pixel is in the mask.
+            batch_size: Number of images that the image encoder sees at a time.
+            num_workers: Number of threads that read images.
+            show_progress: Whether to show a progress bar over the images (needs tqdm). By default it is shown for
+                lists and datasets of 20 or more.
 
         Returns:
-            For one image a list with a dict for each sentence: `label`, the sentence; `score`, the mean probability
-            inside the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" and of the image's own size (as a
-            viewer shows it), 255 inside and 0 outside; `unknown_words`, those that the model reads as `<unk>`;
-            `truncated`, whether the sentence has more words than the model reads. For a list a list of such lists, for
-            a generator or dataset an iterator over them. One warning per call names the words that sentences lost.
+            For one image a list with a dict per sentence: `label`, the sentence; `score`, the mean probability inside
+            the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" with the image's own size (as a viewer shows
+            it), 255 inside and 0 outside; `unknown_words`, which the model reads as `<unk>`; `truncated`, whether the
+            sentence has more words than the model reads. For a list of images a list of these lists, for a generator
+            or dataset an iterator over them. One warning per call names the words that sentences lost.
 
         Raises:
-            UnreadableImageError: (a ValueError) for an image that cannot be read, which it names by its path or by its
-                place in the list.
-            ValueError: for anything else as images or sentences, and for sentences without words.
+            UnreadableImageError: (a ValueError) An image cannot be read. The message names its path, or its place in
+                the list.
+            ValueError: Images or sentences are of another kind, or a sentence has no words.
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"Expected a threshold from 0 to 1, got {threshold}.")
@@ -167,7 +167,7 @@ class ReSTROnnxPipeline:
         return list(results) if is_list else results
 
     def encode_images(self, images: Iterable[Any]) -> list[EncodedImage]:
-        """Encode images, in one batch, to ask about each as often as you like: pass them in the images' place."""
+        """Encode images in one batch. The results can be passed instead of the images as often as you like."""
         prepared = []
         for number, image in enumerate(images):
             with _numbering(number):
@@ -177,7 +177,7 @@ class ReSTROnnxPipeline:
     def _answer_all(
         self, inputs: Iterable[tuple[int | None, Any]], text: Any, threshold: float, batch_size: int, num_workers: int
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yields the results of each of the numbered images."""
+        """Yield the results of each of the numbered images."""
         inputs = iter(inputs)
         lost_words: list[dict[str, list[str]]] = []
         try:
@@ -224,7 +224,9 @@ class ReSTROnnxPipeline:
 
     def _make_mask(self, logits: np.ndarray, image_size: tuple[int, int], threshold: float) -> dict[str, Any]:
         if not np.isfinite(logits).all():
-            raise ValueError("Expected finite logits, got some that are infinite or not a number: is the graph whole?")
+            raise ValueError(
+                "Expected finite logits, got some that are infinite or not a number. Export the model again."
+            )
         logits = _undo_letterbox(logits, self.image_size, image_size)
         with np.errstate(divide="ignore"):
             mask = logits > float(np.log(threshold) - np.log1p(-threshold))
@@ -268,7 +270,7 @@ class ReSTROnnxPipeline:
         return " ".join(parts)
 
     def _encode(self, prepared: Sequence[EncodedImage | tuple[np.ndarray, tuple[int, int]]]) -> list[EncodedImage]:
-        """Encodes, in one batch, those that are not yet encoded."""
+        """Encode in one batch the images that are not yet encoded."""
         pending = [item for item in prepared if not isinstance(item, EncodedImage)]
         vision_embeds: Iterator[np.ndarray] = iter(())
         if pending:
@@ -279,7 +281,7 @@ class ReSTROnnxPipeline:
         ]
 
     def _prepare_image(self, image: Any) -> EncodedImage | tuple[np.ndarray, tuple[int, int]]:
-        """Pixel values, float32 (3, height, width) of the canvas, and (height, width) of the image."""
+        """Pixel values of the canvas, float32 (3, height, width), and (height, width) of the image."""
         if isinstance(image, EncodedImage):
             return image
         image = _read_image(image)
@@ -301,7 +303,7 @@ class ReSTROnnxPipeline:
 
 @contextmanager
 def _numbering(number: int | None) -> Iterator[None]:
-    """Lets errors say which item they are about."""
+    """Make errors name the item that they are about."""
     try:
         yield
     except ValueError as error:
@@ -312,11 +314,11 @@ def _numbering(number: int | None) -> Iterator[None]:
 
 
 class _Sentences(NamedTuple):
-    """The sentences about an image."""
+    """Sentences about an image."""
 
     texts: list[str]
-    input_ids: np.ndarray  # int64 (sentences, slots): the words' ids, padded on the left
-    lost_words: list[dict[str, list[str]]]  # "unknown_words" and "cut_words" of each
+    input_ids: np.ndarray  # int64 (sentences, slots), the ids of the words, padded on the left
+    lost_words: list[dict[str, list[str]]]  # "unknown_words" and "cut_words" per sentence
 
 
 def _is_list(value: Any) -> bool:
@@ -330,16 +332,16 @@ def _is_dataset(value: Any) -> bool:
 
 
 def _is_image_file(value: Any) -> bool:
-    """Whether a value is the content of an image's file, or an open one."""
+    """Whether a value is the content of an image file, or an open file."""
     return isinstance(value, (bytes, bytearray, memoryview)) or callable(getattr(value, "read", None))
 
 
 def _split_input(item: Any, text: Any) -> tuple[Any, Any]:
-    """Returns the image and the text of one item of the input."""
+    """The image and the text of an item."""
     if isinstance(item, Mapping):
         if text is not None or not {"image", "text"} <= set(item):
             raise ValueError(
-                'Expected dicts as {"image": ..., "text": ...} and no text beside them, got the keys'
+                'Expected dicts as {"image": ..., "text": ...} and no other text, got the keys'
                 f" {sorted(map(str, item))} and text={text!r}."
             )
         item, text = item["image"], item["text"]
@@ -353,7 +355,7 @@ def _show_progress(results: Iterator[Any], total: int | None, show_progress: boo
         show_progress = total is not None and total >= _PROGRESS_FROM
     if not show_progress:
         return results
-    from tqdm import tqdm  # it comes with tokenizers, by way of huggingface_hub
+    from tqdm import tqdm  # huggingface_hub, which tokenizers needs, brings it
 
     return iter(tqdm(results, total=total, unit="image"))
 
@@ -375,7 +377,7 @@ def _strip_punctuation(piece: str) -> str:
 
 
 def _name_words(words: Iterable[str]) -> str:
-    """The first of the words, each once, and how many there are besides."""
+    """The first distinct words, and the number of others."""
     distinct = list(dict.fromkeys(words))
     others = f" and {len(distinct) - _MAX_NAMED_WORDS} more" if len(distinct) > _MAX_NAMED_WORDS else ""
     return ", ".join(repr(word[:_MAX_NAMED_CHARACTERS]) for word in distinct[:_MAX_NAMED_WORDS]) + others
@@ -403,7 +405,7 @@ def _read_image(source: Any) -> Image.Image | np.ndarray:
 
 
 def _name_image(source: Any) -> str:
-    name = getattr(source, "filename", None) or getattr(source, "name", None)  # of a PIL image, of an open file
+    name = getattr(source, "filename", None) or getattr(source, "name", None)  # of a PIL image or an open file
     name = source if isinstance(source, (str, os.PathLike)) else name
     return repr(os.fspath(name)[:100]) if isinstance(name, (str, os.PathLike)) and name else "The image"
 
@@ -419,7 +421,7 @@ def _open_image(source: Any) -> Image.Image | np.ndarray:
             f" EncodedImage, got {type(source).__name__}."
         )
     if getattr(source, "format", None) == "EPS" and getattr(source, "tile", None):
-        raise ValueError("EPS files are programs, which Pillow has Ghostscript run. Convert it to PNG first.")
+        raise ValueError("EPS files are programs, which Pillow runs with Ghostscript. Convert it to PNG first.")
     return source
 
 
@@ -438,7 +440,7 @@ def _open_text(source: str | bytes) -> Image.Image:
 def _decode_text(text: str) -> bytes:
     if text[:5].lower() != "data:":
         return base64.b64decode(text)
-    with urlopen(text) as content:  # which decodes a data URI, and opens nothing
+    with urlopen(text) as content:  # it decodes a data URI and opens nothing
         return content.read()
 
 
@@ -482,7 +484,7 @@ def _to_channels_first(image: np.ndarray) -> np.ndarray:
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """Scales an image of any number type to 0..255."""
+    """Scale an image of any number type to 0..255."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -494,7 +496,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
         ranges = [1, 255]
     full = next((full for full in ranges if -_OVERSHOOT * full <= low and high <= full * (1 + _OVERSHOOT)), None)
-    if full is None:  # NaN ends here, too
+    if full is None:  # as with NaN
         raise ValueError(
             "expected values in 0..1 or 0..255 for floats, in 0..255 or 0..65535 for integers; got"
             f" {array.dtype} from {low} to {high}."
@@ -510,14 +512,14 @@ def _to_rgb(array: np.ndarray) -> np.ndarray:
 
 
 def _get_letterbox(image_size: tuple[int, int], canvas_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width), in pixels of the canvas, of an image (height, width) on it: as large as fits."""
+    """(top, left, height, width) of an image on the canvas, as large as fits. Sizes are (height, width)."""
     scale = min(canvas / image for canvas, image in zip(canvas_size, image_size))
     height, width = (min(max(round(image * scale), 1), canvas) for canvas, image in zip(canvas_size, image_size))
     return (canvas_size[0] - height) // 2, (canvas_size[1] - width) // 2, height, width
 
 
 def _resize(image: Image.Image | np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    """Resizes to (channels, height, width)."""
+    """Resize to (channels, height, width)."""
     if isinstance(image, Image.Image):
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling(resample))
@@ -530,7 +532,7 @@ def _resize(image: Image.Image | np.ndarray, height: int, width: int, resample: 
 
 
 def _undo_letterbox(logits: np.ndarray, canvas_size: tuple[int, int], image_size: tuple[int, int]) -> np.ndarray:
-    """Cuts the image out of one logit map (height, width) of the canvas and resizes it to the image's size."""
+    """Cut the image out of a logit map (height, width) of the canvas, and resize it to the image's size."""
     logits = _interpolate(logits, canvas_size)
     top, left, height, width = _get_letterbox(image_size, canvas_size)
     return _interpolate(logits[top : top + height, left : left + width], image_size)
