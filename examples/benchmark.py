@@ -4,6 +4,8 @@ Measure ReSTR:
     python examples/benchmark.py                    # answers at the paper's size next to a bare ViT-B/16
     python examples/benchmark.py --what training    # steps with 1, 4 and 8 sentences per image
     python examples/benchmark.py --what gpu --output_dir runs/gpu
+    python examples/benchmark.py --what prediction  # restr predict next to a loop over the pipeline
+    python examples/benchmark.py --what prediction --model examples/restr_mini    # its memory
     python examples/benchmark.py --what onnx --model examples/restr_mini --exported restr-onnx --data data/photos
 
 All variants run alternately in one process, so that a noisy machine slows all of them alike. Medians are compared.
@@ -35,8 +37,11 @@ except ModuleNotFoundError as error:
 
 def benchmark(
     what: Annotated[
-        Literal["inference", "training", "gpu", "onnx"],
-        typer.Option(help="What to measure: gpu is for a GPU and takes four minutes, onnx is for an exported model."),
+        Literal["inference", "training", "gpu", "onnx", "prediction"],
+        typer.Option(
+            help="What to measure: gpu is for a GPU and takes four minutes, onnx is for an exported model, prediction"
+            " is restr predict next to a loop, or with --model its memory."
+        ),
     ] = "inference",
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder of gpu.json and gpu.md, or of results.json for onnx.")
@@ -61,9 +66,7 @@ def benchmark(
     compile_backend: Annotated[
         str, typer.Option(help="Backend of torch.compile.", rich_help_panel="GPU")
     ] = "inductor",
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the model that was exported.", rich_help_panel="ONNX")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of the model.", rich_help_panel="ONNX")] = None,
     exported: Annotated[
         Path | None, typer.Option(help="Folder that restr export wrote.", rich_help_panel="ONNX")
     ] = None,
@@ -95,6 +98,11 @@ def benchmark(
         options = {"revision": revision, "data_revision": data_revision, "max_images": max_images}
         benchmark_export(model, exported, data, split, output_dir=output_dir, **options)
         return
+    if what == "prediction":
+        with needs_extra("train,scale"):
+            from benchmarks.prediction import benchmark_memory, benchmark_throughput
+
+        return benchmark_memory(model) if model else benchmark_throughput(image_size, runs)
     from benchmarks.measuring import describe_machine
     from benchmarks.paper_size import benchmark_inference, benchmark_training
 

@@ -61,6 +61,10 @@ def segment(
         list[str], typer.Argument(metavar="SENTENCE...", help="Referring expressions, each in quotes.")
     ],
     output_dir: OutputDir = Path("."),
+    format: Annotated[
+        Literal["png", "coco"],
+        typer.Option(help="PNG files, or a COCO instances file instead of the masks.", rich_help_panel="Output"),
+    ] = "png",
     threshold: Threshold = 0.5,
     revision: Revision = None,
     device: Device = None,
@@ -69,8 +73,9 @@ def segment(
     """
     Find what sentences refer to in a photo.
 
-    Writes an overlay picture with a legend and one mask per sentence as PNG files. Prints the score of each sentence
-    and its mask's share of the picture, and warns of words that the model does not know.
+    Writes an overlay picture with a legend and one mask per sentence as PNG files, or all masks as one COCO instances
+    file. Prints the score of each sentence and its mask's share of the picture, and warns of words that the model
+    does not know.
 
     Example: restr segment examples/restr_mini photo.jpg "the upper dog" "the lower dog"
     """
@@ -91,12 +96,33 @@ def segment(
     print(f"{'score':>5}  {'share':>6}  sentence")
     for number, result in enumerate(results, start=1):
         share = (np.asarray(result["mask"]) > 0).mean()
-        words = re.sub(r"\W+", "-", result["label"].lower()).strip("-")[:40]
-        path = save_image(result["mask"], output_dir / f"{photo.stem}_mask{number}_{words}.png")
-        print(f"{result['score']:5.2f}  {share:6.1%}  {result['label']}  -> {path}")
+        line = f"{result['score']:5.2f}  {share:6.1%}  {result['label']}"
+        if format == "png":
+            words = re.sub(r"\W+", "-", result["label"].lower()).strip("-")[:40]
+            line += f"  -> {save_image(result['mask'], output_dir / f'{photo.stem}_mask{number}_{words}.png')}"
+        print(line)
+    if format == "coco":
+        print(f"Masks: {_write_instances(photo, results, output_dir / f'{photo.stem}_instances.json')}")
     overlay = draw_masks(image, [result["mask"] for result in results])
     labels = [f"{result['label']} ({result['score']:.2f})" for result in results]
     print(f"Overlay: {save_image(add_legend(overlay, labels), output_dir / f'{photo.stem}_overlay.png')}")
+
+
+def _write_instances(photo: Path, results: list[dict[str, Any]], path: Path) -> Path:
+    with needs_extra("train"):
+        from .data.coco_export import build_instances
+        from .data.segmentation import encode_mask
+    import numpy as np
+
+    from .files import write_json
+
+    masks = (encode_mask(np.asarray(result["mask"])) for result in results)
+    found = (
+        {"row": 0, "file_name": photo.name, "text": result["label"], "score": result["score"], "mask": mask}
+        for result, mask in zip(results, masks)
+    )
+    write_json(path, build_instances(found), indent=None)
+    return path
 
 
 @app.command(rich_help_panel=USE)
@@ -163,6 +189,130 @@ def evaluate(
     )
     if results is not None:
         print(f"\n{format_report(results)}\nWritten: {output_dir / 'results.json'}, results.md, contact_sheet.png")
+
+
+@app.command(rich_help_panel=USE)
+def predict(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="Folder, Hub id or URL of Parquet files, or a .csv or .jsonl file of sentences."
+        ),
+    ],
+    output_dir: OutputDir,
+    revision: Revision = None,
+    data_revision: DataRevision = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data.", show_default="the only one", rich_help_panel="Data")
+    ] = None,
+    config_name: Annotated[
+        str | None, typer.Option(help="Configuration of the data on the Hub.", rich_help_panel="Data")
+    ] = None,
+    image_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL below which paths of images are looked up.", rich_help_panel="Data"),
+    ] = None,
+    image_column: Annotated[
+        str, typer.Option(help="Column of the images, embedded or as paths.", rich_help_panel="Data")
+    ] = "image",
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of references, sentences or lists of sentences.",
+            show_default="references, texts or text",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    max_images: MaxImages = None,
+    threshold: Threshold = 0.5,
+    dtype: ModelDType = DType.float32,
+    on_error: Annotated[
+        Literal["row", "raise"],
+        typer.Option(help="Write a bad image or sentence as a row with its error, or stop.", rich_help_panel="Output"),
+    ] = "row",
+    format: Annotated[
+        Literal["parquet", "coco"],
+        typer.Option(help="Parquet files, or a COCO instances file as well.", rich_help_panel="Output"),
+    ] = "parquet",
+    pairs_per_file: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pairs of an image and a sentence per file. A killed run repeats at most so many per file.",
+            show_default="60 per CPU actor, 10000 per GPU",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster, or auto.", show_default="this machine alone", rich_help_panel="Machine"
+        ),
+    ] = None,
+    num_actors: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Copies of the model.", show_default="one per GPU, or per CPU", rich_help_panel="Machine"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images that are encoded at a time.",
+            show_default="8 on a CPU, 64 on a GPU",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
+    expressions_per_batch: ExpressionsPerBatch = 16,
+    device: Device = None,
+    num_threads: NumThreads = None,
+) -> None:
+    """
+    Predict the masks of a dataset of any size, on one machine or a Ray cluster.
+
+    Each image is encoded once for all its sentences. The folder gets data/*.parquet with a row per image and sentence
+    (ids, text, score, mask as COCO RLE, unknown_words, truncated, error) and summary.json. When the run was stopped or
+    killed, the same command continues it.
+
+    Example: restr predict you/restr data/photos --output-dir runs/masks
+    """
+    with needs_extra("scale"):
+        from .prediction.engine import predict as run_prediction
+
+    summary = run_prediction(
+        model,
+        data,
+        output_dir,
+        revision=revision,
+        data_revision=data_revision,
+        split=split,
+        config_name=config_name,
+        image_dir=image_dir,
+        image_column=image_column,
+        text_column=text_column,
+        max_images=max_images,
+        threshold=threshold,
+        dtype=dtype,
+        raise_errors=on_error == "raise",
+        coco=format == "coco",
+        pairs_per_file=pairs_per_file,
+        address=address,
+        num_actors=num_actors,
+        batch_size=batch_size,
+        expressions_per_batch=expressions_per_batch,
+        device=device,
+        num_threads=num_threads,
+    )
+    print(
+        f"{summary['num_pairs']:,} pairs of {summary['num_images']:,} images in {summary['num_files']:,} files,"
+        f" {summary['num_bytes'] / 1e6:,.1f} MB; {summary['num_errors']:,} rows with an error"
+    )
+    if summary["unknown_words"]:
+        words = ", ".join(repr(word) for word in list(summary["unknown_words"])[:20])
+        print(f"The model does not know {len(summary['unknown_words']):,} words, {words} among them.")
+    print(f"Written: {output_dir / 'data'}, summary.json{', instances.json' if format == 'coco' else ''}")
 
 
 @app.command(rich_help_panel=USE)

@@ -62,9 +62,8 @@ for script in ("run_referring_segmentation", "run_referring_segmentation_no_trai
     sys.argv = [f"{script}.py", *options.split(), "--output_dir", f"{output}/streamed/{script}"]
     runpy.run_path(f"{examples}/{script}.py", run_name="__main__")
 
-for name, options in {"loaded": [], "streamed": ["--streaming"]}.items():
-    sys.argv = ["predict.py", "tester/restr", "tester/boxes", "--output_dir", f"{output}/masks/{name}", *options]
-    runpy.run_path(f"{examples}/predict.py", run_name="__main__")
+predict = ["predict", "tester/restr", "tester/boxes", "--output-dir", f"{output}/masks", "--num-actors", "1"]
+app(predict, standalone_mode=False)
 """
 
 # Loads the dataset argv[3] and the models argv[4:] (ids or id@revision). Writes the rows, and the models' outputs for the
@@ -294,12 +293,12 @@ def test_predictions_by_ids_are_those_of_the_pipeline(pushed, one_thread):
     rows = load_dataset(str(pushed.root / "data"), split="val", cache_dir=str(pushed.root / "cache"))
     sentences = [[text["text"] for part in row["references"] for text in part["expressions"]] for row in rows]
     expected = [answer for row, texts in zip(rows, sentences) for answer in pipe(row["image"], text=texts)]
-    for name in ("loaded", "streamed"):
-        folder = str(pushed.root / "masks" / name)
-        found = load_dataset("parquet", data_dir=folder, split="val", cache_dir=str(pushed.root / "cache"))
-        assert found["text"] == [text for texts in sentences for text in texts]
-        for mask, answer in zip(found["mask"], expected, strict=True):
-            assert np.array_equal(decode_mask(mask), np.asarray(answer["mask"]) > 0)
+    folder = str(pushed.root / "masks" / "data")
+    found = load_dataset("parquet", data_dir=folder, split="train", cache_dir=str(pushed.root / "cache"))
+    results = sorted(found, key=lambda result: (result["row"], result["text_index"]))
+    assert [result["text"] for result in results] == [text for texts in sentences for text in texts]
+    for result, answer in zip(results, expected, strict=True):
+        assert np.array_equal(decode_mask(result["mask"]), np.asarray(answer["mask"]) > 0)
 
 
 def test_the_local_hub_knew_every_request(pushed, loaded):

@@ -65,7 +65,7 @@ def test_folders_of_other_formats_are_loaded_as_datasets_does(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "val.jsonl").write_text('{"image": "a.png", "text": "red thing"}\n')
-    assert find_data_files(folder)[0].keys() == {"validation"}
+    assert find_data_files(folder).keys() == {"validation"}
     assert load_prepared(folder, "validation").to_list() == [{"image": "a.png", "text": "red thing"}]
 
 

@@ -131,8 +131,8 @@ def test_it_answers_questions(ran):
     for sentence in ("wheel on the right", "the windscreen"):
         assert Image.open(folder / f"{sentence}.png").size == (80, 60)
     masks = datasets.load_dataset(
-        "parquet", data_dir=str(folder / "runs" / "mine" / "masks"), cache_dir=str(folder / "cache")
-    )["sentences"]
+        "parquet", data_dir=str(folder / "runs" / "mine" / "masks" / "data"), cache_dir=str(folder / "cache")
+    )["train"]
     assert masks["text"][:] == ["the zorblax", "the hood"]
     assert decode_mask(masks[0]["mask"]).shape == (60, 80)
 

@@ -8,11 +8,10 @@ import datasets
 
 def find_data_files(
     path_or_id: str | Path, config_name: str | None = None, revision: str | None = None
-) -> tuple[dict[str, list[str]], datasets.Features | None]:
-    """{split: its files} of a folder or a Hub id, and the features if the card states them."""
+) -> dict[str, list[str]]:
+    """{split: its files} of a folder or a Hub id."""
     builder = datasets.load_dataset_builder(str(path_or_id), config_name, revision=revision)
-    data_files = builder.config.data_files or {}
-    return {str(split): list(files) for split, files in data_files.items()}, builder.info.features
+    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
 
 
 def are_parquet(files: list[str]) -> bool:
@@ -45,7 +44,7 @@ def load_prepared(
     Raises:
         ValueError: There is no such split.
     """
-    files = find_data_files(path_or_id, config_name)[0] if Path(path_or_id).is_dir() else {}
+    files = find_data_files(path_or_id, config_name) if Path(path_or_id).is_dir() else {}
     if files and split not in files:
         raise ValueError(f"Expected a split among {', '.join(files)} in {path_or_id}, got {split}.")
     if files and are_parquet(files[split]):

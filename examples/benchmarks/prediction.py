@@ -1,0 +1,151 @@
+"""
+`restr predict` next to a plain loop over the pipeline, which take turns in one run, and its memory.
+
+Seconds are those from the first to the last result, so that Ray's start, about ten seconds, does not count. The share
+of the time in which a model is busy is the CPU time of its actor, with one thread.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil
+import torch
+from PIL import Image, ImageFilter
+from transformers import pipeline
+
+from modeling_restr import ReSTRConfig, ReSTRImageProcessor, ReSTRProcessor, ReSTRVisionConfig, build_tokenizer
+from modeling_restr.prediction.engine import predict
+from modeling_restr.tokenization_restr import vocabulary_from_expressions
+
+from .measuring import create_model
+
+
+WORDS = ("the", "left", "right", "upper", "big", "small", "red", "green", "blue", "dog", "cat", "bowl", "car", "man")
+PHOTO_SIZE = (640, 480)
+MIB = 2**20
+
+
+def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_sentences: int = 4) -> None:
+    """Pairs per second at the paper's size with random weights: the loop, one actor and two actors."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, data, output = (Path(folder, name) for name in ("model", "data", "output"))
+        _save_model(model, image_size)
+        write_photos(data, num_images, num_sentences)
+        rates: dict[str, list[float]] = {"loop": [], "one actor": [], "two actors": []}
+        for _ in range(runs):
+            rates["loop"].append(_time_loop(model, data))
+            for num_actors, name in ((1, "one actor"), (2, "two actors")):
+                shutil.rmtree(output, ignore_errors=True)
+                with sample_processes() as samples:
+                    options: dict[str, Any] = {"batch_size": 1, "pairs_per_file": 1, "num_actors": num_actors}
+                    predict(str(model), str(data), output, **options)
+                times = sorted(path.stat().st_mtime for path in (output / "data").glob("*.parquet"))
+                rates[name].append((len(times) - 1) / (times[-1] - times[0]))
+                print(f"{name}: {rates[name][-1]:.4f} images/s, busy {_busy_share(samples, times[0], times[-1]):.1%}")
+    loop = statistics.median(rates["loop"])
+    for name, values in rates.items():
+        print(f"{name}: {statistics.median(values):.4f} images/s, {statistics.median(values) / loop:.3f} of the loop")
+
+
+def benchmark_memory(model: str, numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> None:
+    """The largest memory of all processes together (PSS, with the object store) for so many images."""
+    for number in numbers_of_images:
+        with tempfile.TemporaryDirectory() as folder:
+            write_photos(Path(folder, "data"), number, num_sentences=1)
+            with sample_processes() as samples:
+                start = time.perf_counter()
+                predict(model, str(Path(folder, "data")), Path(folder, "output"))
+            seconds = time.perf_counter() - start
+            peak = max(memory for _, _, memory in samples)
+            print(f"{number} images: at most {peak / MIB:.0f} MiB, {seconds:.0f} s", flush=True)
+
+
+def _save_model(folder: Path, image_size: int) -> None:
+    tokenizer = build_tokenizer(vocabulary_from_expressions([" ".join(WORDS)]))
+    config = ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size))
+    create_model(config, torch.device("cpu")).save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    ReSTRProcessor(ReSTRImageProcessor(size=size), tokenizer).save_pretrained(folder)
+
+
+def write_photos(folder: Path, num_images: int, num_sentences: int) -> None:
+    """Parquet with JPEG files of smooth noise, 100 rows per row group."""
+    rng = np.random.default_rng(0)
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "texts": datasets.List(text)})
+    sentences = [" ".join(rng.choice(WORDS, 4)) for _ in range(num_sentences)]
+    noise = [rng.integers(0, 256, (PHOTO_SIZE[1] // 8, PHOTO_SIZE[0] // 8, 3), dtype=np.uint8) for _ in range(20)]
+    photos = [Image.fromarray(pixels).resize(PHOTO_SIZE).filter(ImageFilter.BLUR) for pixels in noise]
+    folder.mkdir()
+    for index, photo in enumerate(photos):
+        photo.save(folder / f"{index}.jpg")
+    files = [{"bytes": (folder / f"{index}.jpg").read_bytes(), "path": None} for index in range(len(photos))]
+    columns = {"image": [files[index % len(files)] for index in range(num_images)], "texts": [sentences] * num_images}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "val.parquet", batch_size=100)
+
+
+def _time_loop(model: Path, data: Path) -> float:
+    torch.set_num_threads(1)
+    task: Any = "referring-image-segmentation"
+    pipe: Any = pipeline(task, model=str(model), device="cpu")
+    rows = datasets.Dataset.from_parquet(str(data / "val.parquet"), cache_dir=str(data / "cache"))
+    times = []
+    for row in rows:
+        pipe(row["image"], text=row["texts"])
+        times.append(time.perf_counter())
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    print(f"loop: {rate:.4f} images/s")
+    return rate
+
+
+Sample = tuple[float, dict[int, float], int]  # when, CPU seconds of each actor, memory of all processes in bytes
+
+
+@contextmanager
+def sample_processes(interval: float = 0.5) -> Iterator[list[Sample]]:
+    """Look at this process and its children again and again while the body runs."""
+    samples: list[Sample] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(interval):
+            processes = [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]
+            samples.append((time.time(), *_look_at(processes)))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _look_at(processes: list[psutil.Process]) -> tuple[dict[int, float], int]:
+    actors, memory = {}, 0
+    for process in processes:
+        try:
+            memory += process.memory_full_info().pss
+            if "Predictor" in " ".join(process.cmdline()):
+                actors[process.pid] = sum(process.cpu_times()[:2])
+        except psutil.NoSuchProcess:
+            continue
+    return actors, memory
+
+
+def _busy_share(samples: list[Sample], start: float, end: float) -> float:
+    """CPU seconds of all actors by the seconds that passed and the number of actors."""
+    within = [(when, actors) for when, actors, _ in samples if start <= when <= end and actors]
+    (first, before), (last, after) = within[0], within[-1]
+    used = [after[pid] - before[pid] for pid in before.keys() & after.keys()]
+    return sum(used) / (last - first) / len(used)

@@ -1,0 +1,95 @@
+"""Predicted masks as a COCO instances file: exact outlines, and the structure that its readers ask for."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from modeling_restr.data import build_dataset, encode_mask, read_coco
+from modeling_restr.data.coco_export import build_instances, mask_to_polygons
+
+
+def rasterize(polygons, size):
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size))).astype(bool)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.7, 0.95])
+def test_polygons_are_exactly_the_mask(share):
+    """Noise has everything: holes, holes in parts within holes, pixels that touch at corners, and the borders."""
+    rng = np.random.default_rng(int(100 * share))
+    for _ in range(40):
+        mask = rng.random(rng.integers(1, 20, size=2)) < share
+        polygons = mask_to_polygons(mask)
+        assert bool(polygons) == mask.any()
+        if polygons:
+            np.testing.assert_array_equal(rasterize(polygons, mask.shape), mask)
+            assert all(len(polygon) >= 8 and type(number) is int for polygon in polygons for number in polygon)
+
+
+def test_a_simple_outline_has_its_corners_only():
+    mask = np.zeros((6, 8), dtype=bool)
+    mask[1:5, 2:7] = mask[3, 1] = True
+    (polygon,) = mask_to_polygons(mask)
+    assert polygon == [2, 1, 7, 1, 7, 5, 2, 5, 2, 4, 1, 4, 1, 3, 2, 3]
+    mask[2:4, 4] = False  # a hole, through whose right side the mask is cut
+    assert len(mask_to_polygons(mask)) == 2
+
+
+@pytest.fixture
+def results():
+    masks = np.random.default_rng(0).random((3, 12, 16)) < 0.4
+    masks[1] = False
+    texts = ["the red square", "nothing at all", "blue thing"]
+    columns = {"row": 4, "file_name": "photo.jpg", "score": 0.75}
+    results = [{**columns, "text": text, "mask": encode_mask(mask)} for text, mask in zip(texts, masks)]
+    unreadable = {"row": 5, "file_name": None, "text": "red thing", "score": None, "mask": None}
+    return [*results, unreadable, {**results[0], "row": 9, "file_name": None}]
+
+
+def test_pycocotools_reads_the_masks_and_captions(results, tmp_path, capsys):
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(build_instances(results)))
+    coco = COCO(str(path))
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=[5]))
+    assert [annotation["caption"] for annotation in annotations] == ["the red square", "blue thing"]
+    for annotation, result in zip(annotations, (results[0], results[2])):
+        assert coco.annToRLE(annotation)["counts"].decode() == result["mask"]["counts"]
+
+
+def test_the_structure_is_what_labelling_tools_ask_for(results):
+    """
+    CVAT (Datumaro), Label Studio's converter and FiftyOne read polygons of objects that are no crowd. Label Studio
+    asks each annotation with a box for a score, and CVAT looks for further values in `attributes`.
+    """
+    instances = build_instances(results)
+    assert {"info", "licenses", "images", "annotations", "categories"} == instances.keys()
+    size = {"height": 12, "width": 16}
+    assert instances["images"] == [
+        {"id": 5, "file_name": "photo.jpg", **size},
+        {"id": 10, "file_name": "000000000010", **size},
+    ]
+    assert len({annotation["id"] for annotation in instances["annotations"]}) == 3
+    for annotation in instances["annotations"]:
+        assert annotation["category_id"] == instances["categories"][0]["id"] and annotation["iscrowd"] == 0
+        mask = rasterize(annotation["segmentation"], (12, 16))
+        (rows, columns), (left, top, width, height) = np.nonzero(mask), annotation["bbox"]
+        assert [left, left + width, top, top + height] == [
+            columns.min(),
+            columns.max() + 1,
+            rows.min(),
+            rows.max() + 1,
+        ]
+        assert annotation["area"] == mask.sum() and annotation["score"] == 0.75
+        assert annotation["attributes"] == {"caption": annotation["caption"]}
+
+
+def test_the_file_can_be_prepared_as_training_data(results, tmp_path):
+    Image.new("RGB", (16, 12)).save(tmp_path / "photo.jpg")
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(build_instances(results[:3])))
+    (row,) = build_dataset(read_coco(path, tmp_path, captions=True), progress=False)
+    masks = {ref["expressions"][0]["text"]: ref["mask"] for ref in row["references"]}
+    assert masks == {result["text"]: result["mask"] for result in (results[0], results[2])}
