@@ -278,7 +278,7 @@ def predict(
 
     Example: restr predict you/restr data/photos --output-dir runs/masks
     """
-    with needs_extra("scale"):
+    with needs_extra("train,scale"):
         from .prediction.engine import predict as run_prediction
 
     summary = run_prediction(

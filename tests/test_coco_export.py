@@ -1,6 +1,7 @@
 """Predicted masks as a COCO instances file: exact outlines, and the structure that its readers ask for."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,10 @@ from pycocotools.coco import COCO
 
 from modeling_restr.data import build_dataset, encode_mask, read_coco
 from modeling_restr.data.coco_export import build_instances, mask_to_polygons
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+PHOTO = EXAMPLES / "photos" / "held_out" / "000000173350.jpg"
 
 
 def rasterize(polygons, size):
@@ -93,3 +98,16 @@ def test_the_file_can_be_prepared_as_training_data(results, tmp_path):
     (row,) = build_dataset(read_coco(path, tmp_path, captions=True), progress=False)
     masks = {ref["expressions"][0]["text"]: ref["mask"] for ref in row["references"]}
     assert masks == {result["text"]: result["mask"] for result in (results[0], results[2])}
+
+
+def test_segment_writes_the_file(restr, tmp_path):
+    sentences = ["the upper dog", "the lower dog"]
+    done = restr("segment", EXAMPLES / "restr_mini", PHOTO, *sentences, "--format", "coco", "--output-dir", tmp_path)
+    assert done.code == 0, done.err
+    assert {path.name for path in tmp_path.iterdir()} == {f"{PHOTO.stem}_instances.json", f"{PHOTO.stem}_overlay.png"}
+    instances = json.loads((tmp_path / f"{PHOTO.stem}_instances.json").read_text())
+    (image,) = instances["images"]
+    assert image["file_name"] == PHOTO.name and (image["width"], image["height"]) == Image.open(PHOTO).size
+    assert [annotation["caption"] for annotation in instances["annotations"]] == sentences
+    shares = [annotation["area"] / (image["width"] * image["height"]) for annotation in instances["annotations"]]
+    assert all(f"{share:.1%}" in done.out for share in shares)

@@ -10,12 +10,14 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -37,7 +39,7 @@ from modeling_restr.prediction import engine
 from modeling_restr.prediction.stages import Predictor, RowGroupDatasource, decode
 
 
-NUM_IMAGES = 11
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +355,32 @@ def test_errors_in_tasks_and_actors_are_told_as_they_are(local_ray, model_dir, b
     assert summary["num_errors"] == 8 and summary["unknown_words"] == {"xyzzy": 1} and summary["num_truncated"] == 1
     with pytest.raises(ValueError, match="8 rows"):
         engine.predict(str(model_dir), str(bad_data_dir), tmp_path, raise_errors=True)
+
+
+def test_a_missing_extra_is_named(restr, model_dir, data_dir, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "modeling_restr.prediction.engine")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = restr("predict", model_dir, data_dir, "--output-dir", tmp_path)
+    assert done.code == 1 and 'ray is missing: pip install "modeling-restr[train,scale]"' in done.err
+
+
+@pytest.mark.slow
+def test_the_page_s_commands_run(restr, local_ray, model_dir, data_dir, tmp_path, monkeypatch):
+    """All but those that install the package and start Ray on other machines."""
+    monkeypatch.chdir(tmp_path)
+    page = (REPOSITORY / "docs" / "prediction_at_scale.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^restr predict (.*)$", page, flags=re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        words = command.partition("#")[0].replace("/shared", str(tmp_path / "shared"))
+        words = words.replace("MODEL", str(model_dir)).replace("DATA", str(data_dir))
+        done = restr("predict", *words.split(), "--num-actors", 1)
+        assert done.code == 0, done.err
+    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1]
+    variables = {}
+    exec(code, variables)  # noqa: S102  (the page's own code)
+    assert variables["mask"].dtype == bool and len(variables["masks"]) == 20
+    assert (tmp_path / "runs" / "masks" / "instances.json").exists()
 
 
 # --- Kills ------------------------------------------------------------------------------------------------------------

@@ -34,10 +34,10 @@ from .stages import Predictor, RowGroupDatasource, decode
 VERSION = 3  # of the results; those of different versions are never mixed
 SETTINGS_NAME, SUMMARY_NAME, COCO_NAME = "prediction.json", "summary.json", "instances.json"
 MAX_UNKNOWN_WORDS = 1000  # in the summary
-# About a minute's work at the paper's size, which is what a killed run has to repeat.
+# About a minute's work at the paper's size, which a killed run repeats.
 PAIRS_PER_CPU_FILE, PAIRS_PER_GPU_FILE = 60, 10_000
 IMAGES_PER_CPU_BATCH, IMAGES_PER_GPU_BATCH = 8, 64
-BATCHES_AHEAD = 16  # that are decoded for each actor: what bounds the memory
+BATCHES_AHEAD = 16  # that may be decoded for each actor, next to four row groups: this bounds the memory
 # Share of a CPU that Ray sets aside for a thread of a model on the CPU. Reading and decoding, which take far less time,
 # then find a CPU next to the actors, and so do the actors of a machine that is lost.
 CPU_PER_MODEL_THREAD = 0.2
@@ -94,12 +94,8 @@ def predict(
             finished = find_finished(data_dir, num_rows)
             commit = commit_or_files if isinstance(commit_or_files, str) else None
             processor = AutoProcessor.from_pretrained(model, revision=commit)
-            decoding = {
-                "processor": processor,
-                "columns": columns,
-                "image_dir": image_dir,
-                "raise_errors": raise_errors,
-            }
+            decoding = {"processor": processor, "columns": columns, "image_dir": image_dir}
+            decoding["raise_errors"] = raise_errors
             predicting: dict[str, Any] = {"model": model, "revision": commit, "columns": columns}
             predicting |= {"dtype": dtype, "threshold": threshold}
             names = list(dict.fromkeys([columns.image, columns.text, *(set(columns.ids) & set(source.schema.names))]))
@@ -173,7 +169,8 @@ def run_pipeline(
         predicting["expressions_per_batch"] = expressions_per_batch
         shape = decoding["processor"].image_processor.size
         batch_bytes = batch_size * 3 * shape["height"] * shape["width"] * np.dtype(np.float32).itemsize
-        _set_context(output_dir / ".checkpoint", finished, num_actors * BATCHES_AHEAD * batch_bytes)
+        largest = max((group.num_bytes for group in rows.groups), default=0)
+        _set_context(output_dir / ".checkpoint", finished, num_actors * BATCHES_AHEAD * batch_bytes + 4 * largest)
         batches: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": batch_size}
         pool = ActorPoolStrategy(min_size=1, max_size=num_actors, initial_size=num_actors)
         dataset: Any = ray.data.read_datasource(rows, override_num_blocks=len(rows.groups))
@@ -236,8 +233,8 @@ def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
 
 def summarize(folder: Path) -> dict[str, Any]:
     """Counts of what the folder holds, and the unknown words by their number of sentences."""
-    counts: Counter[str] = Counter()
-    words: Counter[str] = Counter()
+    names = ("num_images", "num_pairs", "num_errors", "num_truncated", "num_files", "num_bytes")
+    counts, words = dict.fromkeys(names, 0), Counter[str]()
     for path in folder.glob("*.parquet"):
         table = pq.read_table(path, columns=["row", "error", "truncated", "unknown_words"])
         counts["num_images"] += pc.count_distinct(table["row"]).as_py()
@@ -247,8 +244,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         counts["num_files"] += 1
         counts["num_bytes"] += path.stat().st_size
         words.update(pc.list_flatten(table["unknown_words"]).to_pylist())
-    names = ("num_images", "num_pairs", "num_errors", "num_truncated", "num_files", "num_bytes")
-    return {**{name: counts[name] for name in names}, "unknown_words": dict(words.most_common(MAX_UNKNOWN_WORDS))}
+    return {**counts, "unknown_words": dict(words.most_common(MAX_UNKNOWN_WORDS))}
 
 
 def read_results(output_dir: Path) -> list[dict[str, Any]]:
