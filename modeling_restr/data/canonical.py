@@ -109,12 +109,7 @@ class AnnotatedImage:
 
 
 def check_images(images: Sequence[AnnotatedImage], place: Any) -> None:
-    """
-    Check what a reader found in a `place`, and warn about ids that occur more than once.
-
-    Raises:
-        ValueError: Two images are one file, see [`check_distinct_files`].
-    """
+    """Check what a reader found in a `place`: distinct files, and a warning about ids that occur more than once."""
     check_distinct_files(images)
     files = {(image.image_id, image.file_name) for image in images}
     _warn_about_repeated_ids(place, "images", (image_id for image_id, _ in files))
@@ -131,12 +126,7 @@ def _warn_about_repeated_ids(place: Any, table: str, ids: Iterable[int]) -> None
 
 
 def check_distinct_files(images: Iterable[AnnotatedImage]) -> None:
-    """
-    Check that no two images are one file: the annotations of one of them would lie on another picture.
-
-    Raises:
-        ValueError: Two images are one file. The message names both.
-    """
+    """Raise a `ValueError` if two images are one file: the annotations of one of them would lie on another picture."""
     first: dict[Path, AnnotatedImage] = {}
     for image in images:
         if not isinstance(image.image, Path):
@@ -150,12 +140,7 @@ def check_distinct_files(images: Iterable[AnnotatedImage]) -> None:
 
 
 def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> bytes:
-    """
-    The encoded file of an image, which must lie in `image_dir` if that is given.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: As [`resolve_image`].
-    """
+    """The encoded file of an image, which must lie in `image_dir` if that is given; raises as [`resolve_image`]."""
     if isinstance(source, ImageInDataset):
         image = source.dataset[source.row][source.column] or {"bytes": None, "path": None}
         if image["bytes"] is not None:

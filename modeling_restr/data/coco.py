@@ -122,9 +122,6 @@ def _check_arguments(
     check_val_share(val_share)
 
 
-# --- Splits -----------------------------------------------------------------------------------------------------------
-
-
 def check_val_share(val_share: float) -> None:
     if not 0 <= val_share <= 1:
         raise ValueError(f"val_share must be between 0 and 1, got {val_share}.")
@@ -152,9 +149,6 @@ def _select_images(file: CocoFile, split: str | None, val_share: float) -> list[
         if image_id not in file.annotations:
             file.problems.add("images without annotations", f"image {image_id}")
     return [image_id for image_id in image_ids if image_id in file.annotations]
-
-
-# --- References -------------------------------------------------------------------------------------------------------
 
 
 def _build_reference(file: CocoFile, instance: CocoObject, texts: Sequence[str]) -> AnnotatedReference:

@@ -118,12 +118,7 @@ class CocoFile:
         return self.categories[number]["name"] if ID.matches(number) and number in self.categories else ""
 
     def captions_of(self, annotation: dict[str, Any]) -> list[str]:
-        """
-        The captions in the field `caption` of an annotation, which is a text or a list of texts and may be missing.
-
-        Raises:
-            ValueError: The field holds something else.
-        """
+        """The captions in the field `caption` of an annotation, which may be missing, a text or a list of texts."""
         if annotation.get("caption") is None:
             return []
         check_fields(annotation, {"caption": TEXT_OR_TEXTS}, f"{self.path}: annotation {annotation['id']}")
@@ -137,8 +132,6 @@ class CocoFile:
             return []
         check_fields(image, {field: LIST}, f"{self.path}: image {image_id}")
         return [number for number in image[field] if ID.matches(number) and number in self.categories]
-
-    # --- Images -------------------------------------------------------------------------------------------------------
 
     def describe_image(self, image_id: int) -> tuple[AnnotatedImage, bool]:
         """
@@ -164,8 +157,6 @@ class CocoFile:
         return stated or (
             in_file.stored if in_file.stored in in_rles and in_file.shown not in in_rles else in_file.shown
         )
-
-    # --- Objects ------------------------------------------------------------------------------------------------------
 
     def read_objects(self, image: AnnotatedImage, read_crowds: bool) -> list[CocoObject]:
         """The objects of a usable image, sorted by id. Without `read_crowds` those marked as crowds have no mask."""
@@ -211,12 +202,7 @@ class CocoFile:
 
 
 def _read_size(path: Path, image_dir: Path) -> _FileSize:
-    """
-    The size in the header of a file in `image_dir`.
-
-    Raises:
-        ValueError: The file is missing, lies elsewhere, or is no image.
-    """
+    """The size in the header of an image file in `image_dir`; `ValueError` if it cannot be read."""
     try:
         with Image.open(resolve_image(path, image_dir)) as image:
             # Pillow would decode a whole PNG to look for EXIF after its pixels.

@@ -81,9 +81,6 @@ def combine(folders: Mapping[str, str | Path], cache_dir: str | Path | None = No
     return Combination(_describe_source(folders), combined, tuple(notes))
 
 
-# --- Prepared folders -------------------------------------------------------------------------------------------------
-
-
 def read_prepared_images(folder: str | Path, cache_dir: str | Path | None = None) -> dict[str, list[AnnotatedImage]]:
     """The rows of a prepared folder as annotated images again, by split."""
     shards = list_shards(folder)
@@ -123,9 +120,6 @@ def _read_row(row: dict[str, Any], image: ImageInDataset) -> AnnotatedImage:
     masks = [reference["mask"] for reference in row["references"] if reference["mask"]]
     size: Any = tuple(masks[0]["size"] or ()) if masks else None
     return AnnotatedImage(row["image_id"], row["file_name"], image, references, size)
-
-
-# --- Photographs ------------------------------------------------------------------------------------------------------
 
 
 class _Photo(NamedTuple):
@@ -210,9 +204,6 @@ def _shrink(encoded: bytes) -> tuple[tuple[int, int], np.ndarray]:
     with Image.open(io.BytesIO(encoded)) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     return image.size, np.asarray(image.resize(_THUMBNAIL_SIZE, Image.Resampling.BOX), dtype=np.float32)
-
-
-# --- The card ---------------------------------------------------------------------------------------------------------
 
 
 def _count(photos: Sequence[_Photo]) -> Counts:

@@ -146,10 +146,8 @@ class Expression(NamedTuple):
 
 def measure_mask(noun: str, mask: np.ndarray, min_area_share: float = 0.0) -> Instance:
     """
-    The instance of a mask (height, width) bool. It can be a target if it covers `min_area_share` of the image.
-
-    Raises:
-        ValueError: The mask is empty.
+    The instance of a mask (height, width) bool, which must not be empty. It can be a target if it covers
+    `min_area_share` of the image.
     """
     if not mask.any():
         raise ValueError("An instance's mask must not be empty.")

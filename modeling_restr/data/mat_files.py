@@ -25,12 +25,7 @@ class MatReader:
         self._process: subprocess.Popen[bytes] | None = None
 
     def read_zeros(self, path: Path, variable: str) -> np.ndarray:
-        """
-        Where a variable of a file is 0, as a bool array of its shape.
-
-        Raises:
-            ValueError: The file is damaged, or lacks the variable.
-        """
+        """Where a variable of a file is 0, as a bool array; `ValueError` if it is damaged or lacks the variable."""
         with self._lock:
             if self._process is None:
                 command = [sys.executable, "-P", __file__]  # SciPy must not import this folder's modules

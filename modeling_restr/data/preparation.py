@@ -104,9 +104,6 @@ def _check_arguments(splits: Mapping[str, Sequence[AnnotatedImage]], images_per_
         )
 
 
-# --- Settings ---------------------------------------------------------------------------------------------------------
-
-
 def _write_settings(
     output_dir: Path,
     source: Source,
@@ -160,12 +157,7 @@ def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """
-    The settings of a prepared folder.
-
-    Raises:
-        ValueError: The folder was not prepared by [`prepare`].
-    """
+    """The settings of a prepared folder; `ValueError` for any other folder."""
     path = Path(folder) / SETTINGS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} is no prepared dataset: it has no {SETTINGS_NAME}.")
@@ -209,9 +201,6 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, SeveralObjects):
         return list(chain.from_iterable(value.objects))
     raise TypeError(f"Annotations cannot hold a {type(value).__name__}: {value!r:.100}")
-
-
-# --- Prepared folders -------------------------------------------------------------------------------------------------
 
 
 def list_shards(folder: str | Path) -> dict[str, list[Path]]:

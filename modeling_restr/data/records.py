@@ -39,12 +39,7 @@ ANYTHING = Kind("anything", lambda value: True)
 
 
 def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """
-    Read a JSON file; `object_pairs_hook` as for `json.loads`.
-
-    Raises:
-        ValueError: The file is missing, is not JSON, or is nested too deeply.
-    """
+    """Read a JSON file, with a hook as for `json.loads`; `ValueError` if it is missing, damaged or nested too deeply."""
     if not path.is_file():
         raise ValueError(f"Expected a file {path}, found none.")
     try:
@@ -55,10 +50,8 @@ def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
 
 def check_fields(record: Any, kinds: Mapping[str, Kind], place: str) -> None:
     """
-    Check that a record has certain fields of certain kinds.
-
-    Raises:
-        ValueError: It has not. The message begins with `place`, which names the file and the record.
+    Check that a record has certain fields of certain kinds. Otherwise the message of the `ValueError` begins with
+    `place`, which names the file and the record.
     """
     if not isinstance(record, dict) or not record.keys() >= kinds.keys():
         raise ValueError(f"{place}: expected the fields {sorted(kinds)}, got {reprlib.repr(record)}.")
@@ -69,11 +62,8 @@ def check_fields(record: Any, kinds: Mapping[str, Kind], place: str) -> None:
 
 def index_records(content: Any, table: str, path: Path) -> dict[int, dict[str, Any]]:
     """
-    The records of a table in COCO's format ("images", "annotations" or "categories") by their ids.
-
-    Raises:
-        ValueError: The table is missing, or an id is missing, of another kind or repeated. The message names the file
-            and the id.
+    The records of a table in COCO's format ("images", "annotations" or "categories") by their ids. `ValueError` if the
+    table is missing, or if an id is missing, of another kind or repeated.
     """
     records = content.get(table) if isinstance(content, dict) else None
     if not isinstance(records, list):

@@ -93,12 +93,7 @@ def read_refer(
 
 
 def check_split_by(dataset: str, split_by: str | None = None) -> str:
-    """
-    Who split a dataset, by default the first in `DATASETS`.
-
-    Raises:
-        ValueError: There is no such dataset, or it has no split of theirs.
-    """
+    """Who split a dataset, by default the first in `DATASETS`; `ValueError` if they did not split it."""
     if dataset not in DATASETS:
         raise ValueError(f"Expected a dataset of {', '.join(DATASETS)}, got {dataset!r}.")
     if split_by not in (None, *DATASETS[dataset]):
@@ -116,9 +111,6 @@ def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedRefe
         expressions=expressions_of(ref),
         bbox=annotation.get("bbox"),
     )
-
-
-# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -157,10 +149,8 @@ def load_plain_pickle(path: Path) -> Any:
 
 def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Path:
     """
-    The folder of a dataset that has one of several names: below `annotation_dir`, or that folder itself.
-
-    Raises:
-        ValueError: There is none, or the folder is named after another dataset.
+    The folder of a dataset that has one of several names: below `annotation_dir`, or that folder itself. `ValueError`
+    if there is none, or if the folder is named after another dataset.
     """
     folder = Path(annotation_dir)
     for name in names:
@@ -172,12 +162,7 @@ def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Pat
 
 
 def find_file(folder: Path, pattern: str, key: str) -> Path:
-    """
-    The file of a folder whose name is `pattern` with `key` in place of {}.
-
-    Raises:
-        ValueError: There is none. The message lists the files with other keys.
-    """
+    """The file of a folder whose name is `pattern` with `key` in place of {}; `ValueError` if there is none."""
     path = folder / pattern.format(key)
     if not path.is_file():
         present = ", ".join(sorted(file.name for file in folder.glob(pattern.format("*")))) or "none"
@@ -185,16 +170,8 @@ def find_file(folder: Path, pattern: str, key: str) -> Path:
     return path
 
 
-# --- References -------------------------------------------------------------------------------------------------------
-
-
 def check_refs(refs: Any, path: Path, fields: Mapping[str, Kind] = REF_FIELDS) -> list[dict[str, Any]]:
-    """
-    The references of a file, unchanged.
-
-    Raises:
-        ValueError: The file holds something else. The message names the reference and the field.
-    """
+    """The references of a file, unchanged; `ValueError`, with the reference and the field, for anything else."""
     if not isinstance(refs, list):
         raise ValueError(f"Expected {path} to hold a list of references, got {type(refs).__name__}.")
     for index, ref in enumerate(refs):
@@ -210,12 +187,7 @@ def check_sentences(ref: dict[str, Any], place: str) -> None:
 
 
 def select_split(refs: Sequence[dict[str, Any]], split: str, path: Path) -> list[dict[str, Any]]:
-    """
-    The references of a split.
-
-    Raises:
-        ValueError: There are none. The message lists the splits in the file.
-    """
+    """The references of a split; `ValueError` if there are none."""
     selected = [ref for ref in refs if _belongs_to(ref["split"], split)]
     if not selected:
         found = ", ".join(sorted({ref["split"] for ref in refs}))
@@ -287,10 +259,8 @@ def group_by_image(
     build_reference: Callable[[dict[str, Any], Instances], AnnotatedReference],
 ) -> list[AnnotatedImage]:
     """
-    The images in the order in which `refs` first name them, each with its references.
-
-    Raises:
-        ValueError: References and instances do not fit, or two images are one file.
+    The images in the order in which `refs` first name them, each with its references. `ValueError` if references and
+    instances do not fit, or if two images are one file.
     """
     find_image = image_finder(image_dir)
     records: dict[int, dict[str, Any]] = {}

@@ -103,12 +103,7 @@ def _build_reference(name: str, texts: list[str], mask_dir: Path) -> tuple[int, 
 
 
 def load_mask(path: Path) -> np.ndarray:
-    """
-    The mask of an object, (height, width) bool.
-
-    Raises:
-        ValueError: The file is missing, damaged or without `segimg_t`.
-    """
+    """The mask of an object, (height, width) bool; `ValueError` if the file is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"The mask {path} is missing.")
     try:

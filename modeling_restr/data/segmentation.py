@@ -62,10 +62,8 @@ def object_to_rle(
     segmentation: Segmentation | SeveralObjects, size: tuple[int, int], may_be_empty: bool = False
 ) -> dict[str, Any]:
     """
-    The mask of an object, or the union of several, as [`segmentation_to_rle`] makes it.
-
-    Raises:
-        ValueError: As [`segmentation_to_rle`]; or an object covers no pixel, unless it `may_be_empty`.
+    The mask of an object, or the union of several. `ValueError` as from [`segmentation_to_rle`], or if an object covers
+    no pixel, unless it `may_be_empty`.
     """
     objects: Iterable[Segmentation]
     objects = segmentation.objects if isinstance(segmentation, SeveralObjects) else (segmentation,)

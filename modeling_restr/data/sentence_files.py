@@ -110,12 +110,7 @@ def read_sentences(
 def load_sentences(path: str | Path, image_dir: str | Path | None = None) -> datasets.Dataset:
     """
     A file of own sentences for prediction, one row per photo: `image`, `file_name` and `texts`. Masks are ignored.
-
-    Args:
-        path, image_dir: As for [`read_sentences`].
-
-    Raises:
-        ValueError: The file is not as described. The message names the lines.
+    Arguments and errors are those of [`read_sentences`].
     """
     path = Path(path)
     texts: dict[str, list[str]] = {}
@@ -130,9 +125,6 @@ def load_sentences(path: str | Path, image_dir: str | Path | None = None) -> dat
     text = datasets.Value("string")
     features = {"image": datasets.Image(decode=False), "file_name": text, "texts": datasets.List(text)}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-# --- Lines ------------------------------------------------------------------------------------------------------------
 
 
 def _read_lines(path: Path) -> list[Line]:
@@ -205,9 +197,6 @@ def _check_line(number: int, columns: Any) -> Line:
     return Line(number, columns)
 
 
-# --- Masks ------------------------------------------------------------------------------------------------------------
-
-
 class _Masks:
     """Reads what the lines of a file say about masks. Mask files are opened when rows are built."""
 
@@ -215,12 +204,7 @@ class _Masks:
         self.paths, self.folder, self.boxes_as_masks = paths, folder, boxes_as_masks
 
     def read(self, line: Line) -> tuple[str, Segmentation]:
-        """
-        A key that is equal for equal masks, and the segmentation.
-
-        Raises:
-            ValueError: The line has no mask, several, or an invalid one.
-        """
+        """A key that is equal for equal masks, and the segmentation; `ValueError` unless there is one valid mask."""
         given = [name for name in MASK_COLUMNS if name in line.columns]
         if len(given) != 1:
             expected = f"one of {', '.join(MASK_COLUMNS[:-1])}"
@@ -259,10 +243,8 @@ def _parse_cell(name: str, text: str) -> Any:
 
 def load_mask(path: Path, folder: Path) -> np.ndarray:
     """
-    The mask in a picture, (height, width) bool: what is neither 0, black nor transparent.
-
-    Raises:
-        ValueError: The file is missing, is no picture, lies outside of `folder`, or has several values inside.
+    The mask in a picture in `folder`, (height, width) bool: what is neither 0, black nor transparent. `ValueError` if
+    it cannot be read or has several values inside.
     """
     try:
         with Image.open(resolve_image(path, folder)) as opened:
@@ -305,9 +287,6 @@ def _group_references(
             known[key] = replace(reference, expressions=(*reference.expressions, (line.number, line.sentence)))
     _raise_errors(path, errors)
     return references
-
-
-# --- Files and splits -------------------------------------------------------------------------------------------------
 
 
 def _find_files(path: Path, names: Iterable[str], folder: Path) -> dict[str, Path]:

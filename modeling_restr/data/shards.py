@@ -70,9 +70,6 @@ def plan_shards(folder: Path, split: str, images: Sequence[AnnotatedImage], imag
     return [Shard(path, part) for path, part in zip(paths, parts)]
 
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
-
 def read_split(paths: Iterable[Path]) -> PreparedSplit:
     """What the shards of a split hold, counted in the files."""
     counts, left_out, problems, num_bytes, file_size = Counts(), [], Problems(), 0, 0
@@ -101,9 +98,6 @@ def _is_finished(shard: Shard, skip_bad: bool) -> bool:
         return False
     left_out = _read_note(metadata, LEFT_OUT_KEY, b"[]")
     return metadata.num_rows + len(left_out) == len(shard.images) and (skip_bad or not left_out)
-
-
-# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def make_shards(shards: Sequence[Shard], num_proc: int = 1, skip_bad: bool = False) -> list[str]:

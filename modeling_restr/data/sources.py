@@ -86,9 +86,6 @@ def _select(splits: Mapping[str, Sequence[AnnotatedImage]], split: str) -> Seque
     return splits[split]
 
 
-# --- The RefCOCO family -----------------------------------------------------------------------------------------------
-
-
 def _published_splits(dataset: str, split_by: str, prefix: str = "") -> dict[str, tuple[str, str, str]]:
     """{split: key of its published counts} for all splits that have any."""
     splits = PUBLISHED_COUNTS.get((dataset, split_by), {})
@@ -181,9 +178,6 @@ def plan_hub(path_or_id: str, image_dir: str | Path | None = None, *, data_revis
         lambda split, _: read_hub_copy(path_or_id, split, image_dir, data_revision),
         other_names=usual_names,
     )
-
-
-# --- Own data ---------------------------------------------------------------------------------------------------------
 
 
 def plan_coco(

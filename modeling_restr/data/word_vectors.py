@@ -137,12 +137,7 @@ def tokenizer_and_word_vectors(
 
 
 def set_word_vectors(model: PreTrainedModel, word_vectors: WordVectors) -> None:
-    """
-    Copy the vectors into a model's word embedding, which stays trainable.
-
-    Raises:
-        ValueError: The model has another number or dimension of word vectors.
-    """
+    """Copy the vectors into a model's word embedding, which stays trainable; `ValueError` if the sizes differ."""
     weight: Any = model.get_input_embeddings().weight
     if weight.shape != word_vectors.matrix.shape:
         rows, dim = word_vectors.matrix.shape
