@@ -52,9 +52,6 @@ def decoded(row):
     return FEATURES["image"].decode_example(row["image"])
 
 
-# --- Rows -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("embed", [True, False])
 def test_row_of_a_good_image(tmp_path, embed):
     path = write_image(tmp_path / "a.jpg")
@@ -257,9 +254,6 @@ def test_images_in_a_dataset(tmp_path):
     source = datasets.Dataset.from_dict({"photo": [None]}, features=features)
     with pytest.raises(BadImage, match=r"0\.png: cannot be read \(its row holds no image\)"):
         build_row(AnnotatedImage(7, "0.png", ImageInDataset(source, 0, "photo"), ()))
-
-
-# --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -242,9 +242,6 @@ class Reader:
         return meant
 
 
-# --- Random annotations -----------------------------------------------------------------------------------------------
-
-
 def random_masks(rng):
     """Scattered, close together, in a row or a column; of like or mixed sizes; some reach beyond the image."""
     layout = rng.choice(["scattered", "scattered", "close", "row", "column"])
@@ -333,9 +330,6 @@ def test_every_statement_comes_up(random_file):
         instances = [measure_mask(nouns[number], mask) for number, mask in masks.items()]
         names |= {statement.name for statement in find_statements(instances)}
     assert names == set(PHRASES)
-
-
-# --- Statements -------------------------------------------------------------------------------------------------------
 
 
 def box(left, top, right, bottom, noun="chair", center=None, can_be_target=True):
@@ -461,9 +455,6 @@ def test_measure_mask_agrees_with_pycocotools():
     assert not measure_mask("cup", mask, min_area_share=0.5).can_be_target
     with pytest.raises(ValueError, match="must not be empty"):
         measure_mask("cup", np.zeros((4, 4), dtype=bool))
-
-
-# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_depends_on_the_order_or_the_rest_of_the_file(random_file, tmp_path):

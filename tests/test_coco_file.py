@@ -54,9 +54,6 @@ def find_problems(write, *args, **options):
     return images, dict(problems)
 
 
-# --- Masks ------------------------------------------------------------------------------------------------------------
-
-
 def test_polygons_and_rles_give_the_same_rows(write, tmp_path):
     save_image(tmp_path / "7.png")
     runs = [10 * HEIGHT + 30, *[31, HEIGHT - 31] * 30, 31]
@@ -186,9 +183,6 @@ def test_two_splits_report_a_problem_of_the_file_once(write):
     assert problems == {"annotations of images that are not in the file": ["annotation 99"]}
 
 
-# --- Captions ---------------------------------------------------------------------------------------------------------
-
-
 def test_captions_on_request(write, tmp_path):
     save_image(tmp_path / "7.png")
     annotations = [
@@ -222,9 +216,6 @@ def test_captions_need_no_categories(write):
         write([captioned], captions=True)
     with pytest.raises(ValueError, match=r"instances.json: annotation 1: expected caption to be text .*, got 5"):
         write([captioned | {"caption": 5}], captions=True)
-
-
-# --- Images -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", [None, 3, 6])
@@ -309,9 +300,6 @@ def test_bad_images_are_named_when_the_dataset_is_built(write, tmp_path):
     with pytest.raises(BadImage, match=r"7\.png: missing"):
         build_dataset(images, progress=False)
     assert build_dataset(images, skip_bad=True, progress=False)["image_id"] == [8]
-
-
-# --- Records ----------------------------------------------------------------------------------------------------------
 
 
 def test_categories_are_said_in_lower_case_and_equal_ones_together(write):

@@ -204,9 +204,6 @@ def check_images(images, with_refer=True):
     return rows
 
 
-# --- The layouts ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("folder", ["coco/train2014", "train2014", "."])
 def test_one_reference_per_row(tmp_path, copy, folder):
     write_split(copy, "train", [reference_row(ref_id) for ref_id in REFERENCES])
@@ -333,9 +330,6 @@ def test_names_of_splits(copy, available, wanted, found):
         assert read_hub_copy(copy, wanted)[0].image_id == available.index(found)
 
 
-# --- Images -----------------------------------------------------------------------------------------------------------
-
-
 def test_copies_without_images_need_a_folder(tmp_path, copy):
     write_split(copy, "train", [reference_row(7)])
     with pytest.raises(ValueError, match=r"holds no images: expected an image_dir .* none was given"):
@@ -389,9 +383,6 @@ def test_repeated_rows_are_named(copy, photos, caplog):
     images = read_hub_copy(copy, "train", image_dir=photos)
     assert [len(image.references) for image in images] == [2, 2]
     assert "1 ids of references occur more than once and are counted as often (3)" in caplog.text
-
-
-# --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,6 @@ def as_python2_str(value):
     return value
 
 
-# --- The references ---------------------------------------------------------------------------------------------------
-
-
 def test_what_is_read(data):
     images = read_refer(data / "data", data / "train2014")
     assert [(image.image_id, image.file_name) for image in images] == list(FILE_NAMES.items())  # in the file's order
@@ -232,9 +229,6 @@ def test_pickles_of_anything_else_are_refused(tmp_path, content, named):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"refs\(unc\)\.p was refused: .*{named}"):
         load_plain_pickle(path)
-
-
-# --- Folders, datasets and splits -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,9 +321,6 @@ def test_folders_that_do_not_exist_are_explained(data):
         read_refer(data / "data", data / "train2014")
 
 
-# --- Files that do not fit together -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -420,9 +411,6 @@ def test_two_images_of_one_file_are_refused(data, names):
         assert len({image.image for image in read_refer(data / "data", data)}) == 2
 
 
-# --- The dataset ------------------------------------------------------------------------------------------------------
-
-
 def expected_mask(segmentation):
     coco = COCO()
     coco.imgs = {1: {"height": HEIGHT, "width": WIDTH}}
@@ -482,9 +470,6 @@ def test_damaged_annotations_make_bad_images(data, field, value):
     with pytest.raises(BadImage, match=rf"1 images cannot be used.*\n  {FILE_NAMES[9]}: (ref_id 2|decodes)"):
         load_refer(data / "data", data / "train2014")
     assert load_refer(data / "data", data / "train2014", skip_bad=True)["image_id"][:] == [581857]
-
-
-# --- The package ------------------------------------------------------------------------------------------------------
 
 
 def test_readers_are_imported_on_first_use():

@@ -101,9 +101,6 @@ def test_lines_that_repeat_another_are_counted(folder):
     assert problems == {"lines of own.jsonl that repeat another, dropped": ["line 2"]}
 
 
-# --- Splits -----------------------------------------------------------------------------------------------------------
-
-
 def test_splits_by_name_or_by_share(folder):
     two = [line(polygon=OUTLINE), line(polygon=OUTLINE, image="b.jpg")]
     named = read(write_lines(folder, two[0] | {"split": "test"}, two[1] | {"split": "train"}))
@@ -124,9 +121,6 @@ def test_a_photo_is_in_one_split(folder):
     path = write_lines(folder, line(polygon=OUTLINE, split="val"), line(polygon=OUTLINE, image="b.jpg"))
     with pytest.raises(ValueError, match="line 2: expected split to be a name, as other lines have, got None"):
         read_sentences(path, folder / "photos")
-
-
-# --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,9 +196,6 @@ def test_a_long_outline_fits_a_cell_of_csv(folder):
     assert len(read_sentences(folder / "own.csv", folder / "photos", val_share=0)["train"]) == 1
 
 
-# --- Files of photos and masks ----------------------------------------------------------------------------------------
-
-
 def test_unusable_photos_and_masks_make_bad_images(folder):
     rgb = np.zeros((*SIZE, 3), dtype=np.uint8)
     rgb[0, 0], rgb[0, 1] = (255, 0, 0), (0, 255, 0)
@@ -258,9 +249,6 @@ def test_one_photo_by_two_spellings_of_its_name(folder):
     path = write_lines(folder, line(polygon=OUTLINE), line(polygon=OUTLINE, image=".\\a.jpg", sentence="it"))
     ((row,),) = read(path, val_share=0).values()
     assert len(row["references"][0]["expressions"]) == 2
-
-
-# --- Prediction -------------------------------------------------------------------------------------------------------
 
 
 def test_sentences_without_masks_for_prediction(folder):
