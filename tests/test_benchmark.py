@@ -115,3 +115,14 @@ def test_flops_at_the_papers_size(gpu):
     image, fusion, decoder, language = 92, 17, 4.3, 0.14
     flops = gpu.count_flops(ReSTRConfig(), 1, 1)
     assert flops / 2e9 == pytest.approx(image + fusion + decoder + language, rel=0.01)
+
+
+@pytest.mark.slow
+def test_prediction_is_measured_next_to_a_loop(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from benchmarks.prediction import benchmark_throughput
+
+    benchmark_throughput(image_size=32, runs=1, num_images=4, num_sentences=1)
+    lines = capsys.readouterr().out.splitlines()
+    shares = {line.partition(":")[0]: float(line.split()[-4]) for line in lines if line.endswith("of the loop")}
+    assert shares.keys() == {"loop", "one actor", "two actors"} and all(share > 0 for share in shares.values())
