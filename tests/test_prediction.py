@@ -124,21 +124,26 @@ def assert_same(found, expected, tolerance):
 # --- Both stages, without Ray -----------------------------------------------------------------------------------------
 
 
-def run_stages(model_dir, data, *, text_column=None, image_dir=None, raise_errors=False, **options):
-    """The results of a prediction, all rows in one batch."""
+def run_stages(model_dir, data, *, text_column=None, image_dir=None, raise_errors=False, encoded=None, **options):
+    """The results of a prediction, all rows in one batch. The sizes of encoded batches are appended to `encoded`."""
     source = open_source(str(data), **options)
     columns = find_columns(source.schema, text_column=text_column)
     names = [columns.image, columns.text, *(name for name in columns.ids if name in source.schema.names)]
     blocks = [block for task in RowGroupDatasource(source.groups, names).get_read_tasks(1) for block in task()]
     processor = AutoProcessor.from_pretrained(model_dir)
     decoded = decode(pa.concat_tables(blocks), processor, columns, image_dir, raise_errors)
-    return Predictor(str(model_dir), None, columns)(decoded).to_pylist()
+    predictor = Predictor(str(model_dir), None, columns)
+    if encoded is not None:
+        get_image_features = predictor.model.get_image_features
+        predictor.model.get_image_features = lambda pixels: encoded.append(len(pixels)) or get_image_features(pixels)
+    return predictor(decoded).to_pylist()
 
 
 def test_masks_scores_and_ids_are_the_pipelines(model_dir, data_dir, expected):
-    assert_same(
-        run_stages(model_dir, data_dir), expected, tolerance=0.005
-    )  # batches of several images round otherwise
+    encoded = []
+    found = run_stages(model_dir, data_dir, encoded=encoded)
+    assert_same(found, expected, tolerance=0.005)  # batches of several images round differently
+    assert encoded == [10]  # each image once, and not the one without sentences
 
 
 def to_bytes(image):
