@@ -329,7 +329,7 @@ def serve(
     """
     Serve a model over HTTP on this machine, as a Hugging Face Inference Endpoint does.
 
-    POST / takes a request as JSON, or a photo as it is with the sentences in the query. GET /health reports that the
+    POST / takes a request as JSON, or a photo as the body with sentences in the query. GET /health reports that the
     server is up. The server is for trials: it has neither TLS nor authentication.
 
     Example: restr serve examples/restr_mini --port 8080
