@@ -239,7 +239,7 @@ def predict(
         int | None,
         typer.Option(
             min=1,
-            help="Pairs of an image and a sentence per file. A killed run repeats at most so many per file.",
+            help="Pairs of an image and a sentence per file; a killed run repeats the files that it had begun.",
             show_default="60 per CPU actor, 10000 per GPU",
             rich_help_panel="Output",
         ),
@@ -247,7 +247,9 @@ def predict(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Address of a Ray cluster, or auto.", show_default="this machine alone", rich_help_panel="Machine"
+            help="Address of a Ray cluster, or auto on its machines.",
+            show_default="this machine alone",
+            rich_help_panel="Machine",
         ),
     ] = None,
     num_actors: Annotated[
@@ -260,14 +262,23 @@ def predict(
         int | None,
         typer.Option(
             min=1,
-            help="Images that are encoded at a time.",
+            help="Images that the model encodes at a time.",
             show_default="8 on a CPU, 64 on a GPU",
             rich_help_panel="Machine",
         ),
     ] = None,
     expressions_per_batch: ExpressionsPerBatch = 16,
-    device: Device = None,
-    num_threads: NumThreads = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Device such as cpu, cuda:0, mps or xpu.",
+            show_default="cuda if Ray finds GPUs, otherwise cpu",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
+    num_threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads of each process.", rich_help_panel="Machine")
+    ] = 1,
 ) -> None:
     """
     Predict the masks of a dataset of any size, on one machine or a Ray cluster.

@@ -135,7 +135,7 @@ def run_pipeline(
     *,
     address: str | None = None,
     device: str | None = None,
-    num_threads: int | None = None,
+    num_threads: int = 1,
     num_actors: int | None = None,
     batch_size: int | None = None,
     pairs_per_file: int | None = None,
@@ -154,9 +154,10 @@ def run_pipeline(
     actor: dict[str, Any]
     with connect(address):
         available = ray.cluster_resources()
-        num_gpus, num_threads = int(available.get("GPU", 0)), num_threads or 1
+        num_gpus = int(available.get("GPU", 0))
         device = device or ("cuda" if num_gpus else "cpu")
-        if device.startswith("cuda"):
+        if device.startswith("cuda"):  # Ray shows each actor one GPU
+            device = "cuda"
             num_actors, actor = num_actors or num_gpus, {"num_gpus": 1, "num_cpus": 1}
             batch_size = batch_size or IMAGES_PER_GPU_BATCH
             pairs_per_file = pairs_per_file or PAIRS_PER_GPU_FILE * num_actors
