@@ -112,6 +112,7 @@ def test_no_shard_is_begun_after_a_bad_image(tmp_path):
     assert [shard.path.exists() for shard in plan] == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip_bad", [True, False])
 def test_two_processes_do_the_same_as_one(tmp_path, skip_bad):
     images = make_images(tmp_path / "images", range(8))
