@@ -95,8 +95,16 @@ def benchmark(
         with needs_extra("train,onnx"):
             from benchmarks.exported import benchmark_export
 
-        options = {"revision": revision, "data_revision": data_revision, "max_images": max_images}
-        benchmark_export(model, exported, data, split, output_dir=output_dir, **options)
+        benchmark_export(
+            model,
+            exported,
+            data,
+            split,
+            revision=revision,
+            data_revision=data_revision,
+            max_images=max_images,
+            output_dir=output_dir,
+        )
         return
     if what == "prediction":
         with needs_extra("train,scale"):

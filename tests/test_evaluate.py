@@ -44,7 +44,7 @@ def write_data(folder: Path, rows: list[dict], num_shards: int = 1) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def isolation(tmp_path_factory):
-    """No network, and nothing left in the cache of `datasets`, here and in the processes that are started."""
+    """One thread, no network, and a cache of `datasets` of its own, here and in the processes that are started."""
     folder, num_threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(folder))
@@ -52,9 +52,11 @@ def isolation(tmp_path_factory):
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
         patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         yield
-    torch.set_num_threads(num_threads)  # the evaluation sets them
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +76,10 @@ def data_folder(tmp_path_factory, rows):
 
 @pytest.fixture(scope="module")
 def evaluate(model_folder, data_folder):
-    """Evaluates the model with one thread, as every process does here; returns the content of results.json."""
+    """Evaluates the model and returns the content of results.json."""
 
     def call(output_dir: Path, data: Path = data_folder, **options) -> dict:
-        run.run_evaluation(str(model_folder), str(data), "val", output_dir, num_threads=1, **options)
+        run.run_evaluation(str(model_folder), str(data), "val", output_dir, **options)
         return json.loads((output_dir / "results.json").read_text())
 
     return call

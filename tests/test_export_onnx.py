@@ -142,7 +142,7 @@ def assert_precise(model, inputs, **results):
 
 
 def assert_agree(results, expected):
-    """Whether labels, scores and masks are the same, but for pixels that float32 noise may turn."""
+    """Labels, scores and masks are the same, except for pixels that float32's rounding may flip."""
     assert len(results) == len(expected)
     for result, other in zip(results, expected):
         assert result.keys() == other.keys() and result["label"] == other["label"]
@@ -356,6 +356,8 @@ def make_odd_images():
 @pytest.mark.parametrize("name", make_odd_images())
 def test_images_are_prepared_to_the_bit(pipe, runner, monkeypatch, name):
     image = make_odd_images()[name]
+    expected = pipe.processor.image_processor(image)["pixel_values"][0]
+    np.testing.assert_array_equal(runner._prepare_image(image)[0], expected, strict=True)
     for pad_after_normalization in (False, True):
         options = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "rescale_factor": 1 / 255}
         options["pad_after_normalization"] = pad_after_normalization
@@ -364,11 +366,6 @@ def test_images_are_prepared_to_the_bit(pipe, runner, monkeypatch, name):
         pixels, size = runner._prepare_image(image)
         assert size == tuple(expected["original_sizes"][0])
         np.testing.assert_array_equal(pixels, expected["pixel_values"][0], strict=True)
-
-
-def test_settings_are_those_of_the_processor(pipe, runner, images):
-    inputs = pipe.processor(images=images[0], text=SENTENCES[0], return_tensors="np")
-    np.testing.assert_array_equal(runner._prepare_image(images[0])[0], inputs["pixel_values"][0])
 
 
 @pytest.mark.parametrize(
@@ -492,7 +489,7 @@ def test_runner_explains_bad_input(runner, folder, tmp_path):
 
 
 def test_costs_are_measured(folder, tmp_path):
-    """Overall IoU, counted again on the same rows; both references of a row but the empty one have two expressions."""
+    """The overall IoU is the same when it is counted again on the same rows."""
     images = make_images(tmp_path / "photos", [1, 2])
     prepare(
         Source(name="noise", title="Noise", description="Noise.", origins=(), options={}, published={}),
@@ -520,10 +517,7 @@ def test_costs_are_measured(folder, tmp_path):
     assert results["float32"]["overall_iou"] == round(100 * intersection / union, 2)
     assert results["torch"]["sentences"] == sentences
     assert abs(results["torch"]["overall_iou"] - results["float32"]["overall_iou"]) < 0.1
-    megabytes = (
-        sum((folder / f"{name}_int8.onnx").stat().st_size for name in ("image_encoder", "sentence_query")) / 1e6
-    )
-    assert results["int8"]["megabytes"] == round(megabytes, 1)
+    assert 0 < results["int8"]["size_ratio"] < 1 == results["float32"]["size_ratio"]
 
 
 # The folder
@@ -534,14 +528,17 @@ def write_names(model, name, folder, int8=False, program=False):
         (folder / f"{name}{ending}").write_text("new")
 
 
-def test_an_earlier_export_is_replaced_whole(pipe, tmp_path, monkeypatch):
+def test_an_earlier_export_is_replaced(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_folder, "save_graph", write_names)
     out = tmp_path / "a" / "out"
     save_onnx(pipe.model, pipe.processor, out, int8=True, programs=True)
     (out / "notes.txt").write_text("mine")
     save_onnx(pipe.model, pipe.processor, out)
     files = ["image_encoder.onnx", "notes.txt", "restr_onnx.json", "restr_onnx.py", "sentence_query.onnx"]
-    assert sorted(path.name for path in out.iterdir()) == [*files, "tokenizer.json"]  # no old int8 beside new ones
+    assert sorted(path.name for path in out.iterdir()) == [
+        *files,
+        "tokenizer.json",
+    ]  # no int8 graphs of the earlier export
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(pipe, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,9 @@ def time_calls(function: Callable[[], object], device: torch.device, num_calls: 
     return (time.perf_counter() - start) / num_calls
 
 
-def time_alternately(variants: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, float]:
+def time_alternately(
+    variants: Mapping[str, Callable[[], object]], device: torch.device, runs: int
+) -> dict[str, float]:
     """Median seconds of each variant over `runs` alternated runs, after one run to warm up."""
     seconds = [{name: time_calls(function, device) for name, function in variants.items()} for _ in range(runs + 1)]
     return {name: statistics.median(times[name] for times in seconds[1:]) for name in variants}
