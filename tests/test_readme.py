@@ -35,11 +35,6 @@ def test_features_are_kept_for_later_sentences_as_shown():
     assert out.split("\n")[-2] == "1 (264, 352)"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\(((?:examples|tests)/[^)#]+)\)", README))))
-def test_links_lead_to_files(path):
-    assert (REPOSITORY / path).exists()
-
-
 def test_ci_calls_the_test_command():
     commands = [code for language, code in BLOCKS if language == "bash" and "pytest" in code]
     assert len(commands) == 1
