@@ -16,11 +16,11 @@ def read_constant(name: str, file: str) -> str:
 
 EXTRAS = {
     "train": [
-        "accelerate>=1.1",
-        "datasets>=4.0",
+        "accelerate>=1.3",
+        "datasets>=4.1",
         "evaluate>=0.4",
-        "fsspec>=2023.5",
-        "pyarrow>=15.0",
+        "fsspec>=2023.10",
+        "pyarrow>=21.0",
         "pycocotools>=2.0.8",
         "scipy>=1.11",
     ],
@@ -44,6 +44,7 @@ EXTRAS["test"] = [
     "psutil>=5.9",
     "pytest>=8.0",
     "pyyaml>=6.0",
+    "setuptools>=77",
     "tensorboard>=2.17",
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
@@ -83,8 +84,8 @@ setup(
         "huggingface-hub>=1.0",
         "jinja2>=3.0",
         "numpy>=1.26",
-        "packaging>=20.0",
-        "pillow>=10.4",
+        "packaging>=24.2",
+        "pillow>=11.3",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "torch>=2.6",
