@@ -318,7 +318,8 @@ def draw_sheet(
         for image in read_json(folder / "instances.json")["images"]
         if image.get("license") in FREE_LICENSES and image.get("flickr_url")
     }
-    tiles, credits = [], []
+    tiles: list[Image.Image] = []
+    credits: list[str] = []
     for photograph in sorted(photographs, key=lambda photograph: photograph.image_id):
         if photograph.image_id not in credit_of or len(tiles) == num_photos:
             continue
