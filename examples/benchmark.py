@@ -5,7 +5,7 @@ Measure ReSTR:
     python examples/benchmark.py --what training    # steps with 1, 4 and 8 sentences per image
     python examples/benchmark.py --what gpu --output_dir runs/gpu
     python examples/benchmark.py --what prediction  # restr predict next to a loop over the pipeline
-    python examples/benchmark.py --what prediction --model examples/restr_mini    # its memory
+    python examples/benchmark.py --what prediction-memory
     python examples/benchmark.py --what onnx --model examples/restr_mini --exported restr-onnx --data data/photos
 
 All variants run alternately in one process, so that a noisy machine slows all of them alike. Medians are compared.
@@ -37,10 +37,10 @@ except ModuleNotFoundError as error:
 
 def benchmark(
     what: Annotated[
-        Literal["inference", "training", "gpu", "onnx", "prediction"],
+        Literal["inference", "training", "gpu", "onnx", "prediction", "prediction-memory"],
         typer.Option(
             help="What to measure: gpu is for a GPU and takes four minutes, onnx is for an exported model, prediction"
-            " is restr predict next to a loop, or with --model its memory."
+            " is restr predict next to a loop over the pipeline."
         ),
     ] = "inference",
     output_dir: Annotated[
@@ -106,11 +106,11 @@ def benchmark(
             output_dir=output_dir,
         )
         return
-    if what == "prediction":
+    if what.startswith("prediction"):
         with needs_extra("train,scale"):
             from benchmarks.prediction import benchmark_memory, benchmark_throughput
 
-        return benchmark_memory(model) if model else benchmark_throughput(image_size, runs)
+        return benchmark_throughput(image_size, runs) if what == "prediction" else benchmark_memory()
     from benchmarks.measuring import describe_machine
     from benchmarks.paper_size import benchmark_inference, benchmark_training
 

@@ -23,7 +23,14 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import pipeline
 
-from modeling_restr import ReSTRConfig, ReSTRImageProcessor, ReSTRProcessor, ReSTRVisionConfig, build_tokenizer
+from modeling_restr import (
+    ReSTRConfig,
+    ReSTRImageProcessor,
+    ReSTRProcessor,
+    ReSTRTextConfig,
+    ReSTRVisionConfig,
+    build_tokenizer,
+)
 from modeling_restr.prediction.engine import predict
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
@@ -39,7 +46,7 @@ def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_se
     """Pairs per second at the paper's size with random weights: the loop, one actor and two actors."""
     with tempfile.TemporaryDirectory() as folder:
         model, data, output = (Path(folder, name) for name in ("model", "data", "output"))
-        _save_model(model, image_size)
+        _save_model(model, ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size)))
         write_photos(data, num_images, num_sentences)
         rates: dict[str, list[float]] = {"loop": [], "one actor": [], "two actors": []}
         for _ in range(runs):
@@ -58,24 +65,39 @@ def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_se
         print(f"{name}: {statistics.median(values):.4f} images/s, {statistics.median(values) / loop:.3f} of the loop")
 
 
-def benchmark_memory(model: str, numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> None:
-    """The largest memory of all processes together (PSS, with the object store) for so many images."""
+def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> None:
+    """The largest memory of all processes together (PSS, with the object store), with a small model at 240x240."""
     for number in numbers_of_images:
         with tempfile.TemporaryDirectory() as folder:
-            write_photos(Path(folder, "data"), number, num_sentences=1)
+            model, data = Path(folder, "model"), Path(folder, "data")
+            _save_model(model, _small_config())
+            write_photos(data, number, num_sentences=1)
             with sample_processes() as samples:
                 start = time.perf_counter()
-                predict(model, str(Path(folder, "data")), Path(folder, "output"))
+                predict(str(model), str(data), Path(folder, "output"), pairs_per_file=200)
             seconds = time.perf_counter() - start
             peak = max(memory for _, _, memory in samples)
             print(f"{number} images: at most {peak / MIB:.0f} MiB, {seconds:.0f} s", flush=True)
 
 
-def _save_model(folder: Path, image_size: int) -> None:
+def _small_config() -> ReSTRConfig:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision_config = ReSTRVisionConfig(image_size=240, **sizes)
+    text_config = ReSTRTextConfig(projection_dim=32, **sizes)
+    return ReSTRConfig(
+        vision_config=vision_config, text_config=text_config, num_fusion_layers=1, num_attention_heads=2
+    )
+
+
+def _save_model(folder: Path, config: ReSTRConfig) -> None:
     tokenizer = build_tokenizer(vocabulary_from_expressions([" ".join(WORDS)]))
-    config = ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size))
     create_model(config, torch.device("cpu")).save_pretrained(folder)
-    size = {"height": image_size, "width": image_size}
+    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
     ReSTRProcessor(ReSTRImageProcessor(size=size), tokenizer).save_pretrained(folder)
 
 
