@@ -88,7 +88,7 @@ setup(
         "pillow>=11.3",
         "safetensors>=0.5",
         "tokenizers>=0.22",
-        "torch>=2.6",
+        "torch>=2.8",
         "tqdm>=4.60",
         read_constant("TRANSFORMERS", "requirements_restr.py"),
         "typer>=0.29",
