@@ -78,7 +78,7 @@ def test_gpu_benchmark_needs_no_data_or_metrics_and_keeps_its_time_limit(tmp_pat
     assert {row["outcome"] for row in rows} == {"stopped after 0 s"}
 
 
-def test_a_section_that_fails_or_overruns_is_left_behind(tmp_path, gpu, monkeypatch):
+def test_a_section_that_fails_or_overruns_does_not_stop_the_others(tmp_path, gpu, monkeypatch):
     def overrun(setup):
         while True:
             with contextlib.suppress(Exception):  # as a library may

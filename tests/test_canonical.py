@@ -185,7 +185,7 @@ def test_damaged_images_are_bad_or_decode_to_their_size(tmp_path):
     assert num_bad > 100
 
 
-def test_no_image_at_all(tmp_path):
+def test_missing_and_unreadable_images_are_bad(tmp_path):
     with pytest.raises(BadImage, match=r"^a\.jpg: missing \(.*a\.jpg\)$"):
         build_row(annotate(tmp_path / "a.jpg"))
     (tmp_path / "b.jpg").write_text("<html>Not found</html>")
@@ -196,7 +196,7 @@ def test_no_image_at_all(tmp_path):
         build_row(annotate(tmp_path / "c.jpg"))
 
 
-def test_objects_without_a_pixel_are_bad_but_sentences_about_nothing_are_not(tmp_path):
+def test_objects_need_a_pixel_but_sentences_about_nothing_have_an_empty_mask(tmp_path):
     path = write_image(tmp_path / "a.png")
     for segmentation in (
         np.zeros((HEIGHT, WIDTH)),
@@ -220,14 +220,14 @@ def test_segmentations_of_any_type_make_bad_images(tmp_path):
             build_row(annotate(path, segmentation))
 
 
-def test_programs_are_not_run(tmp_path, monkeypatch):
+def test_eps_programs_are_not_run(tmp_path, monkeypatch):
     Image.fromarray(random_pixels()).save(tmp_path / "a.jpg", format="EPS")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("it was run"))
     with pytest.raises(BadImage, match=r"^a\.jpg: cannot be decoded \(EPS files are programs, which are not run\)$"):
         build_row(annotate(tmp_path / "a.jpg"))
 
 
-def test_images_lie_in_their_folder(tmp_path):
+def test_images_outside_of_their_folder_are_bad(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
     annotated = annotate(write_image(tmp_path / "a.png"))
@@ -265,7 +265,7 @@ def warnings(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def test_bad_images_stop_it_or_are_left_out_with_a_warning(tmp_path, warnings):
+def test_bad_images_stop_the_build_or_are_left_out_with_a_warning(tmp_path, warnings):
     images = [
         annotate(write_image(tmp_path / f"{letter}.png", random_pixels(index)), random_mask(index), image_id=index)
         for index, letter in enumerate("abcde")

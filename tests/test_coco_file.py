@@ -75,7 +75,7 @@ def test_polygons_and_rles_give_the_same_rows(write, tmp_path):
         assert all("left" in expression["text"] for expression in first["expressions"])
 
 
-def test_a_crowd_silences_its_category_in_its_image(write):
+def test_a_crowd_excludes_its_category_in_its_image(write):
     assert ids_of(write([annotate(1, 7, LEFT), annotate(2, 7, RIGHT), DOG])) == [1, 2, 3]
     crowd = annotate(2, 7, RIGHT, iscrowd=1)
     images, problems = find_problems(write, [annotate(1, 7, LEFT), crowd, DOG])
@@ -105,7 +105,7 @@ def test_brush_masks_marked_as_crowds_are_read_on_request(write):
     [(value, False) for value in (0, "0", False, None, 0.0, "", "false")]
     + [(value, True) for value in (1, "1", True, 1.0, "True")],
 )
-def test_what_tools_write_for_iscrowd(write, value, is_crowd):
+def test_values_that_tools_write_for_iscrowd(write, value, is_crowd):
     chair = annotate(1, 7, LEFT) | {"iscrowd": value}
     assert ids_of(write([chair, DOG])) == ([3] if is_crowd else [1, 3])
 
@@ -141,7 +141,7 @@ DAMAGED = "annotations with a mask that is damaged or of another size than their
     ],
     ids=str,
 )
-def test_objects_without_a_usable_mask_are_counted_and_silence_their_category(write, segmentation, reason):
+def test_objects_without_a_usable_mask_are_counted_and_exclude_their_category(write, segmentation, reason):
     bad = annotate(2, 7, TINY) | {"segmentation": segmentation}
     images, problems = find_problems(write, [annotate(1, 7, LEFT), bad, DOG])
     assert ids_of(images) == [3]
@@ -348,7 +348,7 @@ def test_unusable_files_are_errors_that_name_the_place(write, annotations, optio
     ("text", "message"),
     [("{", "is not JSON"), ("[]", "not in COCO's format"), ('{"images": []}', "not in COCO's"), (None, "a file")],
 )
-def test_files_of_something_else(tmp_path, text, message):
+def test_files_in_other_formats_are_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "instances.json").write_text(text)
     with pytest.raises(ValueError, match=message):

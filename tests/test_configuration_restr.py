@@ -52,7 +52,7 @@ LARGE = ViTConfig(hidden_size=1024, num_attention_heads=16)
         ({"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}, (768, 12, 3072)),
     ],
 )
-def test_widths_that_were_left_open_follow_another_vision_encoder(tmp_path, values, expected):
+def test_unset_widths_follow_another_vision_encoder(tmp_path, values, expected):
     config = ReSTRConfig(fusion_type="vanilla", **values)
     saved = config.to_dict()
     other = config.with_vision_config(LARGE)
@@ -309,7 +309,7 @@ def test_values_given_to_from_pretrained_are_checked_together(tmp_path):
         ReSTRVisionConfig.from_pretrained(tmp_path, patch_size=14)
 
 
-def test_open_values_given_to_from_pretrained_follow_the_encoders(tmp_path):
+def test_unset_values_given_to_from_pretrained_follow_the_encoders(tmp_path):
     ReSTRConfig(vision_config={"hidden_size": 96}, hidden_size=48, patch_loss_weight=0.5).save_pretrained(tmp_path)
     config, unused = ReSTRConfig.from_pretrained(
         tmp_path, hidden_size=None, patch_loss_weight=None, token_type=3, return_unused_kwargs=True

@@ -304,7 +304,7 @@ def test_a_finished_evaluation_is_not_repeated(output_dir, results, evaluate, ev
     assert not evaluated
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path, evaluate, evaluated):
+def test_a_folder_in_use_is_refused(tmp_path, evaluate, evaluated):
     with hold_folder(tmp_path, "evaluation"), pytest.raises(ValueError, match="Another process is writing to"):
         evaluate(tmp_path)
     assert not evaluated and [path.name for path in tmp_path.iterdir()] == [".evaluation.lock"]
@@ -318,7 +318,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path, evaluate, evaluated):
         ({"max_images": 3}, "split: val there, val[:3] now", 2),  # and other rows
     ],
 )
-def test_other_settings_do_not_mix(output_dir, results, evaluate, evaluated, options, named, number):
+def test_other_settings_are_refused(output_dir, results, evaluate, evaluated, options, named, number):
     with pytest.raises(ValueError, match="other settings") as error:
         evaluate(output_dir, **options)
     assert named in str(error.value) and str(error.value).count(" there, ") == number
@@ -326,7 +326,7 @@ def test_other_settings_do_not_mix(output_dir, results, evaluate, evaluated, opt
     assert json.loads((output_dir / "results.json").read_text()) == results
 
 
-def test_another_model_does_not_mix(tmp_path, output_dir, data_folder):
+def test_another_model_is_refused(tmp_path, output_dir, data_folder):
     model, processor = make_model_and_processor()
     next(model.parameters()).data.add_(1)
     folder = save_bundle(model, processor, tmp_path / "other", include_code=False)
@@ -363,6 +363,6 @@ def test_unusable_data_is_explained(tmp_path, restr, model_folder, data_folder):
 
 
 @pytest.mark.parametrize("option", ["--bootstrap", "--expressions-per-batch", "--max-images"])
-def test_numbers_of_things_are_positive(tmp_path, restr, model_folder, data_folder, option):
+def test_counts_must_be_positive(tmp_path, restr, model_folder, data_folder, option):
     done = restr("evaluate", model_folder, data_folder, "--split", "val", "--output-dir", tmp_path, option, 0)
     assert done.code == 2 and option in done.err

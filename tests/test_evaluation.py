@@ -171,7 +171,7 @@ def test_bad_rows_and_options_are_refused(model_and_processor, dataset):
         evaluate_image(*model_and_processor, row)
 
 
-def test_fingerprint_is_of_the_content_in_any_order(rows, dataset):
+def test_fingerprint_does_not_depend_on_the_order_of_rows(rows, dataset):
     digests = fingerprint_rows(dataset)
     assert len(set(digests)) == len(rows)
     assert fingerprint_rows(make_dataset(rows[::-1])) == digests[::-1]
@@ -189,7 +189,7 @@ def test_fingerprint_is_of_the_content_in_any_order(rows, dataset):
         lambda row: row["references"].pop(),
     ],
 )
-def test_fingerprint_tells_every_change(rows, dataset, change):
+def test_fingerprint_changes_with_every_field(rows, dataset, change):
     changed = make_rows(6)
     assert changed == rows
     change(changed[3])

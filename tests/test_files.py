@@ -3,7 +3,7 @@ import pytest
 from modeling_restr.files import hold_folder, replace_file
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+def test_files_are_replaced_atomically(tmp_path):
     path = tmp_path / "results.json"
     with replace_file(path) as temporary, replace_file(path) as another:
         temporary.write_text("one")
@@ -18,7 +18,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_one_run_at_a_time_holds_a_folder(tmp_path):
+def test_one_run_at_a_time_uses_a_folder(tmp_path):
     with hold_folder(tmp_path / "new", "run"):
         with pytest.raises(ValueError, match="Another process is writing to"), hold_folder(tmp_path / "new", "run"):
             pass

@@ -21,7 +21,7 @@ def load(folder, **kwargs):
     return load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", **kwargs)
 
 
-def test_it_does_not_depend_on_place_and_number_of_files(tmp_path):
+def test_fingerprint_does_not_depend_on_the_folder_or_the_number_of_files(tmp_path):
     expected = fingerprint_data(make_dataset(6))
     assert fingerprint_data(load(save(make_dataset(6), tmp_path / "one"))) == expected
     assert fingerprint_data(load(save(make_dataset(6), tmp_path / "other", num_files=3))) == expected
@@ -56,7 +56,7 @@ def change_id(rows):
 
 @pytest.mark.parametrize("change", [change_image, change_text, change_mask, change_id, list.reverse, list.pop])
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_other_rows_have_another_one(change, is_stream):
+def test_other_rows_have_another_fingerprint(change, is_stream):
     rows = make_rows(4)
     change(rows)
     data = [make_dataset(4), Dataset.from_list(rows, features=FEATURES)]

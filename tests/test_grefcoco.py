@@ -202,6 +202,6 @@ def test_folder_or_the_one_above(tmp_path, name):
         (make_ref(5, [10], None), "expected category_id to be a whole number of 64 bits or a list of them"),
     ],
 )
-def test_references_that_do_not_fit_are_named(tmp_path, ref, message):
+def test_invalid_references_are_named(tmp_path, ref, message):
     with pytest.raises(ValueError, match=message):
         read_references(tmp_path, [ref])

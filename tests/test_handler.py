@@ -377,7 +377,7 @@ def test_failure_of_the_model_is_only_logged(url, handler, monkeypatch, caplog, 
     assert post(url, make_request())[0] == 200
 
 
-def test_weights_that_are_not_finite_are_the_fault_of_the_server(url, handler, caplog):
+def test_weights_that_are_not_finite_give_status_500(url, handler, caplog):
     bias = handler.pipe.model.model.fusion.visual_projection.bias
     kept = bias.detach().clone()
     try:
@@ -402,7 +402,7 @@ def test_limits_have_to_be_positive_integers(monkeypatch, value):
         EndpointHandler("path")
 
 
-def test_server_refuses_bodies_that_it_need_not_read(url):
+def test_server_refuses_bodies_of_wrong_length_or_content(url):
     json_type = {"Content-Type": "application/json"}
     for length in ("100000000", "-1", "many", "9" * 5000):
         status, answer = post(url, b"{}", **json_type, **{"Content-Length": length})

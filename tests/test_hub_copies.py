@@ -404,7 +404,7 @@ def test_repeated_rows_are_named(copy, photos, caplog):
         ),
     ],
 )
-def test_values_of_another_kind_are_named_with_their_row(copy, photos, changes, message):
+def test_values_of_wrong_types_are_named_with_their_row(copy, photos, changes, message):
     write_lines(copy, reference_row(7) | changes)
     with pytest.raises(ValueError, match=f"{copy}: .*{message}"):
         read_hub_copy(copy, "train", image_dir=photos)

@@ -476,7 +476,7 @@ def test_post_processing_inverts_the_letterbox_of_labels(processor, size):
     assert off.max() <= max(1, np.ceil(0.5 * max(size) / 96))  # half a pixel of the canvas where that is coarser
 
 
-def test_nothing_of_the_canvas_reaches_the_mask(processor):
+def test_padding_does_not_reach_the_mask(processor):
     top, left, height, width = get_letterbox((30, 80), (96, 96))
     logits = torch.full((1, 96, 96), 10.0)
     logits[:, top : top + height, left : left + width] = -10
@@ -542,7 +542,7 @@ def test_logits_of_a_size_passed_in_the_call(processor):
 
 @pytest.mark.parametrize("size", [48, 32])
 @pytest.mark.parametrize("image_size", [(50, 33), (7, 90), (61, 60)])
-def test_what_was_prepared_at_another_size_is_undone_with_it(processor, size, image_size):
+def test_images_prepared_at_another_size_are_post_processed_with_it(processor, size, image_size):
     own = ReSTRImageProcessor(size=size)
     logits = torch.randn(1, size, size, generator=torch.Generator().manual_seed(0))
     patch_logits = torch.nn.functional.avg_pool2d(logits, 8)

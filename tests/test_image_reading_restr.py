@@ -184,7 +184,7 @@ def closed_file() -> io.BytesIO:
         (Image.new("RGB", (0, 3)), "at least one pixel"),
     ],
 )
-def test_what_is_no_image_is_the_same_error(processor, source, message):
+def test_other_values_raise_the_same_error(processor, source, message):
     with pytest.raises(UnreadableImageError, match=message):
         processor(source)
     with pytest.raises(UnreadableImageError, match=message):

@@ -730,7 +730,7 @@ UNEXPECTED = [
 
 
 @pytest.mark.parametrize("values", [{}, {"use_pixel_decoder": False}])
-def test_weights_without_a_place_are_reported(tmp_path, values):
+def test_unexpected_weights_are_reported(tmp_path, values):
     tiny_model(**values).save_pretrained(tmp_path)
     change_weights(tmp_path, lambda weights: weights.update({name: torch.ones(2) for name in UNEXPECTED}))
     _, info = ReSTRForImageSegmentation.from_pretrained(tmp_path, output_loading_info=True)

@@ -33,7 +33,7 @@ def test_new_words_are_learned_in_a_few_steps(ran):
     assert not torch.equal(ran["vectors"][ran["new"]], ran["vectors"][ran["known"]])
 
 
-def test_new_words_are_known_after_saving_and_old_ones_mean_what_they_did(ran, tmp_path):
+def test_new_words_are_known_after_saving_and_old_ones_keep_their_masks(ran, tmp_path):
     folder = save_bundle(ran["model"].eval(), ran["processor"], tmp_path / "model")
     pipes = [
         ReSTRPipeline(

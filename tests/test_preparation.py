@@ -129,13 +129,13 @@ def test_parquet_files_of_another_origin_are_left_alone(tmp_path, images):
     assert read_files(tmp_path / "output").keys() - {".preparation.lock"} == {"data/val.parquet"}
 
 
-def test_two_at_once_in_one_folder_are_an_error(tmp_path, images):
+def test_two_preparations_in_one_folder_are_an_error(tmp_path, images):
     (tmp_path / "output").mkdir()
     with FileLock(tmp_path / "output" / ".preparation.lock"), pytest.raises(ValueError, match="Another process"):
         prepare(SOURCE, {"val": images}, tmp_path / "output")
 
 
-def test_bad_images_stop_it_without_a_card_or_incomplete_files(tmp_path, images):
+def test_bad_images_stop_the_preparation_without_a_card_or_incomplete_files(tmp_path, images):
     output = tmp_path / "output"
     images[4].image.unlink()
     with pytest.raises(BadImage, match=f": 1\n  {images[4].file_name}: missing"):
@@ -152,7 +152,7 @@ def test_bad_images_stop_it_without_a_card_or_incomplete_files(tmp_path, images)
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_all_that_was_dropped_is_counted_by_kind(tmp_path, images, num_proc):
+def test_dropped_objects_and_images_are_counted_by_kind(tmp_path, images, num_proc):
     images[4].image.unlink()
     stray = dataclasses.replace(images[5].references[0], segmentation=[[1, 2], *TWO_BOXES, [1, 2, 3, 4]])
     empty = dataclasses.replace(images[6].references[0], segmentation=[[3, 3, 9, 3, 9, 3]])

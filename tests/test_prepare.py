@@ -52,7 +52,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_refer_next_to_the_published_counts(prepare, tmp_path):
+def test_refer_is_compared_with_the_published_counts(prepare, tmp_path):
     output = tmp_path / "output"
     out = prepare(*write_refer(tmp_path / "refer"), "--output-dir", output, "--images-per-shard", 3)
     table = out.partition("RefCOCO (unc) in ")[2]
@@ -79,7 +79,7 @@ def test_refer_reads_chosen_splits(prepare, tmp_path, chosen):
     assert {path.name.partition("-")[0] for path in (output / "data").iterdir()} == {"val", "test"}
 
 
-def test_bad_images_stop_it_or_are_left_out_and_listed(prepare, error_of, tmp_path):
+def test_bad_images_stop_the_preparation_or_are_left_out_and_listed(prepare, error_of, tmp_path):
     output = tmp_path / "output"
     words = [*write_refer(tmp_path / "refer"), "--output-dir", output, "--images-per-shard", 4]
     images = tmp_path / "refer" / "images"
@@ -132,7 +132,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
-def test_killed_in_the_middle_of_a_shard_it_resumes_to_the_same_end(prepare, tmp_path):
+def test_preparation_killed_within_a_shard_resumes_to_the_same_files(prepare, tmp_path):
     words = [*write_refer(tmp_path / "refer"), "--splits", "train", "--images-per-shard", 2, "--num-proc", 2]
     prepare(*words[:-2], "--output-dir", tmp_path / "undisturbed")
     blocking, pipe, output = tmp_path / "blocking.py", tmp_path / "pipe", tmp_path / "killed"

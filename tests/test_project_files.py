@@ -73,7 +73,7 @@ def test_contributors_are_told_the_test_commands_that_exist():
         assert f"\n{command}\n" in GUIDE
 
 
-def test_the_reader_of_the_guide_reads(tmp_path):
+def test_the_example_reader_in_the_guide_works(tmp_path):
     toy = {"category": "car", "polygons": TWO_BOXES, "texts": ["the red car", "car"]}
     (tmp_path / "train.json").write_text(json.dumps({"a.png": [toy], "b.png": [toy, toy]}))
     for seed, name in enumerate(("a.png", "b.png")):

@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""The snippets of the README run and print what it shows."""
 
 import re
 import subprocess
@@ -22,14 +22,14 @@ def run_python(code: str) -> str:
 
 
 @pytest.mark.numerics
-def test_first_snippet_prints_what_stands_below_it():
+def test_first_snippet_prints_the_output_shown():
     index = next(number for number, (language, _) in enumerate(BLOCKS) if language == "python")
     language, printed = BLOCKS[index + 1]
     assert language == "text"
     assert_same_text(run_python(BLOCKS[index][1]), printed)
 
 
-def test_features_are_kept_for_later_sentences_as_shown():
+def test_snippet_that_keeps_image_features_runs():
     code = next(code for language, code in BLOCKS if language == "python" and "vision_embeds" in code)
     out = run_python(code + "\nprint(len(masks), tuple(masks[0]['mask'].shape))")
     assert out.split("\n")[-2] == "1 (264, 352)"

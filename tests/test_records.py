@@ -26,7 +26,7 @@ PATH = Path("instances.json")
         ({"sentences": 5}, "expected sentences to be a list, got 5"),
     ],
 )
-def test_fields_of_another_kind_are_named_with_their_place(changes, message):
+def test_fields_of_wrong_types_are_named_with_their_place(changes, message):
     kinds = {"id": ID, "sent": TEXT, "sentences": LIST}
     record = {"id": -(2**63), "sent": "the 犬", "sentences": [], "other": None}
     check_fields(record, kinds, "refs.p, reference 3")
@@ -34,7 +34,7 @@ def test_fields_of_another_kind_are_named_with_their_place(changes, message):
         check_fields(record | changes, kinds, "refs.p, reference 3")
 
 
-def test_other_values_are_shown_in_short():
+def test_long_values_are_shortened():
     deep = []
     for _ in range(5000):
         deep = [deep]

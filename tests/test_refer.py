@@ -144,7 +144,7 @@ def as_python2_str(value):
     return value
 
 
-def test_what_is_read(data):
+def test_images_and_references_are_read(data):
     images = read_refer(data / "data", data / "train2014")
     assert [(image.image_id, image.file_name) for image in images] == list(FILE_NAMES.items())  # in the file's order
     assert [[reference.ref_id for reference in image.references] for image in images] == [[4, 3], [2]]
@@ -224,7 +224,7 @@ def test_malicious_pickles_are_refused(data, protocol):
         (b"<html>Not found</html>", "invalid load key, '<'"),
     ],
 )
-def test_pickles_of_anything_else_are_refused(tmp_path, content, named):
+def test_pickles_with_other_content_are_refused(tmp_path, content, named):
     path = tmp_path / "refs(unc).p"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"refs\(unc\)\.p was refused: .*{named}"):
@@ -303,7 +303,7 @@ def test_splits_of_several_test_sets(tmp_path):
         (("refcoco+",), r"data to be the folder of refcoco\+, with instances\.json, or to hold it"),
     ],
 )
-def test_what_does_not_exist_is_explained(data, arguments, message):
+def test_unknown_datasets_and_splits_are_explained(data, arguments, message):
     with pytest.raises(ValueError, match=message):
         read_refer(data / "data", data / "train2014", *arguments)
 
@@ -336,7 +336,7 @@ def test_folders_that_do_not_exist_are_explained(data):
         ({"split": None}, "reference 1: expected split to be text, got None"),
     ],
 )
-def test_references_that_do_not_fit_are_named(data, changes, message):
+def test_invalid_references_are_named(data, changes, message):
     refs = default_refs()
     refs[1].update(changes)
     write_refer(data / "data/refcoco", refs)
@@ -371,13 +371,13 @@ def change(table, number, **fields):
     ],
     ids=str,
 )
-def test_instances_of_something_else_are_explained(data, content, message):
+def test_instances_in_other_formats_are_explained(data, content, message):
     (data / "data/refcoco/instances.json").write_text(content)
     with pytest.raises(ValueError, match=rf"instances\.json.*{message}"):
         read_refer(data / "data", data / "train2014")
 
 
-def test_references_of_something_else_are_explained(data):
+def test_references_in_other_formats_are_explained(data):
     for refs, message in (
         ({"refs": []}, "to hold a list of references, got dict"),
         ([{"ref_id": 1}], r"reference 0: expected the fields \['ann_id', .*\], got \{'ref_id': 1\}"),

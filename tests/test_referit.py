@@ -115,7 +115,7 @@ def test_masks_that_crash_scipy_are_bad_images(data):
     assert build_dataset(read(data), skip_bad=True, progress=False)["image_id"][:] == [8756]
 
 
-def test_a_reader_that_ended_is_started_again(data):
+def test_a_reader_process_that_died_is_restarted(data):
     reader = MatReader()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"KeyError: 'x'"):
@@ -133,7 +133,7 @@ def test_masks_without_the_object_are_bad_images(data, value):
         build_dataset(read(data), progress=False)
 
 
-def test_images_lie_in_their_folder(data):
+def test_images_outside_of_their_folder_are_bad(data):
     (data / "images/112.jpg").rename(data / "elsewhere.jpg")
     (data / "images/112.jpg").symlink_to(data / "elsewhere.jpg")
     with pytest.raises(BadImage, match=r"112\.jpg: cannot be read \(it leads out of the folder of the images"):
@@ -175,7 +175,7 @@ def test_splits_that_do_not_exist_are_explained(data):
         {f"{10**12}_1": ["sky"]},  # its ids would not fit into 64 bits
     ],
 )
-def test_files_of_something_else_are_explained(data, queries):
+def test_files_in_other_formats_are_explained(data, queries):
     write_queries(data, queries)
     with pytest.raises(
         ValueError, match=r"referit_query_test\.json to hold \{\"IMAGE_OBJECT\": \[text, \.\.\.\]\}, got"

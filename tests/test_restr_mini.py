@@ -57,7 +57,7 @@ def test_wordings_are_answered_as_recorded(wordings, recorded):
 
 
 @pytest.mark.slow
-def test_the_first_example_survives_all_its_wordings(wordings, recorded):
+def test_the_first_example_is_found_in_all_its_wordings(wordings, recorded):
     found, expected = (results["things"][FIRST_EXAMPLE]["iou"] for results in (wordings, recorded["wordings"]))
     assert len(found) == 8 and found == pytest.approx(expected, abs=0.02)
     readme = (EXAMPLES.parent / "README.md").read_text()

@@ -72,7 +72,7 @@ def test_bad_images_are_named_and_left_out_on_request(tmp_path):
     assert str(tmp_path) in bad[0] and tmp_path.name not in "".join(left_out)  # folders are private
 
 
-def test_finished_shards_are_kept_and_others_made(tmp_path):
+def test_finished_shards_are_kept_and_the_others_made(tmp_path):
     images = make_images(tmp_path / "images", range(7))
     plan = plan_shards(tmp_path, "val", images, 3)
     assert [shard.path.name for shard in plan] == [f"val-0000{index}-of-00003.parquet" for index in range(3)]
@@ -88,7 +88,7 @@ def test_finished_shards_are_kept_and_others_made(tmp_path):
     assert [plan[index].path.stat().st_mtime_ns for index in (0, 2)] == [times[0], times[2]]
 
 
-def test_shards_that_lack_images_are_made_again_once_nothing_may_lack(tmp_path):
+def test_shards_that_skipped_images_are_made_again_when_none_may_be_skipped(tmp_path):
     images = make_images(tmp_path / "images", range(4))
     images[3].image.unlink()
     plan = plan_shards(tmp_path, "val", images, 2)
@@ -102,7 +102,7 @@ def test_shards_that_lack_images_are_made_again_once_nothing_may_lack(tmp_path):
     assert plan[0].path.stat().st_mtime_ns == times[0] and read_split([plan[1].path]).counts.images == 2
 
 
-def test_no_shard_is_begun_after_a_bad_image(tmp_path):
+def test_no_shard_is_started_after_a_bad_image(tmp_path):
     images = make_images(tmp_path / "images", range(6))
     for index in (2, 3, 5):
         images[index].image.unlink()

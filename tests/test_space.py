@@ -493,7 +493,7 @@ def describe(pipe, photo, sentences, threshold):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
-def test_upload_type_see_masks_move_the_slider(url, browser, segmenter, pipe, width):
+def test_page_shows_masks_after_an_upload_and_follows_the_slider(url, browser, segmenter, pipe, width):
     page = Page(browser, url, width)
     page.screenshot(f"{width}_start")
     page.upload(PHOTOS / "stop_sign.jpg")

@@ -67,7 +67,7 @@ def test_each_mask_is_drawn_in_its_colour_on_its_image():
             np.testing.assert_allclose(center, (photo + np.array(get_color(number))) / 2, atol=3)
 
 
-def test_no_panel_without_sentences(tmp_path):
+def test_without_sentences_there_is_no_panel(tmp_path):
     (row,) = make_dataset(1)
     show_panel(Oracle([]), make_processor(), [row | {"references": []}], tmp_path, 3)
     assert not list(tmp_path.iterdir())

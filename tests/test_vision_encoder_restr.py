@@ -398,7 +398,7 @@ def test_weights_of_masked_autoencoders_load_as_a_plain_vit(tmp_path):
 
 
 @pytest.mark.parametrize("size", [{}, {"hidden_size": 24}])
-def test_widths_that_were_left_open_follow_the_encoder_that_was_loaded(tmp_path, size):
+def test_unset_widths_follow_the_loaded_encoder(tmp_path, size):
     save_encoder(ViTModel, ViTConfig(**{**SIZES, "hidden_size": 40}, image_size=32, patch_size=8), tmp_path)
     config = ReSTRConfig(fusion_type="vanilla", **size)
     model = ReSTRForImageSegmentation.from_vision_pretrained(tmp_path, config)
@@ -428,7 +428,7 @@ def test_half_precision_checkpoints_start_in_the_default_dtype(tmp_path):
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-def test_bad_starts_are_refused(tmp_path):
+def test_unusable_pretrained_encoders_are_refused(tmp_path):
     save_encoder(ViTModel, VISION_CONFIGS["vit"][0], tmp_path / "vit")
     with pytest.raises(ValueError, match=r"positive multiple of the patch size \(8, 8\), got 50"):
         ReSTRForImageSegmentation.from_vision_pretrained(tmp_path / "vit", image_size=50)

@@ -75,7 +75,7 @@ def test_grid_is_filled_row_by_row_and_white_elsewhere():
     assert arrange_in_grid(images, columns=4).size == (30, 8)
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+def test_pictures_are_written_atomically(tmp_path):
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     path = save_image(image, tmp_path / "new" / "picture.png")
     assert (np.asarray(Image.open(path)) == np.asarray(image)).all()
