@@ -1,6 +1,7 @@
 """Small COCO annotations for the tests of what reads them."""
 
 import numpy as np
+from pictures import make_exif
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
@@ -28,8 +29,5 @@ LEFT_OUTLINE = [10, 30, 41, 30, 41, 61, 10, 61]  # of the pixels of LEFT
 
 def save_image(path, size=(WIDTH, HEIGHT), orientation=None):
     """A file of `size` (width, height) as it is stored."""
-    exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, "teal").save(path, exif=exif)
+    Image.new("RGB", size, "teal").save(path, exif=make_exif(orientation))

@@ -1,6 +1,5 @@
 """The canonical form compared with Pillow and NumPy."""
 
-import io
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from pictures import encode, make_exif
 from PIL import EpsImagePlugin, ExifTags, Image
 
 from modeling_restr.data.canonical import (
@@ -34,10 +34,8 @@ def random_pixels(seed=0, size=(HEIGHT, WIDTH)):
 
 
 def write_image(path, pixels=None, orientation=None, mode="RGB", **kwargs):
-    exif = Image.Exif()
-    if orientation is not None:
-        exif[ExifTags.Base.Orientation] = orientation
-    Image.fromarray(random_pixels() if pixels is None else pixels).convert(mode).save(path, exif=exif, **kwargs)
+    image = Image.fromarray(random_pixels() if pixels is None else pixels).convert(mode)
+    image.save(path, exif=make_exif(orientation), **kwargs)
     return path
 
 
@@ -155,9 +153,7 @@ def test_wrong_size_is_explained(tmp_path):
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "gif", "webp", "bmp"])
 def test_truncated_images_never_pass(tmp_path, extension):
-    buffer = io.BytesIO()
-    Image.fromarray(random_pixels()).save(buffer, format={"jpg": "JPEG"}.get(extension, extension))
-    whole = buffer.getvalue()
+    whole = encode(Image.fromarray(random_pixels()), {"jpg": "JPEG"}.get(extension, extension))
     path = tmp_path / f"a.{extension}"
     for share in np.linspace(0, 0.9, 10):
         path.write_bytes(whole[: int(len(whole) * share)])
@@ -172,10 +168,9 @@ def test_damaged_images_are_bad_or_decode_to_their_size(tmp_path):
     path = tmp_path / "a.tiff"
     num_bad = 0
     for image_format in ("TIFF", "PNG", "JPEG", "AVIF"):
-        buffer = io.BytesIO()
-        Image.fromarray(random_pixels()).save(buffer, format=image_format)
+        whole = encode(Image.fromarray(random_pixels()), image_format)
         for _ in range(60):
-            damaged = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+            damaged = np.frombuffer(whole, np.uint8).copy()
             damaged[rng.integers(0, min(400, damaged.size), 8)] = rng.integers(0, 256, 8)
             path.write_bytes(damaged.tobytes())
             try:

@@ -1,7 +1,6 @@
 """Combining: no image that is evaluated on is trained on, whatever its file name."""
 
 import dataclasses
-import io
 import shutil
 
 import datasets
@@ -122,10 +121,8 @@ def test_same_picture_compressed_again_is_one_row_but_others_with_its_id_are_not
     }
     folders = {"a": prepare_folder(tmp_path / "prepared_a", "a", train=[make_image(tmp_path / "a", 5, name)])}
     for set_name, (picture, quality) in buffers.items():
-        buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=quality)
         (tmp_path / set_name).mkdir()
-        (tmp_path / set_name / name).write_bytes(buffer.getvalue())
+        picture.save(tmp_path / set_name / name, format="JPEG", quality=quality)
         image = make_image(tmp_path / set_name, 5, name, first_id=1000)
         image = dataclasses.replace(image, size=picture.size[::-1])
         folders[set_name] = prepare_folder(tmp_path / f"prepared_{set_name}", set_name, train=[image])

@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pictures import encode
 from PIL import Image
 from tiny_models import make_model, randomize
 
@@ -37,8 +38,6 @@ def make_rows(num_images: int, seed: int = 0) -> list[dict]:
     for image_id in range(num_images):
         width, height = generator.integers(30, 100, size=2).tolist()
         coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        coarse.resize((width, height)).save(buffer, format="PNG")
         references = []
         for number in range(generator.integers(1, 4)):
             mask = np.zeros((height, width), dtype=bool)
@@ -50,7 +49,7 @@ def make_rows(num_images: int, seed: int = 0) -> list[dict]:
                 sent_id += 1
             reference = {"ref_id": 10 * image_id + number, "ann_id": 7, "category": "thing", "bbox": [0, 0, 1, 1]}
             references.append({**reference, "mask": encode_mask(mask), "expressions": expressions})
-        image = {"bytes": buffer.getvalue(), "path": f"{image_id}.png"}
+        image = {"bytes": encode(coarse.resize((width, height))), "path": f"{image_id}.png"}
         rows.append({"image": image, "image_id": image_id, "file_name": f"{image_id}.png", "references": references})
     return rows
 

@@ -17,6 +17,7 @@ import torch
 from annotated_images import make_images
 from doc_pages import run_page
 from numerics import assert_as_precise
+from pictures import encode
 from PIL import EpsImagePlugin, Image
 from transformers import ViTConfig
 
@@ -316,9 +317,7 @@ def test_encoded_images_are_not_encoded_again(runner, images, monkeypatch):
 
 def png_of_16_bits(values, transparent):
     values.flat[:9] = transparent
-    buffer = BytesIO()
-    Image.fromarray(values.astype(np.uint16)).save(buffer, "PNG", transparency=transparent)
-    return buffer
+    return BytesIO(encode(Image.fromarray(values.astype(np.uint16)), transparency=transparent))
 
 
 def make_odd_images():

@@ -23,6 +23,7 @@ import torch
 from fresh_process import run_without_package
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError
+from pictures import encode, make_exif
 from PIL import Image
 from tiny_models import randomize
 from tiny_training import make_model, make_processor
@@ -62,12 +63,6 @@ with open(request) as file:
 def make_image(seed: int = 0, size: tuple[int, int] = (60, 40)) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size)
-
-
-def to_bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def to_base64(content: bytes) -> str:
@@ -134,7 +129,7 @@ def post(url: str, body: bytes | dict, query: dict | None = None, **headers) -> 
 
 
 def make_request(image: Image.Image | None = None, **others) -> dict:
-    return {"inputs": to_base64(to_bytes(image or make_image())), "text": TEXTS[0], **others}
+    return {"inputs": to_base64(encode(image or make_image())), "text": TEXTS[0], **others}
 
 
 HEADS = ("data:image/png;base64,", "data:;base64,", "DATA:image/x;charset=utf-8;base64,")
@@ -150,7 +145,7 @@ HEADS = ("data:image/png;base64,", "data:;base64,", "DATA:image/x;charset=utf-8;
         ({"parameters": {"threshold": 0.8}}, TEXTS[:1], 0.8),
         ({"parameters": {"mask_threshold": 0.8}}, TEXTS[:1], 0.8),
         ({"parameters": {"threshold": "0.8"}}, TEXTS[:1], 0.8),
-        *(({"inputs": head + to_base64(to_bytes(make_image()))}, TEXTS[:1], 0.5) for head in HEADS),
+        *(({"inputs": head + to_base64(encode(make_image()))}, TEXTS[:1], 0.5) for head in HEADS),
     ],
 )
 def test_answers_are_those_of_the_pipeline(url, pipe, changes, texts, threshold):
@@ -167,7 +162,7 @@ def test_sentences_and_thresholds_give_different_masks(pipe):
 
 
 def test_photo_may_be_the_body_with_sentences_in_the_query(url, pipe):
-    photo = to_bytes(make_image())
+    photo = encode(make_image())
     query = {"text": "\n".join(TEXTS[:2]), "threshold": 0.4}
     status, results = post(url, photo, query, **{"Content-Type": "image/png"})
     assert status == 200
@@ -176,15 +171,13 @@ def test_photo_may_be_the_body_with_sentences_in_the_query(url, pipe):
 
 def test_pil_images_and_photos_of_cameras_are_read(handler, pipe):
     assert_same(handler({"inputs": make_image(), "text": TEXTS[0]}), pipe(make_image(), text=TEXTS[0]))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    turned = to_bytes(make_image(), exif=exif)
+    turned = encode(make_image(), exif=make_exif(6))
     results = handler({"inputs": turned, "text": TEXTS[0]})
     assert_same(results, pipe(make_image().transpose(Image.Transpose.ROTATE_270), text=TEXTS[0]))
     preview = make_image(1, (6, 4))
-    several = to_bytes(make_image(), "MPO", save_all=True, append_images=[preview], quality=95)
+    several = encode(make_image(), "MPO", save_all=True, append_images=[preview], quality=95)
     assert Image.open(BytesIO(several)).n_frames == 2
-    photo = Image.open(BytesIO(to_bytes(make_image(), "JPEG", quality=95)))
+    photo = Image.open(BytesIO(encode(make_image(), "JPEG", quality=95)))
     assert_same(handler({"inputs": several, "text": TEXTS[0]}), pipe(photo, text=TEXTS[0]))
 
 
@@ -255,9 +248,9 @@ def test_inference_client_reads_the_answers(url, pipe, tmp_path):
 
 def claim_size(width: int, height: int) -> bytes:
     """A PNG file whose header claims a wrong size."""
-    content = bytearray(to_bytes(make_image()))
-    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    content = bytearray(encode(make_image()))
+    content[16:24] = width.encode(4, "big") + height.encode(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).encode(4, "big")
     return bytes(content)
 
 
@@ -294,22 +287,22 @@ BAD_REQUESTS = {
     "letters beyond ASCII": ({"inputs": "ü" * 8}, "as standard base64 in one line"),
     "an empty image": ({"inputs": ""}, "Expected an image in 'inputs' .*, got something else"),
     "no image file": ({"inputs": to_base64(noise(300))}, "Expected an image in 'inputs' .*, got something else"),
-    "a format that runs programs": ({"inputs": to_base64(to_bytes(make_image(), "EPS"))}, "got something else"),
-    "half of an image": ({"inputs": to_base64(to_bytes(make_image())[:-2000])}, "complete image .* got a damaged one"),
+    "a format that runs programs": ({"inputs": to_base64(encode(make_image(), "EPS"))}, "got something else"),
+    "half of an image": ({"inputs": to_base64(encode(make_image())[:-2000])}, "complete image .* got a damaged one"),
     "too many bytes": ({"inputs": to_base64(noise(30_001))}, "at most 30000 bytes, got 30001"),
     "too many bytes, no base64": ({"inputs": "*" * 40_004}, "at most 30000 bytes, got 30003"),
     "too many pixels": (
-        {"inputs": to_base64(to_bytes(make_image(0, (101, 100))))},
+        {"inputs": to_base64(encode(make_image(0, (101, 100))))},
         "1 to 10000 pixels, got a larger one",
     ),
     "a bomb": ({"inputs": to_base64(claim_size(60_000, 60_000))}, "1 to 10000 pixels, got a larger one"),
-    "an animation": ({"inputs": to_base64(to_bytes(make_image(), "GIF", **FRAMES))}, "several frames or pages"),
-    "an animated PNG": ({"inputs": to_base64(to_bytes(make_image(), "PNG", **FRAMES))}, "several frames or pages"),
+    "an animation": ({"inputs": to_base64(encode(make_image(), "GIF", **FRAMES))}, "several frames or pages"),
+    "an animated PNG": ({"inputs": to_base64(encode(make_image(), "PNG", **FRAMES))}, "several frames or pages"),
     "pixels that are not finite": (
-        {"inputs": to_base64(to_bytes(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"))},
+        {"inputs": to_base64(encode(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"))},
         "cannot be read: expected values in 0..1 or 0..255",
     ),
-    "several pages": ({"inputs": to_base64(to_bytes(make_image(), "TIFF", **FRAMES))}, "several frames or pages"),
+    "several pages": ({"inputs": to_base64(encode(make_image(), "TIFF", **FRAMES))}, "several frames or pages"),
 }
 
 
@@ -322,7 +315,7 @@ def test_bad_requests_are_explained(url, changes, message):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as a handler does in its process
 def test_images_at_the_limits_are_read(url, handler):
-    exact = to_bytes(make_image(0, (100, 100)), "BMP")  # of known size
+    exact = encode(make_image(0, (100, 100)), "BMP")  # of known size
     assert 30_000 < len(exact) < 30_100
     status, answer = post(url, {"inputs": to_base64(exact), "text": TEXTS[0]})
     assert status == 400 and "30000 bytes" in answer["error"]
@@ -345,7 +338,7 @@ def test_neither_paths_nor_urls_are_opened(url, tmp_path):
             asked.append(self.path)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(to_bytes(make_image()))
+            self.wfile.write(encode(make_image()))
 
     path = tmp_path / "photo.png"
     make_image().save(path)

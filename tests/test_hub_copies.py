@@ -7,6 +7,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
+from pictures import encode
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -64,9 +65,7 @@ def write_lines(copy, *rows, split="train"):
 def photo(image_id):
     height, width = SIZES[image_id]
     noise = np.random.default_rng(image_id).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return encode(Image.fromarray(noise), "JPEG")
 
 
 def pixels(image_id):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pictures import make_exif
 from PIL import Image
 
 from modeling_restr import image_processing_restr
@@ -133,9 +134,7 @@ def test_saves_and_reloads(processor, tmp_path):
 
 def test_exif_orientation_is_applied(processor, tmp_path):
     upright = Image.fromarray(gradient(40, 60)[..., :1].repeat(3, -1))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored rotated: a viewer turns it clockwise
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=make_exif(6))
     expected = pixels_of(processor, upright)
     for image in (Image.open(tmp_path / "turned.png"), str(tmp_path / "turned.png"), tmp_path / "turned.png"):
         inputs = processor(image, return_tensors="pt")

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from pictures import encode, make_exif
 from PIL import EpsImagePlugin, Image, features
 
 from modeling_restr import UnreadableImageError
@@ -17,13 +18,8 @@ from modeling_restr.image_processing_restr import ReSTRImageProcessor
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
 
-def encode(file_format: str = "PNG", image: Image.Image | None = None, **options) -> bytes:
-    buffer = io.BytesIO()
-    (image or Image.fromarray(PIXELS)).save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-PNG = encode()
+IMAGE = Image.fromarray(PIXELS)
+PNG = encode(IMAGE)
 
 
 @pytest.fixture
@@ -110,9 +106,9 @@ def test_many_paths_are_opened_one_after_the_other(processor, path, monkeypatch)
 
 
 def damaged() -> dict[str, bytes]:
-    contents = {kind: encode(kind)[:-40] for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "JPEG2000")}
+    contents = {kind: encode(IMAGE, kind)[:-40] for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "JPEG2000")}
     if features.check("avif"):
-        contents["AVIF"] = encode("AVIF")[:-40]
+        contents["AVIF"] = encode(IMAGE, "AVIF")[:-40]
     changed = bytearray(PNG)
     changed[PNG.index(b"IDAT") + 9] ^= 255
     header = struct.pack(">IIBBBBB", 12, 20, 7, 2, 0, 0, 0)  # of 7 bits
@@ -199,7 +195,7 @@ def test_urls_that_cannot_be_read_are_named(processor):
 def test_ghostscript_is_never_started(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("Ghostscript was started"))
     path = tmp_path / "drawing.png"  # whatever it is called
-    path.write_bytes(encode("EPS"))
+    path.write_bytes(encode(IMAGE, "EPS"))
     for source in (path, path.read_bytes(), Image.open(path)):
         with pytest.raises(UnreadableImageError, match="EPS"):
             processor(source)
@@ -217,7 +213,7 @@ def test_empty_lists_and_lists_that_hold_themselves_are_refused(processor):
 
 def grey_png_of_16_bits(values: np.ndarray, transparent: int | None) -> bytes:
     options = {} if transparent is None else {"transparency": transparent}
-    return encode(image=Image.fromarray(values.astype(np.uint16)), **options)
+    return encode(Image.fromarray(values.astype(np.uint16)), **options)
 
 
 def test_a_transparent_value_of_16_bit_images_becomes_white(processor):
@@ -232,8 +228,6 @@ def test_a_transparent_value_of_16_bit_images_becomes_white(processor):
 
 
 def test_images_in_memory_are_not_changed(processor):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = Image.open(io.BytesIO(encode(exif=exif)))
+    image = Image.open(io.BytesIO(encode(IMAGE, exif=make_exif(6))))
     assert processor(image)["original_sizes"] == [(20, 12)]
     assert image.size == (20, 12) and image.getexif()[0x0112] == 6

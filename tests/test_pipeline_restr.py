@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pictures import encode, make_exif
 from PIL import Image
 from tiny_models import make_model, randomize
 from torch.utils.data import Dataset
@@ -148,9 +149,7 @@ def test_kinds_of_images(pipe, images, tmp_path):
 
 
 def test_masks_have_the_size_that_a_viewer_shows(pipe, images, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    images[0].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    images[0].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=make_exif(6))
     (turned,) = pipe(str(tmp_path / "turned.png"), text="the man")
     assert turned["mask"].size == images[0].size
     assert agree(turned, pipe(images[0], text="the man")[0], share=1)
@@ -177,9 +176,8 @@ def test_images_that_cannot_be_read_are_named(pipe, images, tmp_path):
 
 
 def test_datasets_that_cannot_decode_an_image_name_its_row(pipe, images):
-    buffer = io.BytesIO()
-    images[0].save(buffer, "PNG")
-    contents = [{"bytes": content, "path": None} for content in (buffer.getvalue(), buffer.getvalue()[:-200])]
+    whole = encode(images[0])
+    contents = [{"bytes": content, "path": None} for content in (whole, whole[:-200])]
     rows = datasets.Dataset.from_dict({"image": contents, "text": ["the man"] * 2}).cast_column(
         "image", datasets.Image()
     )

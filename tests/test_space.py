@@ -21,6 +21,7 @@ import torch
 from fresh_process import run_without_package
 from huggingface_hub import RepoCard
 from packaging.requirements import Requirement
+from pictures import make_exif
 from PIL import Image
 from tiny_training import make_model, make_processor
 
@@ -116,9 +117,7 @@ def test_sentences_are_the_lines_without_blank_ones():
 
 def test_photos_are_read_upright_and_on_white(tmp_path, image_processor):
     pixels = make_photo((30, 50))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=make_exif(6))
     assert (app.read_photo(tmp_path / "turned.png", image_processor) == np.rot90(pixels, -1)).all()
 
     alpha = np.zeros((30, 50, 1), dtype=np.uint8)
