@@ -16,11 +16,32 @@ def draw(shape, box):
     return np.asarray(mask, dtype=bool)
 
 
-def annotate(number, image_id, mask, category_id=1, iscrowd=0):
+def compress(mask):
+    """COCO's compressed RLE, as pycocotools writes it."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    rle = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def run_lengths(mask):
+    """COCO's uncompressed RLE by its definition: run lengths in column order, the first of them outside."""
+    pixels = mask.flatten(order="F")
+    starts = np.flatnonzero(np.diff(pixels)) + 1
+    counts = np.diff([0, *starts, pixels.size]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if pixels[0] else counts}
+
+
+def annotate(number, image_id, mask, category_id=1, iscrowd=0):
+    rle = compress(mask)
     fields = {"id": number, "image_id": image_id, "category_id": category_id, "iscrowd": iscrowd}
     return fields | {"segmentation": rle, "bbox": coco_mask.toBbox(rle).tolist(), "area": float(mask.sum())}
+
+
+def ids_of(images):
+    return [reference.ann_id for image in images for reference in image.references]
+
+
+def texts_of(images):
+    return [text for image in images for reference in image.references for _, text in reference.expressions]
 
 
 LEFT, RIGHT, TINY = (draw("rectangle", corners) for corners in ([10, 30, 40, 60], [90, 30, 120, 60], [60, 5, 61, 6]))

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+from coco_annotations import compress
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 
 CATEGORIES = ["person", "dog", "elephant", "skirt"]
@@ -37,13 +37,12 @@ def write_photographs(
             mask[y : y + 36 + 6 * number_of_box, x : x + 26] = 1
             if colored:
                 pixels[mask > 0] = COLORS[category]
-            rle = coco_mask.encode(np.asfortranarray(mask))
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": index + 1,
                     "category_id": CATEGORIES.index(category) + 1,
-                    "segmentation": {"size": list(size), "counts": rle["counts"].decode()},
+                    "segmentation": compress(mask),
                     "iscrowd": 0,
                 }
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import read_files
 from fresh_process import run_without_package
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -102,10 +103,6 @@ def build_processor(image_size: int = 32, largest_id: int = 9) -> ReSTRProcessor
 
 def build_image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

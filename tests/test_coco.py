@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from coco_annotations import CATEGORIES, HEIGHT, WIDTH, annotate, draw
+from coco_annotations import CATEGORIES, HEIGHT, WIDTH, annotate, compress, draw, texts_of
 from pycocotools import mask as coco_mask
 
 from modeling_restr.data import read_coco
@@ -302,10 +302,6 @@ def read(path, **options):
     return read_coco(path, path.parent, progress=False, **options)
 
 
-def texts_of(images):
-    return [text for image in images for reference in image.references for _, text in reference.expressions]
-
-
 def test_each_expression_is_true_of_its_instance_only(random_file):
     path, truth = random_file
     kinds = Counter()
@@ -445,7 +441,7 @@ def test_expressions_are_distinct_and_as_many_as_requested():
 def test_measure_mask_agrees_with_pycocotools():
     mask = np.random.default_rng(0).random((40, 60)) > 0.5
     mask[:5], mask[:, 50:] = False, False
-    x, y, width, height = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    x, y, width, height = coco_mask.toBbox(compress(mask))
     instance = measure_mask("cup", mask, min_area_share=0.3)
     np.testing.assert_allclose(instance.box, (x / 60, y / 40, (x + width) / 60, (y + height) / 40))
     rows, columns = np.nonzero(mask)

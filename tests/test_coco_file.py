@@ -6,7 +6,22 @@ import re
 
 import numpy as np
 import pytest
-from coco_annotations import CATEGORIES, HEIGHT, LEFT, LEFT_OUTLINE, RIGHT, TINY, WIDTH, annotate, draw, save_image
+from coco_annotations import (
+    CATEGORIES,
+    HEIGHT,
+    LEFT,
+    LEFT_OUTLINE,
+    RIGHT,
+    TINY,
+    WIDTH,
+    annotate,
+    compress,
+    draw,
+    ids_of,
+    run_lengths,
+    save_image,
+    texts_of,
+)
 
 from modeling_restr.data import build_dataset, decode_mask, read_coco
 from modeling_restr.data.canonical import BadImage
@@ -35,14 +50,6 @@ def write(tmp_path):
     return write_and_read
 
 
-def ids_of(images):
-    return [reference.ann_id for image in images for reference in image.references]
-
-
-def texts_of(images):
-    return [text for image in images for reference in image.references for _, text in reference.expressions]
-
-
 def outline(number, polygons, category_id=1, image_id=7):
     return annotate(number, image_id, LEFT, category_id) | {"segmentation": polygons}
 
@@ -56,13 +63,10 @@ def find_problems(write, *args, **options):
 
 def test_polygons_and_rles_give_the_same_rows(write, tmp_path):
     save_image(tmp_path / "7.png")
-    runs = [10 * HEIGHT + 30, *[31, HEIGHT - 31] * 30, 31]
-    uncompressed = {"size": [HEIGHT, WIDTH], "counts": [*runs, HEIGHT * WIDTH - sum(runs)]}
     points = np.reshape(LEFT_OUTLINE, (-1, 2)).tolist()
     stray = [[LEFT_OUTLINE, [5, 5], [5, 5, 9, 9]], [[1.0, 2.0, 3.0, 4.0], LEFT_OUTLINE]]
-    rle = annotate(1, 7, LEFT)["segmentation"]
     rows = []
-    for segmentation in ([LEFT_OUTLINE], LEFT_OUTLINE, points, [points], *stray, uncompressed, rle):
+    for segmentation in ([LEFT_OUTLINE], LEFT_OUTLINE, points, [points], *stray, run_lengths(LEFT), compress(LEFT)):
         left = annotate(1, 7, LEFT) | {"segmentation": segmentation}
         rows.append(build_dataset(write([left, annotate(2, 7, RIGHT)]), progress=False)[0])
     for row in rows:

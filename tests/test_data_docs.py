@@ -8,7 +8,6 @@ import runpy
 import shlex
 from pathlib import Path
 
-import datasets
 import pytest
 from annotated_images import TWO_BOXES, read_rows, write_photo
 from data_layouts import SIZE, SPLITS, write_coco, write_grefcoco, write_hub_copy, write_refer, write_referit
@@ -37,10 +36,9 @@ def write_inputs(folder: Path) -> None:
 
 
 @pytest.fixture
-def followed(restr, tmp_path, monkeypatch):
+def followed(restr, tmp_path, monkeypatch, own_cache):
     """The page followed in a folder: the folder, the Hub, and what was printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_inputs(tmp_path)
     printed, names = [], {}
     with serve() as hub:

@@ -43,9 +43,9 @@ def write_data(folder: Path, rows: list[dict], num_shards: int = 1) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def isolation(tmp_path_factory):
-    """One thread, no network, and a cache of `datasets` of its own, here and in the processes that are started."""
-    folder, num_threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
+def isolation(tmp_path_factory, one_thread):
+    """No network, and a cache of `datasets` of its own, here and in the processes that are started."""
+    folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(folder))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
@@ -53,10 +53,8 @@ def isolation(tmp_path_factory):
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
         patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from modeling_restr.evaluation.counts import (
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["the dog", "left", "a red ball on the left", "man, right.", "the man behind the small red ball", "ball"]
 
 
@@ -56,15 +58,6 @@ def make_rows(num_images: int, seed: int = 0) -> list[dict]:
 
 def make_dataset(rows: list[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=FEATURES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads would only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -581,9 +581,8 @@ def test_export_explains_what_it_cannot_do(pipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_everything_on_the_page_runs(folder, tmp_path, monkeypatch):
+def test_everything_on_the_page_runs(folder, tmp_path, own_cache):
     """With the small model in the place of restr-mini."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "restr_mini").symlink_to(folder.parent / "model")
     for name in ("benchmark.py", "benchmarks", "photos"):

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from coco_annotations import compress, run_lengths
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from modeling_restr.data import build_dataset, decode_mask, read_grefcoco
 from modeling_restr.data.canonical import FEATURES, BadImage
@@ -33,18 +33,6 @@ def polygon(ann_id):
     return [left, top, right, top, right, bottom, left, bottom]
 
 
-def compressed(ann_id):
-    rle = coco_mask.encode(np.asfortranarray(rectangle_mask(ann_id), dtype=np.uint8))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
-
-
-def run_lengths(ann_id):
-    pixels = rectangle_mask(ann_id).flatten(order="F")
-    starts = np.flatnonzero(np.diff(pixels)) + 1
-    counts = np.diff([0, *starts, pixels.size]).tolist()
-    return {"size": [HEIGHT, WIDTH], "counts": [0, *counts] if pixels[0] else counts}
-
-
 def make_ref(ref_id, ann_id, category_id, split="val", **changes):
     sentences = [
         {"tokens": ["two", "dogs"], "raw": "Two dogs!", "sent": "two dogs", "sent_id": 10 * ref_id},
@@ -65,7 +53,12 @@ def make_ref(ref_id, ann_id, category_id, split="val", **changes):
 
 def write_grefcoco(folder, refs):
     folder.mkdir(parents=True, exist_ok=True)
-    segmentations = {10: [polygon(10)], 20: compressed(20), 30: run_lengths(30), 40: [polygon(40)]}
+    segmentations = {
+        10: [polygon(10)],
+        20: compress(rectangle_mask(20)),
+        30: run_lengths(rectangle_mask(30)),
+        40: [polygon(40)],
+    }
     annotations = [
         {
             "id": ann_id,
@@ -154,7 +147,7 @@ def test_each_of_several_targets_has_a_mask(tmp_path, segmentation, message, ann
 def test_fingerprint_of_several_targets_is_that_of_their_parts(tmp_path):
     write_grefcoco(tmp_path, [make_ref(5, [10, 20], [1, 1])])
     (image,) = read_grefcoco(tmp_path, tmp_path / "images")
-    flat = [polygon(10), compressed(20)]
+    flat = [polygon(10), compress(rectangle_mask(20))]
     united = dataclasses.replace(image.references[0], segmentation=flat)
     assert fingerprint([image]) == fingerprint([dataclasses.replace(image, references=(united,))])
 

@@ -249,8 +249,8 @@ def test_inference_client_reads_the_answers(url, pipe, tmp_path):
 def claim_size(width: int, height: int) -> bytes:
     """A PNG file whose header claims a wrong size."""
     content = bytearray(encode(make_image()))
-    content[16:24] = width.encode(4, "big") + height.encode(4, "big")
-    content[29:33] = zlib.crc32(content[12:29]).encode(4, "big")
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     return bytes(content)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
+from coco_annotations import run_lengths
 from pictures import encode
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -29,9 +30,7 @@ CATEGORIES = {7: (1, "person"), 3: (44, "bottle"), 9: (90, "toothbrush")}
 SENTENCES = {7: [(20, "man in Red.", "man in red"), (21, "LEFT", "left")], 3: [(5, "cup", "cup")], 9: [(1, "b", "b")]}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -227,10 +226,7 @@ def test_one_reference_per_row_with_the_image(copy):
 
 def test_crowds_come_as_run_lengths(copy, photos):
     mask = true_mask(9)
-    flat = mask.flatten(order="F").astype(int)
-    starts = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *starts, flat.size]).tolist()  # the first run is of zeros, as the first pixel is
-    write_lines(copy, reference_row(9, segmentation={"size": list(mask.shape), "counts": runs}, iscrowd=1))
+    write_lines(copy, reference_row(9, segmentation=run_lengths(mask), iscrowd=1))
     (image,) = read_hub_copy(copy, "train", image_dir=photos)
     assert np.array_equal(decode_mask(build_row(image)["references"][0]["mask"]), mask)
 

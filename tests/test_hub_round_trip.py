@@ -9,6 +9,7 @@ import pytest
 import torch
 from annotated_images import make_images
 from datasets import load_dataset
+from folders import read_files
 from fresh_process import run_python, run_without_package
 from hub_server import serve
 from huggingface_hub import ModelCard
@@ -158,19 +159,6 @@ def load(pushed, names, output: str, **environment: str) -> Path:
 @pytest.fixture(scope="module")
 def loaded(pushed, names) -> Path:
     return load(pushed, names, "online")
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def one_thread():
-    """As in the other processes. The last bits of sums depend on the number of threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def test_everything_loads_at_main_at_a_tag_and_at_a_commit_and_computes_the_same(loaded, names, one_thread):

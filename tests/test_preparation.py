@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from annotated_images import TWO_BOXES, make_images, read_rows
 from filelock import FileLock
+from folders import read_files
 from hub_server import USER, serve
 
 from modeling_restr.data.canonical import FEATURES, AnnotatedReference, BadImage
@@ -39,10 +40,6 @@ SOURCE = Source(
 @pytest.fixture
 def images(tmp_path):
     return make_images(tmp_path / "images", range(1, 8))
-
-
-def read_files(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_folder_loads_with_all_splits_also_as_a_stream(tmp_path, images):
@@ -264,10 +261,9 @@ def test_an_unprepared_folder_creates_no_repository(tmp_path, images, monkeypatc
         assert not hub.repositories
 
 
-def test_the_card_s_snippet_runs(tmp_path, images, monkeypatch):
+def test_the_card_s_snippet_runs(tmp_path, images, own_cache):
     output = tmp_path / "output"
     prepare(SOURCE, {"val": images}, output)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)[1]
     (tmp_path / "snippet.py").write_text(code.replace("path/or/id", str(output)))
     names = runpy.run_path(str(tmp_path / "snippet.py"))

@@ -13,6 +13,7 @@ import datasets
 import pytest
 from annotated_images import TWO_BOXES, coco_name, read_rows, write_photo
 from data_layouts import SPLITS
+from folders import read_files
 
 from modeling_restr.data import preparation
 
@@ -46,10 +47,6 @@ def write_refer(folder: Path, *args, dataset: str = "refcoco", **options) -> lis
     """Writes files in REFER's layout, and returns the options that read them."""
     data_layouts.write_refer(folder / dataset, folder / "images", *args, **options)
     return ["refer", "--dataset", dataset, "--annotation-dir", folder, "--image-dir", folder / "images"]
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_refer_is_compared_with_the_published_counts(prepare, tmp_path):

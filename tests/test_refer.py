@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
+from coco_annotations import compress
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from modeling_restr.data import decode_mask, load_refer, read_refer
@@ -23,10 +23,8 @@ TRIANGLE = [18.5, 4.0, 30.0, 20.5, 16.0, 21.0]
 FILE_NAMES = {581857: "COCO_train2014_000000581857.jpg", 9: "COCO_train2014_000000000009.jpg"}
 
 
-def compressed_rle(seed, text=True):
-    mask = np.random.default_rng(seed).random((HEIGHT, WIDTH)) < 0.3
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode() if text else rle["counts"]}
+def compressed_rle(seed):
+    return compress(np.random.default_rng(seed).random((HEIGHT, WIDTH)) < 0.3)
 
 
 def make_annotation(ann_id, image_id, segmentation, category_id=1, iscrowd=0):

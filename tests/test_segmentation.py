@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from coco_annotations import run_lengths
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -24,14 +25,6 @@ TRIANGLE = [18.5, 4.0, 30.0, 20.5, 16.0, 21.0]
 
 def random_mask(seed=0, size=SIZE):
     return np.random.default_rng(seed).random(size) < 0.4
-
-
-def run_lengths(mask):
-    """COCO's uncompressed RLE by its definition: run lengths in column order, the first of them outside."""
-    pixels = mask.flatten(order="F")
-    starts = np.flatnonzero(np.diff(pixels)) + 1
-    counts = np.diff([0, *starts, pixels.size]).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if pixels[0] else counts}
 
 
 def coco_annotation_mask(segmentation, size=(HEIGHT, WIDTH)):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from annotated_images import write_photo
+from coco_annotations import run_lengths
 from PIL import Image
 
 from modeling_restr.data import build_dataset, decode_mask, encode_mask, load_sentences, read_sentences
@@ -51,14 +52,13 @@ def line(**columns):
 
 
 def test_masks_in_every_form_are_one_mask(folder):
-    runs = [5 * 40 + 10, *[10, 30] * 19, 10]
     forms = [
         {"mask": "masks/a.png"},
         {"polygon": OUTLINE},
         {"polygon": POINTS},
         {"polygon": [OUTLINE, [1, 1]]},
         {"rle": encode_mask(MASK)},
-        {"rle": {"size": SIZE, "counts": [*runs, 2000 - sum(runs)]}},
+        {"rle": run_lengths(MASK)},
         {"box": [5, 10, 20, 10]},
     ]
     path = write_lines(folder, *(line(sentence=f"dog {number}", **form) for number, form in enumerate(forms)), "")

@@ -7,15 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from annotated_images import make_image, make_images, write_photo
+from folders import read_files
 
 from modeling_restr.data.canonical import FEATURES
 from modeling_restr.data.published_counts import Counts
 from modeling_restr.data.segmentation import decode_mask
 from modeling_restr.data.shards import Shard, make_shards, plan_shards, read_split, write_shard
-
-
-def read_files(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_rows_are_what_the_annotations_say(tmp_path):
