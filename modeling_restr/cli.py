@@ -71,10 +71,10 @@ def segment(
     num_threads: NumThreads = None,
 ) -> None:
     """
-    Find what sentences refer to in a photo.
+    Segment the objects in a photo that sentences refer to.
 
     Writes an overlay picture with a legend and one mask per sentence as PNG files, or all masks as one COCO instances
-    file. Prints the score of each sentence and its mask's share of the picture, and warns of words that the model
+    file. Prints the score of each sentence and its mask's share of the picture, and warns about words that the model
     does not know.
 
     Example: restr segment examples/restr_mini photo.jpg "the upper dog" "the lower dog"
@@ -136,7 +136,7 @@ def evaluate(
     benchmark: Annotated[
         Literal["refcoco", "refcoco+", "refcocog"] | None,
         typer.Option(
-            help="What DATA is, to compare it with the published counts and the paper's results.",
+            help="Benchmark in DATA, to compare with the published counts and the paper's results.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -144,11 +144,11 @@ def evaluate(
     threshold: Threshold = 0.5,
     dtype: ModelDType = DType.float32,
     by_length: Annotated[
-        bool, typer.Option("--by-length", help="Group results by number of words, too.", rich_help_panel="Output")
+        bool, typer.Option("--by-length", help="Also group results by number of words.", rich_help_panel="Output")
     ] = False,
     bootstrap: Annotated[
         int | None,
-        typer.Option(min=1, help="Add 95 % intervals by N resamples of the images.", rich_help_panel="Output"),
+        typer.Option(min=1, help="Resamples of the images for 95 % confidence intervals.", rich_help_panel="Output"),
     ] = None,
     expressions_per_batch: ExpressionsPerBatch = 16,
     device: Device = None,
@@ -159,7 +159,7 @@ def evaluate(
 
     Compares masks at the images' own size. Writes results.json (metrics, pixel counts of every expression, what
     exactly was evaluated), results.md (a table next to the paper's numbers) and contact_sheet.png (best, median and
-    worst masks). When it was stopped, the same command resumes where it was.
+    worst masks). If the evaluation is stopped, the same command resumes it.
 
     To share the images among processes, with the same results, run the command with torchrun --nproc-per-node 2 or
     accelerate launch, followed by -m modeling_restr.cli evaluate.
@@ -284,8 +284,8 @@ def predict(
     Predict the masks of a dataset of any size, on one machine or a Ray cluster.
 
     Each image is encoded once for all its sentences. The folder gets data/*.parquet with a row per image and sentence
-    (ids, text, score, mask as COCO RLE, unknown_words, truncated, error) and summary.json. When the run was stopped or
-    killed, the same command continues it.
+    (ids, text, score, mask as COCO RLE, unknown_words, truncated, error) and summary.json. If the run is stopped or
+    killed, the same command resumes it.
 
     Example: restr predict you/restr data/photos --output-dir runs/masks
     """
@@ -322,7 +322,7 @@ def predict(
     )
     if summary["unknown_words"]:
         words = ", ".join(repr(word) for word in list(summary["unknown_words"])[:20])
-        print(f"The model does not know {len(summary['unknown_words']):,} words, {words} among them.")
+        print(f"The model does not know {len(summary['unknown_words']):,} words, such as {words}.")
     print(f"Written: {output_dir / 'data'}, summary.json{', instances.json' if format == 'coco' else ''}")
 
 
@@ -382,7 +382,7 @@ def export(
 
     from .export import save_onnx
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision, which nothing here uses
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision, which nothing here uses
     restr_model = AutoModelForImageSegmentation.from_pretrained(model, revision=revision)
     processor = AutoProcessor.from_pretrained(model, revision=revision)
     folder = save_onnx(restr_model, processor, output_dir, int8=int8, programs=programs)
@@ -421,7 +421,7 @@ def push(
         typer.Option(help="Licence of the weights, such as cc-by-4.0.", show_default="none", rich_help_panel=CARD),
     ] = None,
     limits: Annotated[
-        str | None, typer.Option(help="Markdown about limits of this model in particular.", rich_help_panel=CARD)
+        str | None, typer.Option(help="Markdown about the limits of this particular model.", rich_help_panel=CARD)
     ] = None,
     photo: Annotated[
         Path | None,
@@ -439,7 +439,7 @@ def push(
     Push a model to the Hub with its code and model card, in one commit.
 
     With any option of the model card, the folder's README.md is regenerated first. Otherwise README.md is pushed as it
-    is, or, if there is none, a general card. Trainings write evaluation.json and recipe.json to their output folder.
+    is, or, if there is none, a general card. Training writes evaluation.json and recipe.json to its output folder.
     Log in with `hf auth login` first, or set HF_TOKEN to a token with write access.
 
     Example: restr push runs/model you/restr --evaluation runs/evaluation.json --recipe runs/recipe.json
@@ -466,20 +466,18 @@ def push(
     print(f"{commit.repo_url} is at {commit.oid}")
 
 
-# --- restr prepare ----------------------------------------------------------------------------------------------------
-
 prepare = typer.Typer()
 app.add_typer(prepare, name="prepare", rich_help_panel=DATA)
 
 SKIP_BAD = (
-    "Leave out and list images that cannot be used, instead of stopping: missing or damaged ones, and those of another "
-    "size than their annotations or with an object without a mask."
+    "Leave out and list images that cannot be used instead of stopping: missing, damaged, of another size than their "
+    "annotations, or with an object without a mask."
 )
 DataOption = functools.partial(typer.Option, rich_help_panel="Data")
 ExpressionOption = functools.partial(typer.Option, rich_help_panel="Expressions")
 AnnotationDir = Annotated[Path, DataOption(help="Folder of the annotations.")]
 ImageDir = Annotated[Path, DataOption(help="Folder of the images, or one above it.")]
-DataName = Annotated[str, DataOption(help="Short name of the data, of letters, digits and _.")]
+DataName = Annotated[str, DataOption(help="Short name of the data: letters, digits and _.")]
 ValShare = Annotated[float, DataOption(min=0, max=1, help="Share of the images in the split val.")]
 
 
@@ -489,7 +487,8 @@ def prepare_data() -> None:
     Prepare referring expressions for training and evaluation.
 
     Reads RefCOCO and its family, or your own photos. Writes a card and Parquet files with the images, one row per
-    image. Shows a table next to the published counts, and what was left out. Interrupted, the same command resumes.
+    image. Prints counts next to the published ones, and what was left out. If the preparation is stopped, the same
+    command resumes it.
     """
 
 
@@ -519,7 +518,7 @@ def _prepare(
         int, typer.Option(min=1, help="Processes that decode and write.", rich_help_panel="Machine")
     ] = 1,
 ) -> None:
-    """Prepare what a plan says. All commands of `restr prepare` have these options."""
+    """Carry out a plan. All commands of `restr prepare` have these options."""
     from .data import preparation, sources
 
     options: dict[str, Any] = {"skip_bad": skip_bad, "images_per_shard": images_per_shard, "num_proc": num_proc}
@@ -528,8 +527,8 @@ def _prepare(
         print(f"Uploaded: {preparation.push_to_hub(output_dir, push_to_hub, private=private or None)}")
 
 
-def _prepares(source: Callable[..., None]) -> Callable[..., None]:
-    """Register a command for `sources.plan_NAME`, with the parameters of this function and those of `_prepare`."""
+def _prepare_command(source: Callable[..., None]) -> Callable[..., None]:
+    """Register a command for `sources.plan_NAME`, with the parameters of `source` and of `_prepare`."""
     own, shared = (dict(inspect.signature(function).parameters) for function in (source, _prepare))
     del shared["plan"]
 
@@ -546,16 +545,16 @@ def _prepares(source: Callable[..., None]) -> Callable[..., None]:
     return prepare.command()(command)
 
 
-@_prepares
+@_prepare_command
 def refer(
     annotation_dir: AnnotationDir,
     image_dir: ImageDir,
     dataset: Annotated[
-        Literal["refcoco", "refcoco+", "refcocog", "refclef"], DataOption(help="Which of the datasets.")
+        Literal["refcoco", "refcoco+", "refcocog", "refclef"], DataOption(help="Dataset to read.")
     ] = "refcoco",
     split_by: Annotated[
         Literal["unc", "umd", "google", "berkeley"] | None,
-        DataOption(help="Who split it.", show_default="unc, or umd for refcocog"),
+        DataOption(help="Author of the splits.", show_default="unc, or umd for refcocog"),
     ] = None,
 ) -> None:
     """
@@ -565,7 +564,7 @@ def refer(
     """
 
 
-@_prepares
+@_prepare_command
 def grefcoco(annotation_dir: AnnotationDir, image_dir: ImageDir) -> None:
     """
     gRefCOCO: several objects, or none, per expression.
@@ -574,10 +573,10 @@ def grefcoco(annotation_dir: AnnotationDir, image_dir: ImageDir) -> None:
     """
 
 
-@_prepares
+@_prepare_command
 def referit(
     annotation_dir: AnnotationDir,
-    mask_dir: Annotated[Path, DataOption(help="Folder of IMAGE_OBJECT.mat.")],
+    mask_dir: Annotated[Path, DataOption(help="Folder of the IMAGE_OBJECT.mat files.")],
     image_dir: ImageDir,
 ) -> None:
     """
@@ -587,7 +586,7 @@ def referit(
     """
 
 
-@_prepares
+@_prepare_command
 def hub(
     path_or_id: Annotated[str, typer.Argument(metavar="COPY", help="Folder or Hub id such as jxu124/refcoco.")],
     image_dir: Annotated[
@@ -602,18 +601,18 @@ def hub(
     """
 
 
-@_prepares
+@_prepare_command
 def coco(
     instances_file: Annotated[Path, DataOption(help="JSON file with images and annotations.")],
     image_dir: ImageDir,
     name: DataName = "coco",
     val_share: ValShare = 0.1,
     expressions_per_instance: Annotated[
-        int, ExpressionOption(min=1, max=100, help="Most expressions per object.")
+        int, ExpressionOption(min=1, max=100, help="Maximum number of expressions per object.")
     ] = 3,
     seed: Annotated[int, ExpressionOption(min=0, help="Seed of the generated expressions.")] = 0,
     captions: Annotated[
-        bool, ExpressionOption("--captions", help="Take the captions of the annotations instead of generated ones.")
+        bool, ExpressionOption("--captions", help="Use the captions of the annotations, not generated expressions.")
     ] = False,
     crowds_as_instances: Annotated[
         bool,
@@ -624,13 +623,13 @@ def coco(
     ] = False,
 ) -> None:
     """
-    Any COCO instances file, with generated expressions or the captions of its annotations.
+    COCO instances files, with generated expressions or the captions of the annotations.
 
     Example: restr prepare coco --instances-file instances.json --image-dir photos --output-dir data/own
     """
 
 
-@_prepares
+@_prepare_command
 def sentences(
     sentences_file: Annotated[
         Path, DataOption(help="CSV or JSONL file: image, sentence and a mask, polygon, rle or box per line.")
@@ -641,18 +640,16 @@ def sentences(
     mask_dir: Annotated[Path | None, DataOption(help="Folder of the masks.", show_default="that of the file")] = None,
     name: DataName = "own",
     val_share: ValShare = 0.1,
-    boxes_as_masks: Annotated[
-        bool, DataOption("--boxes-as-masks", help="Take a box's rectangle as the mask.")
-    ] = False,
+    boxes_as_masks: Annotated[bool, DataOption("--boxes-as-masks", help="Use a box's rectangle as the mask.")] = False,
 ) -> None:
     """
-    Own photos, sentences and masks in a CSV or JSONL file.
+    Your own photos, sentences and masks in a CSV or JSONL file.
 
     Example: restr prepare sentences --sentences-file own.csv --image-dir photos --output-dir data/mine
     """
 
 
-@_prepares
+@_prepare_command
 def combine(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders that restr prepare wrote.")],
     output_dir: OutputDir,
@@ -666,7 +663,7 @@ def combine(
     ] = None,
 ) -> None:
     """
-    Several prepared folders in one, without training on images that are evaluated on.
+    Several prepared folders, combined without training on evaluation images.
 
     Example: restr prepare combine data/refcoco data/refcocoplus --output-dir data/both
     """

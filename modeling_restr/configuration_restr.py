@@ -26,13 +26,13 @@ else:
 
 logger = logging.get_logger(__name__)
 
-# The classes' places in a folder or Hub repository that carries the code.
+# Where the classes are in a folder or Hub repository that contains the code.
 _AUTO_MAP = {
     "AutoConfig": "configuration_restr.ReSTRConfig",
     "AutoModel": "modeling_restr.ReSTRModel",
     "AutoModelForImageSegmentation": "modeling_restr.ReSTRForImageSegmentation",
 }
-# Tags of the cards of everything that is pushed.
+# Tags on the card of everything that is pushed.
 MODEL_TAGS = ("referring-image-segmentation", "restr")
 _PIPELINE = {"impl": "pipeline_restr.ReSTRPipeline", "pt": ["AutoModelForImageSegmentation"]}
 
@@ -45,8 +45,8 @@ def _one_of(values: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {tuple(values)}", lambda value: value in values
 
 
-# The values that each field may have. The upper bounds of counts are far above every known model. They turn a digit
-# too many into an error at once, instead of full memory or hours of building layers.
+# The values that each field may have. The upper bounds of counts are far above every known model: with them, an extra
+# digit raises an error at once instead of filling the memory or building layers for hours.
 _BOUNDS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "projection_dim"), _count(2**16)),
     **dict.fromkeys(("num_hidden_layers", "num_fusion_layers"), _count(1000)),
@@ -64,7 +64,7 @@ _BOUNDS = {
 }
 
 
-# Vision models whose shapes would pass or whose weights can be used in another way: the reason and the advice.
+# Vision models that the checks of shapes would accept, or that need their own advice: the reason and the advice.
 _REFUSED_VISION_MODELS = {
     "vit_mae": (
         "it shuffles its patches at every call",
@@ -82,13 +82,13 @@ def refuse_vision_config(
     reason: str,
     advice: str = "Take one that makes one token per patch, in rows: ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP.",
 ) -> NoReturn:
-    """Raise a `ValueError` for a vision encoder that is no plain ViT."""
+    """Raise a `ValueError` for a vision encoder that is not a plain ViT."""
     name = f"{type(config).__name__} ({config.model_type!r})"
     raise ValueError(f"The vision encoder must be a plain ViT, got a {name}: {reason}. {advice}")
 
 
 def check_vision_config(config: PreTrainedConfig) -> None:
-    """Refuse a config that cannot be that of a plain ViT, and say what to take instead."""
+    """Refuse a config that cannot describe a plain ViT, and say what to use instead."""
     if config.model_type in _REFUSED_VISION_MODELS:
         refuse_vision_config(config, *_REFUSED_VISION_MODELS[config.model_type])
     if isinstance(getattr(config, "vision_config", None), PreTrainedConfig):
@@ -96,7 +96,7 @@ def check_vision_config(config: PreTrainedConfig) -> None:
     if getattr(config, "depths", None):
         refuse_vision_config(config, "it has several stages, each with fewer tokens")
     if getattr(config, "num_detection_tokens", 0):
-        refuse_vision_config(config, "it has detection tokens behind its patch tokens")
+        refuse_vision_config(config, "it has detection tokens after its patch tokens")
     for name in ("image_size", "patch_size", "hidden_size", "num_channels"):
         value = getattr(config, name, None)
         is_pair = name in ("image_size", "patch_size") and isinstance(value, list | tuple) and len(value) == 2
@@ -116,7 +116,7 @@ class ReSTRBaseConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, which does not check the values of `from_pretrained(..., key=value)` as this does."""
+        """Create a config as in transformers, and also check the values of `from_pretrained(..., key=value)`."""
         cls._refuse_names_of_methods(kwargs)
         config, unused_kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         config.resolve_defaults()
@@ -129,14 +129,14 @@ class ReSTRBaseConfig(PreTrainedConfig):
         names = [key for key in keys if callable(getattr(cls, key, None))]
         if names:
             raise ValueError(
-                f"{cls.__name__}: expected keys that are no methods of a config, got {names}. Rename them."
+                f"{cls.__name__}: expected keys that are not methods of a config, got {names}. Rename them."
             )
 
     def resolve_defaults(self) -> None:
-        """Derive fields that were left open from others."""
+        """Derive the fields that were left open from other fields."""
 
     def validate_architecture(self) -> None:
-        """Raise a `ValueError` for values that are out of bounds or do not fit one another."""
+        """Raise a `ValueError` for values that are out of bounds or inconsistent."""
         for name in (field.name for field in dataclasses.fields(self) if field.name in _BOUNDS):
             expected, is_valid = _BOUNDS[name]
             if not is_valid(getattr(self, name)):
@@ -151,15 +151,15 @@ class ReSTRBaseConfig(PreTrainedConfig):
             )
 
     def _known_fields(self) -> dict[str, str]:
-        """Name of every field, also of the parts, and its path: `{"patch_size": "vision_config.patch_size"}`."""
+        """Map all field names, including those of the parts, to paths: `{"patch_size": "vision_config.patch_size"}`."""
         parts = {name: getattr(self, name) for name in self.sub_configs}
         fields = {f.name: f"{part}.{f.name}" for part, config in parts.items() for f in dataclasses.fields(config)}
         return {**fields, **{field.name: field.name for field in dataclasses.fields(self)}}
 
     def _warn_of_misspelt_keys(self, keys: Iterable[str]) -> None:
         """
-        Log one warning that names the field which each key probably means. Keys of transformers' own tools pass, such
-        as the ids of special tokens, which resemble `pad_token_id`.
+        Log one warning that names the field that each key probably means. Keys that transformers' own tools add, such
+        as the ids of special tokens, which resemble `pad_token_id`, cause no warning.
         """
         fields = self._known_fields()
         nearest = {key: difflib.get_close_matches(key, fields, n=1, cutoff=0.8) for key in keys}
@@ -186,7 +186,7 @@ class ReSTRVisionConfig(ReSTRBaseConfig):
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
         attention_dropout (`float`, defaults to 0.0): Dropout on the attention weights.
         drop_path_rate (`float`, defaults to 0.1): Stochastic depth of the last block; it rises linearly from 0.
-        image_size (`int`, defaults to 480): Side of the square image in pixels that the positions are learned for.
+        image_size (`int`, defaults to 480): Side in pixels of the square images that the positions are learned for.
         patch_size (`int`, defaults to 16): Side of a square patch in pixels; divides `image_size`.
         num_channels (`int`, defaults to 3): Number of image channels.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
@@ -280,31 +280,31 @@ class ReSTRConfig(ReSTRBaseConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The vision encoder: a [`ReSTRVisionConfig`] (the default; also what a `dict` without `model_type` gives)
-            or the config of any plain ViT of transformers whose model returns patch tokens behind its prefix tokens
-            (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, ...).
+            The vision encoder: a [`ReSTRVisionConfig`] (the default, also for a `dict` without `model_type`) or the
+            config of any plain ViT of transformers that returns patch tokens after its prefix tokens (ViT, DeiT,
+            DINOv2, DINOv3, CLIP, SigLIP, ...).
         text_config (`dict` or [`ReSTRTextConfig`], *optional*): The language encoder.
         fusion_type (`str`, defaults to `"coupled"`):
             `"coupled"` (the published model), `"independent"` or `"vanilla"` (the paper's ablation).
         num_fusion_layers (`int`, defaults to 2): Number of blocks of each fusion encoder.
         share_fusion_layers (`bool`, defaults to `False`):
             Whether each fusion encoder has one block that is applied `num_fusion_layers` times.
-        hidden_size (`int`, *optional*): Width of the fusion encoders; that of the vision encoder by default.
+        hidden_size (`int`, *optional*): Width of the fusion encoders; the vision encoder's by default.
         num_attention_heads (`int`, *optional*):
-            Attention heads of the fusion encoders; divides `hidden_size`. By default 12, or those of the vision
-            encoder where 12 does not divide `hidden_size`.
+            Number of attention heads of the fusion encoders; divides `hidden_size`. By default 12, or the vision
+            encoder's number if 12 does not divide `hidden_size`.
         intermediate_size (`int`, *optional*): Width of the fusion MLPs; four times `hidden_size` by default.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the fusion MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the fusion LayerNorms.
         attention_dropout (`float`, defaults to 0.0): Dropout on the fusion attention weights.
         use_pixel_decoder (`bool`, defaults to `True`):
-            Whether logits are decoded to pixels; otherwise the patch logits are the output.
+            Whether patches are decoded to one logit per pixel; otherwise the patch logits are the output.
         patch_loss_weight (`float`, *optional*):
             Weight of the patch loss, added to the pixel loss; 0.1 with the pixel decoder, 0 without it.
         attend_to_padding (`bool`, defaults to `True`):
-            Whether padding slots, zeroed after their projection, are attended to, as in the original. Every expression
-            then has to be padded to `max_position_embeddings`. `False` keeps padding out of every attention, so that
-            its length does not change the answer.
+            Whether attention includes padding slots, zeroed after their projection, as in the original. Every
+            expression must then be padded to `max_position_embeddings`. `False` keeps padding out of every attention,
+            so that the length of the padding does not change the answer.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
 
     Example:
@@ -353,7 +353,7 @@ class ReSTRConfig(ReSTRBaseConfig):
     initializer_range: float | int = 0.02
 
     def resolve_defaults(self) -> None:
-        """Create the encoders' configs, and derive values that were left open from them."""
+        """Create the encoders' configs, and derive from them the values that were left open."""
         self.vision_config = self._resolve_vision_config(self.vision_config)
         check_vision_config(self.vision_config)
         self.text_config = self._resolve_text_config(self.text_config)
@@ -390,11 +390,11 @@ class ReSTRConfig(ReSTRBaseConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with all values, also derived ones."""
+        """Convert to a dict as in transformers, with all values, including derived ones."""
         return {name: value for name, value in super().to_dict().items() if name != "_derived_widths"}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, with every class of the saved code, so that `AutoModel` and `pipeline` find theirs."""
+        """Save as in transformers, and name every class in the code, so that `AutoModel` and `pipeline` find theirs."""
         if self._auto_class is not None:
             self.auto_map = {**_AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
             self.custom_pipelines = {"image-segmentation": dict(_PIPELINE)}

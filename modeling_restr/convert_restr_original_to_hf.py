@@ -74,7 +74,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def _original_name(name: str, fusion_type: str) -> str:
-    """Name in the original of one of our weights."""
+    """Find the original's name of one of our weights."""
     for pattern, replacement in (*_RENAMINGS, *_VARIANT_RENAMINGS[fusion_type]):
         name = re.sub(pattern, replacement, name)
     return name
@@ -94,7 +94,7 @@ def _convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def _convert_state_dict(
     state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], config: Any
 ) -> dict[str, torch.Tensor]:
-    """Convert a state dict to the names and shapes of `expected`. Each name of the original has to find its place."""
+    """Convert a state dict to the names and shapes of `expected`. Every name of the original must be used."""
     original_names = {name: _original_name(name, config.fusion_type) for name in expected}
     missing = sorted(set(original_names.values()) - set(state_dict))
     unknown = sorted(set(state_dict) - set(original_names.values()) - _UNUSED_NAMES)
@@ -221,7 +221,7 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     Load the state dict in a `.pth` without running any code in it, and without the wrappers of training scripts.
 
     Raises:
-        `ValueError`: The file holds other things than weights, or no state dict.
+        `ValueError`: The file contains anything but weights, or no state dict.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -242,9 +242,9 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
 def convert_checkpoint(
     checkpoint: Annotated[Path, typer.Option(help="The original's .pth file.")],
-    vocabulary: Annotated[Path, typer.Option(help="Its vocabulary file, one word per line: line numbers are ids.")],
+    vocabulary: Annotated[Path, typer.Option(help="The original's vocabulary file, one word per line.")],
     output_dir: OutputDir,
-    image_size: Annotated[int, typer.Option(help="Side in pixels of the square input that it was trained for.")],
+    image_size: Annotated[int, typer.Option(help="Side in pixels of the square input of its training.")],
     num_attention_heads: Annotated[int, typer.Option(help="Heads of the vision and fusion encoders.")] = 12,
     text_num_attention_heads: Annotated[int, typer.Option(help="Heads of the language encoder.")] = 12,
     num_fusion_layers: Annotated[int, typer.Option(help="Blocks per fusion encoder.")] = 2,
@@ -258,9 +258,9 @@ def convert_checkpoint(
     """
     Convert a checkpoint of the original ReSTR and its vocabulary to a folder that from_pretrained loads.
 
-    Files that are malformed or do not belong together are refused with a ValueError.
+    Refuses files that are malformed or do not belong together.
     """
-    from .hub import save_bundle  # here: converting a state dict needs nothing of it
+    from .hub import save_bundle  # only here: converting a state dict does not need it
 
     model = model_from_original_state_dict(
         load_original_checkpoint(checkpoint),

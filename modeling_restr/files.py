@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, hashes of files, and folders that one run at a time writes to."""
+"""Atomic writing of files and folders, hashes of files, and locks on folders."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from filelock import FileLock, Timeout
 @contextmanager
 def replace_file(path: Path, label: str = "") -> Iterator[Path]:
     """
-    Yield a temporary path in the folder of `path`. What is written there becomes `path` in one move, unless the body
-    raises. No other process has the same temporary path.
+    Yield a temporary path in the folder of `path`. A file written there is moved to `path`, unless the body raises. No
+    other process has the same temporary path.
 
     Args:
-        label: Part of the temporary name, `.NAME.LABEL.RANDOM.tmp`, by which leftovers of a killed process are known.
+        label: Part of the temporary name, `.NAME.LABEL.RANDOM.tmp`, that identifies leftovers of a killed process.
     """
     parts = (path.name, label, uuid.uuid4().hex, "tmp")
     temporary = path.with_name(f".{'.'.join(filter(None, parts))}")
@@ -49,9 +49,9 @@ def replace_files(folder: Path, essential: Iterable[str]) -> Iterator[Path]:
     of an existing folder are kept.
 
     Args:
-        folder: Where to move the files; parent folders are made as needed.
-        essential: Patterns of the files without which the folder is of no use. Old ones are removed first, and new ones
-            are moved last, so that an interrupted move leaves none of them instead of a mixture.
+        folder: Where to move the files; parent folders are created as needed.
+        essential: Patterns of the files that the folder cannot be used without. Old ones are removed first, and new
+            ones are moved last, so that an interrupted move leaves none of them instead of a mixture.
 
     Raises:
         ValueError: `folder` is a file.

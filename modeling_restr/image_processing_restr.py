@@ -52,7 +52,7 @@ class ReSTRImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 def get_letterbox(image_size: tuple[int, int], canvas_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Place an image on its canvas: as large as fits with its aspect ratio kept, and centred.
+    """Place an image on its canvas: centred, and as large as fits with the same aspect ratio.
 
     Args:
         image_size: (height, width) of the image in pixels.
@@ -75,12 +75,12 @@ class ReSTRImageProcessor(PilBackend):
     An image is resized with its aspect ratio kept and centred on a canvas of `size`, which is black unless
     `pad_after_normalization` is set. Before that it becomes 8-bit RGB:
 
-    - The EXIF orientation is applied, so that sizes are those that a viewer shows.
+    - The EXIF orientation is applied, so that sizes are as in a viewer.
     - Transparency is composited onto white. Grey, palette and CMYK images are converted.
     - 16-bit images are scaled by 255 / 65535, and float images in 0..1 by 255. Float images in 0..255 stay. The
       transparent value of a 16-bit grey PNG becomes white.
     - Arrays may be (height, width), (height, width, channels) or (channels, height, width), with 1, 3 or 4 channels.
-      Where both ends could be the channels, NumPy arrays are read as channels-last, tensors as channels-first.
+      If either end could be the channels, NumPy arrays are read as channels-last, tensors as channels-first.
 
     With `do_rescale=False` float images keep their values.
     """
@@ -107,7 +107,7 @@ class ReSTRImageProcessor(PilBackend):
         """
         Args:
             images: One image or a list of B: PIL images, NumPy arrays, tensors, paths, URLs, data URIs, bytes of a
-                file, open files. They are read one after the other.
+                file, open files. They are read one at a time.
             segmentation_maps: N binary masks, one per expression: PIL images, arrays or tensors of two values, each
                 (height, width) or (height, width, 1) of its image. They are letterboxed with the image, by area: a
                 pixel of the label is set where the mask covers more than half of it.
@@ -118,8 +118,8 @@ class ReSTRImageProcessor(PilBackend):
             (N, height, width) of 0 and 1 if there are `segmentation_maps`.
 
         Raises:
-            UnreadableImageError: (a ValueError) An image cannot be read. The message has its path or its place in the
-                list.
+            UnreadableImageError: (a ValueError) An image cannot be read. The message gives its path or its place in
+                the list.
             ValueError: Masks are not binary or do not match the images, or options are out of range.
         """
         return super().preprocess(images, segmentation_maps, image_indices, **kwargs)
@@ -135,22 +135,22 @@ class ReSTRImageProcessor(PilBackend):
         """Undo the letterbox: resize the logits bilinearly in float32, and only then take probabilities.
 
         Args:
-            outputs: The model's outputs, with `logits` (N, height, width). Logits of a smaller grid than the model's
+            outputs: The model's outputs, with `logits` (N, height, width). Logits on a coarser grid than the model's
                 input, such as one logit per patch, are resized to it first.
             target_sizes: (height, width) in pixels of the image of each of the N expressions. From the processor's
                 outputs: `inputs["original_sizes"][inputs["image_indices"]]`.
             threshold: Probability above which a pixel belongs to the mask.
             return_probabilities: Whether results have `probabilities`, which take four times a mask's memory.
-            size: Size that the processor was called with, if it was not its own. The outputs of a model with a pixel
-                decoder show it. Those of a coarse-only model do not.
+            size: Size that the processor was called with, if it was not its own. Needed for a coarse-only model only:
+                with a pixel decoder, the outputs show it.
 
         Returns:
             One dict per expression, on the device of the logits: `mask` (bool, height x width), `probabilities`
             (float32, height x width) and `score`, the mean probability inside the mask (0.0 if it is empty).
 
         Raises:
-            ValueError: Logits have another shape or are not finite, there is not one size per expression, sizes are
-                not positive integers, or the threshold is outside 0..1.
+            ValueError: Logits have another shape or are not finite, the number of sizes is not N, sizes are not
+                positive integers, or the threshold is outside 0..1.
         """
         logits = _check_logits(outputs)
         target_sizes = _check_target_sizes(target_sizes, len(logits))
@@ -172,7 +172,7 @@ class ReSTRImageProcessor(PilBackend):
         """Open images in any form, also in lists, with their mode, transparency and EXIF orientation intact."""
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
-            list_images(source)  # refuses lists that hold themselves
+            list_images(source)  # refuses lists that contain themselves
             return [self.fetch_images(item) for item in source]
         with naming_the_image(source):
             return open_image(source)
@@ -184,7 +184,7 @@ class ReSTRImageProcessor(PilBackend):
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Convert one image to an array of shape (channels, height, width), uint8 or (see the class) float32."""
+        """Convert one image to an array of shape (channels, height, width), uint8, or float32 (see the class)."""
         with naming_the_image(image):
             pixels = _read_pixels(image, do_convert_rgb, input_data_format, **kwargs)
         array = _to_array(pixels)
@@ -237,7 +237,7 @@ class ReSTRImageProcessor(PilBackend):
         canvas_size = _to_tuple(size)
         top, left, height, width = get_letterbox(_get_size(image), canvas_size)
         image = _resize(image, height, width, resample) if do_resize else _to_array(image)
-        if do_convert_rgb:  # of a grey image
+        if do_convert_rgb:  # grey PIL images still have one channel
             image = to_rgb(image)
         if do_resize and not pad_after_normalization:
             image = _place(image, canvas_size, top, left)
@@ -247,8 +247,9 @@ class ReSTRImageProcessor(PilBackend):
         return _place(image, canvas_size, top, left) if do_resize and pad_after_normalization else image
 
     def _get_canvas_size(self, outputs: Any, size: Any | None) -> tuple[int, int]:
-        """Size of the letterbox's canvas: `size` if given, or the grid of logits that are finer than the patches, or
-        the processor's own size if the grid of the logits divides it evenly, or that grid.
+        """
+        Size of the letterbox's canvas: `size` if given, else the logits' grid if it is finer than the patches', else
+        the processor's own size if the logits' grid divides it evenly, else the logits' grid.
         """
         if size is not None:
             return _to_tuple(_read_size(size))
@@ -287,7 +288,7 @@ def _read_size(size: Any) -> SizeDict:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that are no numbers or switches, or that make pixels infinite or NaN."""
+    """Refuse options that are not numbers or booleans, or that make pixels infinite or NaN."""
     for name, lowest in (("rescale_factor", -math.inf), ("image_mean", -math.inf), ("image_std", 0)):
         value = options.get(name)
         numbers: Any = list(value) if isinstance(value, Iterable) and name != "rescale_factor" else [value]
@@ -311,7 +312,7 @@ def _read_pixels(
     do_rescale: bool | None = None,
     **kwargs: Any,
 ) -> Image.Image | np.ndarray:
-    """A PIL image of mode "L" or "RGB", which is faster to resize, or an array of uint8 or (see the class) float32."""
+    """A PIL image of mode "L" or "RGB", which is faster to resize, or an array of uint8, or float32 (see the class)."""
     pixels = read_image(source, input_data_format)
     if isinstance(pixels, Image.Image):
         return pixels
@@ -353,7 +354,7 @@ def _make_labels(
     image_sizes: list[tuple[int, int]],
     canvas_size: tuple[int, int] | None,
 ) -> list[np.ndarray]:
-    """Make one label (height, width) of 0 and 1 per map. A map of several sentences is letterboxed once."""
+    """Make one label (height, width) of 0 and 1 per map. A map that several sentences share is letterboxed once."""
     maps = _list_segmentation_maps(segmentation_maps, set(image_sizes))
     indices = _resolve_image_indices(image_indices, len(maps), len(image_sizes))
     labels: dict[tuple[int, int], np.ndarray] = {}
@@ -432,7 +433,7 @@ def _letterbox_mask(mask: np.ndarray, canvas_size: tuple[int, int] | None) -> np
     if not len(rows):
         return np.zeros(canvas_size, dtype=np.int64)
     if mask.shape != (height, width):
-        box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # nothing is covered outside
+        box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # the mask is empty outside
         by_rows = _sum_intervals(box, rows[0], mask.shape[0], height)  # (height, width of the box)
         area = _sum_intervals(by_rows.T, columns[0], mask.shape[1], width).T * (height * width / mask.size)
         mask = area > 0.5 + 1e-6
@@ -443,7 +444,7 @@ def _sum_intervals(array: np.ndarray, start: int, length: int, num_intervals: in
     """Cut an axis of `length` into equal intervals and sum over each, with fractions at the borders.
 
     Args:
-        array: Values along its first axis, from `start` on. There are zeros elsewhere.
+        array: Values from `start` on along the first axis. All others are zero.
 
     Returns:
         Sums of shape (num_intervals, ...) in float64.

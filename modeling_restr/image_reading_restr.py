@@ -22,12 +22,12 @@ from transformers.image_utils import ChannelDimension
 _CHANNELS = (1, 3, 4)
 # How far a float image may overshoot its range, as resampling filters do, before it counts as another range.
 _OVERSHOOT = 1e-3
-# Depth of nested lists of images. A list that holds itself has no end.
+# Maximum depth of nested lists of images. Without it, a list that contains itself would never end.
 MAX_DEPTH = 3
 
 
 class UnreadableImageError(ValueError):
-    """An image is missing, damaged, too large or of an unknown kind, or a value is no image. The message names it."""
+    """An image is missing, damaged, too large or of an unknown kind, or not an image at all. The message names it."""
 
 
 def is_image_file(value: Any) -> bool:
@@ -39,7 +39,7 @@ def list_images(images: Any, max_depth: int = MAX_DEPTH) -> list[Any]:
     """Flatten lists of images and arrays of shape (images, ...) without opening anything.
 
     Raises:
-        UnreadableImageError: Lists are nested too deep.
+        UnreadableImageError: Lists are nested too deeply.
     """
     if isinstance(images, (list, tuple)):
         if not max_depth:
@@ -59,7 +59,7 @@ def naming_the_image(source: Any, place: int | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         name = _name_image(source, place)
-        reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "it is not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImageError(f"{name} cannot be read: {reason or type(error).__name__}") from error
 
 
@@ -134,8 +134,8 @@ def to_rgb(array: np.ndarray) -> np.ndarray:
 
 
 def _name_image(source: Any, place: int | None) -> str:
-    of_file = getattr(source, "filename", None) or getattr(source, "name", None)  # a PIL image's, an open file's
-    name = source if isinstance(source, (str, os.PathLike)) else of_file
+    file_name = getattr(source, "filename", None) or getattr(source, "name", None)  # of a PIL image, or an open file
+    name = source if isinstance(source, (str, os.PathLike)) else file_name
     if isinstance(name, (str, os.PathLike)) and name:
         return repr(os.fspath(name)[:100])
     return "The image" if place is None else f"Image {place} of the list"
@@ -152,7 +152,7 @@ def _open_text(source: str | bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(_decode_text(source)))
     except (ValueError, UnidentifiedImageError) as error:
-        raise ValueError("there is no such file, and it is no URL and no image as base64 or data URI.") from error
+        raise ValueError("there is no such file, and it is not a URL, a base64 image or a data URI.") from error
 
 
 def _decode_text(text: str) -> bytes:
@@ -175,7 +175,7 @@ def _read_bytes(source: Any) -> bytes:
 
 def _decode(image: Image.Image) -> Image.Image | np.ndarray:
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # otherwise it would be copied
         image = ImageOps.exif_transpose(image)
     if min(image.size) < 1:
         raise ValueError(f"expected at least one pixel, got (width, height) {image.size}.")
@@ -187,7 +187,7 @@ def _decode(image: Image.Image) -> Image.Image | np.ndarray:
 
 
 def _decode_wide(image: Image.Image) -> np.ndarray:
-    """Decode more than 8 bits to (1, height, width). The grey value that a PNG may mark as transparent is white."""
+    """Decode more than 8 bits to (1, height, width). A grey value that a PNG marks as transparent becomes white."""
     array = np.asarray(image)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int) and image.mode != "F":

@@ -19,7 +19,7 @@ From pixels and words to logits and loss, for B images of P = h * w patches and 
         | ReSTRPixelDecoder of [projected_vision_embeds ; patch_embeds * patch_logits]
     logits (N, H, W)
         | labels (N, H, W)
-    loss = binary cross entropy of logits + patch_loss_weight * that of patch_logits
+    loss = BCE(logits) + patch_loss_weight * BCE(patch_logits), with BCE the mean binary cross entropy
 
 An image is encoded once, however many expressions are about it. A plain ViT of transformers can replace
 ReSTRVisionModel. The checks of all inputs are at the end of the file: they look at shapes, never at values.
@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # transformers saves a model's code with all that it imports:
     from .pipeline_restr import ReSTRPipeline  # noqa: F401
 
 
-# What the fields of the outputs are. `auto_docstring` takes those that a class has.
+# Descriptions of output fields. `auto_docstring` picks the fields that a class has.
 _OUTPUT_FIELDS = r"""
 loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is provided):
     `loss_pixel + config.patch_loss_weight * loss_patch`.
@@ -86,16 +86,16 @@ vision_embeds (`torch.Tensor` of shape `(B, h, w, vision_hidden_size)`):
 text_embeds (`torch.Tensor` of shape `(N, T, projection_dim)`):
     The word features.
 image_indices (`torch.Tensor` of shape `(N,)`):
-    Which image each expression is about.
+    Index of the image that each expression is about.
 hidden_states (`tuple[torch.Tensor]`, *optional*, returned when `output_hidden_states=True` is passed):
-    Of the fusion encoders: the first block's input, then the output of every block.
+    Input of the first block of the fusion encoders, then the output of every block.
 attentions (`tuple[torch.Tensor]`, *optional*, returned when `output_attentions=True` is passed):
-    Attention weights of every block of the fusion encoders. Those of the seed encoder have the shape
-    `(N, num_heads, T + 1, T + 1)`: the last row is what the class seed attends to.
+    Attention weights of every block of the fusion encoders. In the seed encoder their shape is
+    `(N, num_heads, T + 1, T + 1)`, and the last row has the class seed's attention.
 vision_model_output (`BaseModelOutputWithPooling`, *optional*):
-    What [`~ReSTRForImageSegmentation.get_image_features`] returned; None where `vision_embeds` was a tensor.
+    Output of [`~ReSTRForImageSegmentation.get_image_features`]; None if `vision_embeds` was a tensor.
 text_model_output (`BaseModelOutputWithPooling`):
-    What [`~ReSTRForImageSegmentation.get_text_features`] returned.
+    Output of [`~ReSTRForImageSegmentation.get_text_features`].
 """
 
 
@@ -112,7 +112,7 @@ class ReSTRFusionOutput(ModelOutput):
 
 
 class _CompositeOutput(ModelOutput):
-    """An output that holds those of the encoders, which become tuples with it."""
+    """An output that contains the encoders' outputs. `to_tuple` converts them as well."""
 
     def to_tuple(self) -> tuple:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
@@ -153,23 +153,23 @@ class ReSTRImageSegmentationOutput(_CompositeOutput):
     text_model_output: BaseModelOutputWithPooling | None = None
 
 
-# What the arguments of the models are. `auto_docstring` takes those that a method has.
+# Descriptions of arguments. `auto_docstring` picks the arguments that a method has.
 _INPUTS = r"""
 pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
     Images, as the processor prepares them. Each is encoded once, however many expressions are about it.
 input_ids (`torch.Tensor` of shape `(N, T)`):
     Word ids, padded on the left to `config.text_config.max_position_embeddings`.
 attention_mask (`torch.Tensor` of shape `(N, T)`, *optional*):
-    0 for padding slots. By default those whose id is `config.text_config.pad_token_id`.
+    0 for padding slots; by default for slots with the id `config.text_config.pad_token_id`.
 image_indices (`torch.Tensor` of shape `(N,)`, *optional*):
-    Which image each expression is about. By default 0 for a single image, or 0 to N - 1 for N images.
+    Index of the image that each expression is about. By default 0 for a single image, or 0 to N - 1 for N images.
 vision_embeds (`BaseModelOutputWithPooling` or `torch.Tensor`, *optional*):
-    Image features instead of `pixel_values`: what [`~ReSTRForImageSegmentation.get_image_features`] returned, or a
+    Image features instead of `pixel_values`: the output of [`~ReSTRForImageSegmentation.get_image_features`], or a
     tensor of shape `(B, h, w, vision_hidden_size)`.
 labels (`torch.Tensor` of shape `(N, height, width)`, *optional*):
-    Masks of 0 and 1, which the processor and the collator check. Logits of another size are resized to theirs.
+    Masks of 0 and 1, as the processor and the collator check. Logits of another size are resized to the labels'.
 interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-    Whether images may have another size than the config's; the position embeddings are then resized.
+    Whether images may differ in size from the config's `image_size`; the position embeddings are then resized.
 """
 
 
@@ -194,7 +194,7 @@ def eager_attention_forward(
 
 
 def _expand_mask(config: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
-    """Convert a `(batch, length)` mask, 0 for keys to leave out, to the one that the attention of `config` takes."""
+    """Convert a `(batch, length)` mask, 0 for keys to leave out, to the form that the attention of `config` takes."""
     if attention_mask is None:
         return None
     # To skip a mask of ones, transformers would read its values and wait until the device has computed them.
@@ -356,12 +356,12 @@ class ReSTRPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        config.validate_architecture()  # values may have been set since the config's own checks
+        config.validate_architecture()  # values may have changed since the config's own checks
         self.model_tags = list(MODEL_TAGS)  # a copy per model: transformers adds the tags of `push_to_hub(tags=...)`
 
     def post_init(self) -> None:
         super().post_init()
-        # transformers merges those of the parts into the whole, which would then ignore names that it has to report.
+        # transformers also adds the parts' patterns. The whole model would then ignore names that it has to report.
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
     @torch.no_grad()
@@ -376,25 +376,25 @@ class ReSTRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ReSTRFusionEncoder):
             init.trunc_normal_(module.seed_embedding, std=std)
         elif isinstance(module, ReSTRScoreProjection):
-            # The scalar product is not scaled. With this deviation it has the variance of its inputs.
+            # The scalar product is not scaled. With this standard deviation it has the variance of its inputs.
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ReSTRChannelMap):
-            # With a fixed deviation, several narrow maps in a row would shrink their input to nothing.
+            # With a fixed standard deviation, several narrow maps in a row would shrink their input to nothing.
             init.normal_(module.weight, std=module.initial_std)
 
 
 class ReSTREncoderModel(ReSTRPreTrainedModel):
-    """One of the two encoders, which also loads from the checkpoint of a whole ReSTR."""
+    """Base of the two encoders. They also load from the checkpoint of a whole ReSTR."""
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.", r"^pixel_decoder\."]  # the other parts of a whole model
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every model. From the checkpoint of a whole ReSTR it takes its own part."""
+        """Load as every model does. From the checkpoint of a whole ReSTR, load this encoder's part."""
         key_mapping = {rf"^model\.{cls.base_model_prefix}\.": ""}
         loaded = super().from_pretrained(*args, **{"key_mapping": key_mapping, **kwargs})
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.__dict__.pop("_weight_conversions", None)  # it would be saved under the names of the whole model's part
+        model.__dict__.pop("_weight_conversions", None)  # otherwise it is saved under its names in the whole model
         return loaded
 
 
@@ -495,16 +495,16 @@ class ReSTRTextModel(ReSTREncoderModel):
 
 
 class ReSTRScoreProjection(nn.Linear):
-    """One side of the scalar product <patch, classifier>, which has an initialisation of its own."""
+    """One side of the scalar product <patch, classifier>, with its own initialisation."""
 
 
 class ReSTRFusionEncoder(ReSTRPreTrainedModel):
     """
     Fuse P patch tokens with T word features and a learned class seed into patches and an adaptive classifier
-    (section 3.2 of the paper). The variants are those of its ablation:
+    (section 3.2 of the paper). The variants are from the paper's ablation:
 
     - `"coupled"`: a visual-linguistic encoder over [patches ; words], then a seed encoder over [its words ; seed].
-    - `"independent"`: the same two, but the seed encoder gets the words that entered the first one.
+    - `"independent"`: the same two encoders, but the seed encoder gets the words as they entered the first one.
     - `"vanilla"`: one encoder over [patches ; words ; seed].
     """
 
@@ -591,8 +591,9 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
 
 class ReSTRChannelMap(nn.Module):
     """
-    Linear map of the channels of `(N, channels, height, width)`, without bias. It is no `nn.Linear`, because adapters
-    and quantisers replace those and call them as such. Its initial deviation is that of PyTorch's linear maps.
+    Linear map of the channels of `(N, channels, height, width)`, without bias. It is not an `nn.Linear`, because
+    adapters and quantisers replace those by modules that take channels last. Initial weights have the standard
+    deviation of PyTorch's linear layers.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -608,8 +609,8 @@ class ReSTRChannelMap(nn.Module):
 
 class ReSTRDecoderInputMap(ReSTRChannelMap):
     """
-    The decoder's first map, of [projected patch tokens ; fused patches weighted with their logits]. It is the sum of a
-    part that depends on the image alone, computed once per image, and a part that depends on the expression.
+    First map of the decoder, over [projected patch tokens ; fused patches weighted with their logits]. It adds a part
+    that depends on the image alone, computed once per image, and a part that depends on the expression.
     """
 
     def forward(  # type: ignore[override]
@@ -628,11 +629,11 @@ class ReSTRDecoderInputMap(ReSTRChannelMap):
 class ReSTRPixelDecoder(nn.Module):
     """
     Upsample [projected patch tokens ; fused patches weighted with their logits] to pixels. Each block is a bilinear x2
-    upsampling, a linear map of the channels without bias and a LeakyReLU. A last map leaves one channel. Maps run
-    before the upsampling, which gives the same numbers with a quarter of the work.
+    upsampling, a linear map of the channels without bias and a LeakyReLU. A last map reduces them to one channel. Maps
+    run before the upsampling, which gives the same numbers with a quarter of the work.
 
     There are `ceil(log2(patch_size))` blocks. The last one upsamples to exactly the input's size, so that any patch
-    size works (DINOv2 has 14).
+    size works (DINOv2's is 14).
     """
 
     def __init__(self, config: ReSTRConfig):
@@ -644,7 +645,7 @@ class ReSTRPixelDecoder(nn.Module):
         self.layers = nn.ModuleList([ReSTRDecoderInputMap(2 * dim, dim)])
         self.layers.extend(ReSTRChannelMap(*sizes) for sizes in pairwise(widths))
         self.head = ReSTRChannelMap(widths[-1], 1)
-        self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # 88 MB per expression at 480x480
+        self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # a copy would take 88 MB per expression at 480x480
 
     def _upsample(self, hidden_states: torch.Tensor, block: int, grid: tuple[int, int]) -> torch.Tensor:
         if block == len(self.layers) - 1:
@@ -693,7 +694,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         self.text_model = ReSTRTextModel(config.text_config)
         self.fusion = ReSTRFusionEncoder(config)
         self.post_init()
-        # CLIP's vision encoder also names layers that only its language encoder has, and FSDP needs to find each.
+        # CLIP's vision encoder also names layers that only its language encoder has, but FSDP must find every name.
         self._no_split_modules = set(self._no_split_modules or ()) & {type(m).__name__ for m in self.modules()}
         self._freeze_unused_parameters()
 
@@ -704,7 +705,10 @@ class ReSTRModel(ReSTRPreTrainedModel):
                 weight.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ReSTRModel":
-        """As for every module. Loading replaces the frozen parameters by trainable ones and ends in `eval()`."""
+        """
+        Set the mode as in every module, and freeze unused parameters again: loading replaces them by trainable ones
+        and ends in `eval()`.
+        """
         self._freeze_unused_parameters()
         return super().train(mode)
 
@@ -774,7 +778,7 @@ class ReSTRModel(ReSTRPreTrainedModel):
         interpolate_pos_encoding: bool,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None]:
-        """Compute or check image features (B, h, w, vision_hidden_size); return them and the output they are in."""
+        """Compute or check image features (B, h, w, vision_hidden_size); return them and the output they come from."""
         if (pixel_values is None) == (vision_embeds is None):
             got = "neither" if pixel_values is None else "both"
             raise ValueError(f"Expected exactly one of `pixel_values` and `vision_embeds`, got {got}.")
@@ -879,7 +883,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
 
         The paper starts from `google/vit-base-patch16-384`. A plain ViT (`model_type` `"vit"`) becomes ReSTR's own
         vision encoder, which computes the same and has drop path. Other encoders (DeiT, DINOv2, DINOv3, ...) keep
-        their class. A model with two encoders (CLIP, SigLIP, SigLIP 2 of fixed size) gives its vision encoder.
+        their class. From a model with two encoders (CLIP, SigLIP, SigLIP 2 of fixed size), the vision encoder is used.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id of the vision model.
@@ -892,7 +896,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
                 `from_pretrained` of the vision model (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
-            `ValueError`: The checkpoint is not that of a plain ViT, lacks weights, or does not fit `image_size`.
+            `ValueError`: The checkpoint is not of a plain ViT, lacks weights, or does not fit `image_size`.
         """
         attn_implementation, dtype = kwargs.pop("attn_implementation", None), kwargs.pop("dtype", torch.float32)
         vision_config, state_dict, old_grid = load_vision_model(pretrained_model_name_or_path, image_size, **kwargs)
@@ -912,7 +916,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         r"""
         Returns:
-            What [`ReSTRModel.get_image_features`] returns: `vision_embeds` takes it.
+            The output of [`ReSTRModel.get_image_features`], to pass as `vision_embeds`.
 
         Example:
 
@@ -933,7 +937,7 @@ class ReSTRForImageSegmentation(ReSTRPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         r"""
         Returns:
-            What [`ReSTRModel.get_text_features`] returns.
+            The output of [`ReSTRModel.get_text_features`].
         """
         return self.model.get_text_features(input_ids, attention_mask, **kwargs)
 
@@ -1071,7 +1075,7 @@ def _check_trainer_batch(
     num_items_in_batch: torch.Tensor | int,
     is_training: bool,
 ) -> None:
-    """Refuse batches that Trainer would get wrong, because images and expressions have different numbers."""
+    """Refuse batches that Trainer would get wrong because they have different numbers of images and expressions."""
     remedy = "modeling_restr.training.trainer.ReferringTrainer"
     if image_indices is not None and torch.is_tensor(num_items_in_batch) and num_items_in_batch.ndim > 0:
         raise ValueError(

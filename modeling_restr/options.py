@@ -1,4 +1,4 @@
-"""Options that every command shares, with one name and one meaning each, and how commands report errors."""
+"""Options that commands share, each with one name and one meaning, and the error reports of commands."""
 
 import os
 import re
@@ -81,8 +81,8 @@ MaxImages = Annotated[
 
 def run(command: Any) -> NoReturn:
     """
-    Run a Typer app, or a function as one, on the words of the command line. What users can mend is reported in one
-    line without a traceback; lists below that line are indented. The exit code is 2 for wrong usage, otherwise 1.
+    Run a Typer app, or a function as one, on the words of the command line. Errors that users can fix are reported in
+    one line without a traceback; lists below that line are indented. The exit code is 2 for wrong usage, otherwise 1.
     """
     app = command
     if not isinstance(command, typer.Typer):
@@ -107,7 +107,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Around the imports of a command: name the extra to install where one of its packages is missing."""
+    """Name the extra to install if an import inside the `with` block fails."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -117,7 +117,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 def choose_device(device: str | None = None, num_threads: int | None = None) -> "torch.device":
     """
-    The device named, or else an accelerator, or else the CPU. A number of threads takes effect, too.
+    Choose the named device, or else an accelerator, or else the CPU, and set the number of CPU threads if given.
 
     Raises:
         ValueError: There is no such device on this machine.
@@ -139,11 +139,14 @@ def choose_device(device: str | None = None, num_threads: int | None = None) -> 
 
 def start_processes(device: str | None, num_threads: int | None, timeout: timedelta) -> tuple[Any, "torch.device"]:
     """
-    This process among those that `torchrun` or `accelerate launch` started (accelerate's `PartialState`), and its
-    device: an accelerator for each process, or CPUs where there is none or `--device cpu` says so.
+    Connect the processes that `torchrun` or `accelerate launch` started.
 
     Args:
         timeout: How long processes wait for one another.
+
+    Returns:
+        accelerate's `PartialState`, and the device of this process: one accelerator per process, or CPUs if there is
+        none or `--device cpu` is given.
 
     Raises:
         ValueError: There is no such device on this machine, the device has a number although several processes share
@@ -158,5 +161,5 @@ def start_processes(device: str | None, num_threads: int | None, timeout: timede
     on_cpu = chosen.type == "cpu" or (device is None and parse_flag_from_env("ACCELERATE_USE_CPU"))
     state = PartialState(cpu=on_cpu, timeout=timeout)
     if state.num_processes != num_started:
-        raise ValueError(f"Expected {num_started} processes, as were started, got {state.num_processes} that connect.")
+        raise ValueError(f"Expected {num_started} connected processes, got {state.num_processes}: start them again.")
     return state, state.device if device is None or num_started > 1 else chosen

@@ -22,8 +22,8 @@ from .image_reading_restr import UnreadableImageError, is_image_file
 
 logger = logging.get_logger(__name__)
 
-# The task where the package is imported. In a repository with code, the config's `custom_pipelines` has
-# "image-segmentation" instead, because `pipeline` asks to trust the code of every task in there.
+# The task when the package is imported. In a repository with code, the config's `custom_pipelines` has
+# "image-segmentation" instead, because `pipeline` asks to trust the code of every task that is listed there.
 TASK = "referring-image-segmentation"
 _PARAMETERS = ("text", "threshold", "show_progress")
 # Length from which lists and datasets show their progress by default.
@@ -94,8 +94,8 @@ class ReSTRPipeline(Pipeline):
             generator or dataset an iterator over them. One warning per call names all words that were not read.
 
         Raises:
-            UnreadableImageError: (a ValueError) An image cannot be read. The message has its path or its place in the
-                list.
+            UnreadableImageError: (a ValueError) An image cannot be read. The message gives its path or its place in
+                the list.
             ValueError: Images or sentences have another form, sentences have no words, or parameters are unknown.
         """
         if text is not None:
@@ -110,7 +110,7 @@ class ReSTRPipeline(Pipeline):
         if isinstance(image, Iterator) and not is_image_file(image):
             return super().__call__((item for item in image), **kwargs)
         if _is_dataset(image):
-            # transformers expects a dataset of torch, which those of `datasets` are not.
+            # transformers expects a PyTorch dataset, and a dataset of the `datasets` library is not one.
             rows = image if isinstance(image, Dataset) else Subset(image, range(len(image)))
             return super().__call__(rows, **kwargs)
         return super().__call__([image], **kwargs)[0]
@@ -122,7 +122,7 @@ class ReSTRPipeline(Pipeline):
         processor.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
-        """As in transformers, with the tags that models get by themselves."""
+        """Push as in transformers, with the tags that models get automatically."""
         return super().push_to_hub(repo_id, tags=[*MODEL_TAGS, *(tags or ())], **kwargs)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -229,7 +229,7 @@ class ReSTRPipeline(Pipeline):
         self, model_outputs: dict, number: int, size: tuple[int, int], threshold: float
     ) -> dict[str, Any]:
         processor: Any = self.processor
-        logits = model_outputs["logits"][number : number + 1].to(self.device)  # resized where it is fast
+        logits = model_outputs["logits"][number : number + 1].to(self.device)  # where resizing is fast
         (result,) = processor.post_process_referring_segmentation(
             SimpleNamespace(logits=logits), [size], threshold, return_probabilities=False, size=model_outputs["size"]
         )
@@ -245,7 +245,7 @@ class ReSTRPipeline(Pipeline):
 
 
 def _is_dataset(value: Any) -> bool:
-    """Whether a value has numbered items and is no image."""
+    """Whether a value has numbered items and is not an image."""
     others = (str, os.PathLike, Mapping, Image.Image, torch.Tensor)
     if isinstance(value, others) or is_image_file(value) or hasattr(value, "__array__"):
         return False
@@ -283,7 +283,7 @@ class _Numbered(Dataset):
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join items of one image each, with `image_indices` that count the images of the batch."""
+    """Join items of one image each, with `image_indices` that refer to the images of the batch."""
     batch: dict[str, Any] = {}
     for name in items[0]:
         values = [item[name] for item in items]

@@ -21,7 +21,7 @@ from .image_processing_restr import ReSTRImageProcessorKwargs
 from .image_reading_restr import list_images
 
 
-# Words of a kind and characters of a word that a warning names at most.
+# Maximum number of words of one kind that a warning names, and of characters per word.
 _MAX_NAMED_WORDS, _MAX_NAMED_CHARACTERS = 20, 50
 
 
@@ -36,7 +36,7 @@ class ReSTRProcessorKwargs(ProcessingKwargs, total=False):
 
 class ReSTRProcessor(ProcessorMixin):
     r"""
-    Join a [`ReSTRImageProcessor`] and a tokenizer of [`~tokenization_restr.build_tokenizer`].
+    Combine a [`ReSTRImageProcessor`] with a tokenizer of [`~tokenization_restr.build_tokenizer`].
 
     Example:
 
@@ -68,14 +68,14 @@ class ReSTRProcessor(ProcessorMixin):
             segmentation_maps: One binary mask per sentence, N in their order, each of its image's size.
 
         Returns:
-            For images `pixel_values` (B, 3, height, width) and `original_sizes` (B, 2) as (height, width). For text
-            `input_ids` and `attention_mask` (N, words). For both, or text in lists, `image_indices` (N,), the image
-            that each sentence is about. For segmentation maps `labels` (N, height, width) of 0 and 1. Ids are valid
-            and every sentence has at least one word. The model, which never reads a value, relies on that.
+            For images, `pixel_values` (B, 3, height, width) and `original_sizes` (B, 2) as (height, width). For text,
+            `input_ids` and `attention_mask` (N, words). For both, or for text in lists, `image_indices` (N,), the
+            image that each sentence is about. For segmentation maps, `labels` (N, height, width) of 0 and 1. Ids are
+            valid and every sentence has at least one word: the model relies on that, because it never reads a value.
 
         Raises:
-            UnreadableImageError: (a ValueError) An image cannot be read. The message has its path or its place in the
-                list.
+            UnreadableImageError: (a ValueError) An image cannot be read. The message gives its path or its place in
+                the list.
             ValueError: Images, sentences and segmentation maps do not match, or a sentence has no words.
         """
         if images is None and text is None:
@@ -105,8 +105,8 @@ class ReSTRProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
         """
-        As in transformers, but from a copy, which gets the place of its code, and without the padding of the last
-        sentences: neither the processor nor its files depend on earlier use.
+        Save as in transformers, but from a copy without the padding settings of the last call. The files do not depend
+        on earlier use, and saving does not change the processor.
         """
         processor = copy.copy(self)
         processor.tokenizer = copy.deepcopy(self.tokenizer)
@@ -115,7 +115,7 @@ class ReSTRProcessor(ProcessorMixin):
         return super(ReSTRProcessor, processor).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
-        """As in transformers, with the tags that models get by themselves."""
+        """Push as in transformers, with the tags that models get automatically."""
         return super().push_to_hub(repo_id, tags=[*MODEL_TAGS, *(tags or ())], **kwargs)
 
     def post_process_referring_segmentation(
@@ -146,7 +146,7 @@ class ReSTRProcessor(ProcessorMixin):
         return [self._find_lost_words(*pair) for pair in zip(composed, encodings, strict=True)]
 
     def describe_lost_words(self, lost_words: Iterable[dict[str, list[str]]]) -> str | None:
-        """Word a warning about what [`find_lost_words`] found in any number of sentences, or None if that is nothing."""
+        """Format a warning about the words that [`find_lost_words`] found in all sentences; None if it found none."""
         lost_words = list(lost_words)
         unknown, cut = (
             _name_words(word for lost in lost_words for word in lost[key]) for key in ("unknown_words", "cut_words")
@@ -201,7 +201,7 @@ def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list
         raise ValueError(f"Expected text as a sentence, a list of sentences or a list of lists of them, got {text!r}.")
     num_lists = sum(isinstance(row, (list, tuple)) for row in rows)
     if num_lists not in (0, len(rows)) or not all(rows[:num_lists]):
-        raise ValueError(f"Expected sentences only, or lists of sentences only with none of them empty, got {text!r}.")
+        raise ValueError(f"Expected sentences, or non-empty lists of sentences, got {text!r}.")
     if num_images is not None and num_images != len(rows) and (num_lists or num_images != 1):
         raise ValueError(
             "Expected one image with any number of sentences, as many sentences as images, or one list of sentences"

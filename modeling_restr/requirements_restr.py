@@ -1,13 +1,13 @@
 """
-The version of transformers that ReSTR needs, checked on import. Every model file imports this one before anything else
-of transformers, so that whichever is loaded first reports an old version.
+The version of transformers that ReSTR needs, checked on import. Every model file imports this module before anything
+in transformers, so that whichever file is loaded first reports an old version.
 """
 
 import transformers
 from packaging.version import Version
 
 
-TRANSFORMERS = "transformers>=5.17,<6"  # as pip reads it; setup.py and saved models take it from this line
+TRANSFORMERS = "transformers>=5.17,<6"  # in pip's form; setup.py and saved models take it from this line
 MIN_TRANSFORMERS = TRANSFORMERS.partition(">=")[2].partition(",")[0]
 
 if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):

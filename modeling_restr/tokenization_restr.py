@@ -23,16 +23,16 @@ from transformers import PreTrainedTokenizerFast
 PAD_TOKEN, GO_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<go>", "<eos>", "<unk>"
 SPECIAL_TOKENS = {PAD_TOKEN: 0, GO_TOKEN: 1, EOS_TOKEN: 2, UNK_TOKEN: 3}
 
-# Python's `\w` and white space, spelled out: for the regex engine of tokenizers, marks are word characters and the
-# four separators are not white space.
+# Python's `\w` and white space, spelled out: the regex engine of tokenizers counts marks as word characters, and the
+# four separators not as white space.
 _WORD = r"[\p{L}\p{N}_]"
 _SPACES = r"[\s\x1c-\x1f]+"
 # Python lower-cases a capital sigma by its place in the word, `Lowercase` character by character. Python ignores
 # characters that are both cased and ignorable, such as U+0345.
 _CASED = r"[\p{Cased}&&\P{Case_Ignorable}]"
 _FINAL_SIGMA = rf"(?<={_CASED}\p{{Case_Ignorable}}*)\u03a3(?!\p{{Case_Ignorable}}*{_CASED})"
-# Characters that may be dropped as punctuation. ASCII's symbols, single accents, control and invisible characters count
-# as such. Other symbols, such as emoji, and marks have a meaning.
+# Characters that may be dropped as punctuation, which includes ASCII's symbols, single accents, control and invisible
+# characters. Other symbols, such as emoji, and marks have a meaning.
 _PUNCTUATION = r"[\p{P}\p{Sk}\p{Cc}\p{Cf}$+<=>^`|~\s&&[^_]]"
 
 
@@ -49,14 +49,14 @@ def split_expression(text: str) -> list[str]:
 
 
 def read_vocabulary(path: str | Path) -> dict[str, int]:
-    """Read a vocabulary file (UTF-8) with one word per line, whose number, from 0, is the id.
+    """Read a vocabulary file (UTF-8) with one word per line. A word's id is its line number, from 0.
 
     Words are composed (NFC). A word on several lines gets the id of the last one, as in the original. The ids then
     have gaps: the original's RefCOCO file has 12,112 lines and 12,107 distinct words. An embedding needs as many rows
     as the largest id + 1.
 
     Raises:
-        ValueError: `<pad>`, `<go>`, `<eos>` and `<unk>` are not the words of ids 0 to 3.
+        ValueError: `<pad>`, `<go>`, `<eos>` and `<unk>` do not have the ids 0 to 3.
     """
     lines = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8")).split("\n")
     vocabulary = {line.strip(): index for index, line in enumerate(lines) if line.strip()}
@@ -65,7 +65,7 @@ def read_vocabulary(path: str | Path) -> dict[str, int]:
 
 
 def vocabulary_from_expressions(sentences: Iterable[str], min_count: int = 1) -> dict[str, int]:
-    """Build a vocabulary from sentences: special tokens first, then words by falling count, ties alphabetically.
+    """Build a vocabulary from sentences: special tokens first, then words by decreasing count, ties alphabetically.
 
     Words seen fewer than `min_count` times are left out. So are separators with white space, such as `", "`, which a
     vocabulary file cannot hold and which are `<unk>` in the original.
@@ -92,7 +92,7 @@ def build_tokenizer(
         max_length: Number of word slots of the model, 20 in the original.
         drop_unknown_punctuation: Whether punctuation that the vocabulary lacks is dropped next to words.
             `"guy's t-shirt!"` is then `guy s t shirt`, without the three `<unk>` that the original gives. A sentence
-            of punctuation alone stays one `<unk>`. This is saved in tokenizer.json with the rest.
+            of punctuation alone stays one `<unk>`. tokenizer.json stores this setting.
 
     Raises:
         ValueError: A special token is missing or has another id, an id is negative or shared by two words, or
@@ -100,7 +100,7 @@ def build_tokenizer(
     """
     _check_special_tokens(vocabulary, source="vocabulary")
     if min(vocabulary.values()) < 0 or len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError("Expected ids >= 0, each of one word only, got a vocabulary with negative or shared ids.")
+        raise ValueError("Expected ids >= 0, each for one word only, got a vocabulary with negative or shared ids.")
     if max_length < 1:
         raise ValueError(f"Expected max_length >= 1, got {max_length}.")
 
@@ -148,7 +148,7 @@ def add_words(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> list[
 
 
 def _build_normalizer(known_punctuation: Iterable[str] | None) -> Normalizer:
-    """Normalise as [`split_expression`] does, and turn punctuation that is not known into white space unless None."""
+    """Normalise as [`split_expression`] does. Unless `known_punctuation` is None, replace all other by white space."""
     steps = [
         NFC(),
         Replace(Regex(rf"\A{_SPACES}|{_SPACES}\z"), ""),

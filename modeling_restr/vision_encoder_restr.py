@@ -1,4 +1,4 @@
-"""What ReSTR expects of a vision encoder of transformers, and the conversion of a pretrained one to ReSTR's."""
+"""Checks of transformers' vision encoders, and the conversion of pretrained ones to ReSTR's."""
 
 from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the version of transformers)
 
@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_restr import ReSTRVisionConfig, check_vision_config, refuse_vision_config
 
 
-# Names of a plain ViT's weights in transformers, newer and older ones, -> those of ReSTR's own vision encoder.
+# Names of a plain ViT's weights in transformers (newer and older) -> names in ReSTR's own vision encoder.
 _RENAMINGS = (
     (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
     (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
@@ -41,7 +41,7 @@ def as_pair(size: int | Iterable[int]) -> tuple[int, int]:
 
 
 def patch_grid(config: Any) -> tuple[int, int]:
-    """(h, w): how many patches an image of the config's own size has."""
+    """(h, w): the number of patches along each side of an image of the config's own size."""
     image_size, patch_size = as_pair(config.image_size), as_pair(config.patch_size)
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
@@ -53,7 +53,7 @@ def resize_positions(
     Resize the grid part of `(1, prefix + h * w, hidden_size)` position embeddings bilinearly (align_corners=False, as
     the original does). The rows of the prefix tokens, which come first, stay.
     """
-    # An export with a free size has symbols here: comparing them would fix the size.
+    # An export with a dynamic size has symbols here: comparing them would fix the size.
     if not isinstance(new_grid[0], torch.SymInt) and old_grid == new_grid:
         return position_embeddings
     num_prefix_tokens = position_embeddings.shape[1] - old_grid[0] * old_grid[1]
@@ -65,8 +65,8 @@ def resize_positions(
 
 def unused_parameters(config: Any) -> frozenset[str]:
     """
-    Find the parameters that no patch token depends on, such as those of a pooler or a mask token. They get no gradient.
-    A copy of the model without weights (on the meta device) runs for this: about 10 ms per layer, no memory.
+    Find the parameters that no patch token depends on, such as a pooler's or a mask token. They get no gradient. A copy
+    of the model without weights runs on the meta device to find them: about 10 ms per layer, no memory.
 
     Raises:
         `ValueError`: The model does not make one token per patch, in the last places, from a batch of images.
@@ -91,7 +91,7 @@ def _encode_patches(model: PreTrainedModel, config: Any) -> torch.Tensor:
     try:
         tokens = model(images, return_dict=True).last_hidden_state
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # Any of these: it needs other inputs, a time axis, or values that the meta device does not have.
+        # It may need other inputs, a time axis, or values that the meta device does not have.
         refuse_vision_config(config, f"it does not encode images alone ({type(error).__name__}: {error})")
     if tokens.ndim != 3 or tokens.shape[1] < num_patches or tokens.shape[::2] != (2, config.hidden_size):
         shapes = f"of shape {tuple(tokens.shape)} from two images of {num_patches} patches"
@@ -100,7 +100,7 @@ def _encode_patches(model: PreTrainedModel, config: Any) -> torch.Tensor:
 
 
 def load_vision_config(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-    """Load the config of a pretrained vision encoder, also where it is one of the two of CLIP or SigLIP."""
+    """Load the config of a pretrained vision encoder, also from a model with two encoders (CLIP, SigLIP)."""
     config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
     config = getattr(config, "vision_config", config)
     check_vision_config(config)
@@ -111,15 +111,15 @@ def load_vision_model(
     pretrained_model_name_or_path: str | os.PathLike, image_size: int | None = None, **kwargs: Any
 ) -> tuple[Any, dict[str, torch.Tensor], tuple[int, int]]:
     """
-    Load a pretrained vision encoder in float32, also where it is one of the two of CLIP or SigLIP.
+    Load a pretrained vision encoder in float32, also from a model with two encoders (CLIP, SigLIP).
 
     Returns:
-        Its config for images of `image_size` (by default its own), its weights, and the patch grid (h, w) that their
-        position embeddings are for. A plain ViT has become ReSTR's own encoder; others are as they were.
+        Its config for images of `image_size` (by default its own), its weights, and the patch grid (h, w) of their
+        position embeddings. A plain ViT is converted to ReSTR's own encoder; others stay as they are.
 
     Raises:
-        `ValueError`: It is no plain ViT, lacks weights that a patch token depends on, or its patches do not divide the
-            image size.
+        `ValueError`: It is not a plain ViT, lacks weights that a patch token depends on, or its patches do not divide
+            the image size.
     """
     config = load_vision_config(pretrained_model_name_or_path, **kwargs)
     if config.base_config_key:  # a part of CLIP or SigLIP
@@ -170,7 +170,10 @@ def _set_image_size(config: Any, image_size: int | None) -> None:
 def _convert_vision_model(
     vision_model: PreTrainedModel, unused: Collection[str]
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Config and weights in the form of ReSTR's own encoder, without `unused` ones, for a plain ViT of squares."""
+    """
+    Convert a plain ViT for square images and patches to the config and weights of ReSTR's own encoder, without `unused`
+    ones. Others keep theirs.
+    """
     config, state_dict = vision_model.config, vision_model.state_dict()
     image_size, patch_size = as_pair(config.image_size), as_pair(config.patch_size)
     if config.model_type != "vit" or image_size[0] != image_size[1] or patch_size[0] != patch_size[1]:
@@ -188,8 +191,8 @@ def _convert_vision_model(
 
 def _without_stages(config: Any) -> Any:
     """
-    Derive the stage names of a backbone's config again. After a change of `num_hidden_layers` they are wrong, and the
-    config could be saved but not loaded.
+    Derive the stage names of a backbone's config again. After a change of `num_hidden_layers` they are wrong: such a
+    config can be saved but not loaded.
     """
     values = config.to_dict()
     if "stage_names" not in values:

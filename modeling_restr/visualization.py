@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from .files import replace_file
 
 
-# Bright, and distinct for readers with a colour vision deficiency, too (Okabe and Ito, 2008, without black).
+# Bright, and distinct also for readers with a colour vision deficiency (Okabe and Ito, 2008, without black).
 COLORS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -26,14 +26,14 @@ TILES_PER_ROW = 4
 
 
 def get_color(index: int) -> tuple[int, int, int]:
-    """RGB colour of the expression `index`. After the last colour they start again."""
+    """RGB colour of the expression `index`. After the last colour, the first one follows."""
     return COLORS[index % len(COLORS)]
 
 
-def read_photo(path: Path, image_processor: Any) -> Image.Image:
-    """The photo as the model sees it before it is resized: upright, 8-bit RGB, transparency on white."""
-    pixels = image_processor.process_image(path, do_convert_rgb=True, do_rescale=True)  # (3, height, width)
-    return Image.fromarray(np.moveaxis(pixels, 0, -1))
+def read_photo(photo: Path | Image.Image, image_processor: Any) -> Image.Image:
+    """Read a photo as the model sees it before resizing: upright, 8-bit RGB, transparency on white."""
+    pixels = image_processor.process_image(photo, do_convert_rgb=True, do_rescale=True)  # (3, height, width)
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 
 
 def draw_masks(image: Image.Image, masks: Sequence[np.ndarray | Image.Image]) -> Image.Image:
@@ -100,12 +100,12 @@ def draw_tile(
     image: Image.Image, masks: Sequence[np.ndarray | Image.Image], labels: Sequence[str], size: int = TILE_SIZE
 ) -> Image.Image:
     """
-    A picture for a sheet of many: the image with its masks, resized, and a legend below.
+    Draw a small picture for a sheet of many: the resized image with its masks, and a legend below.
 
     Args:
         image (`PIL.Image.Image`): The image.
         masks (sequence of N arrays or images of the image's size): Non-zero inside.
-        labels (sequence of N strings): What the legend says of each mask.
+        labels (sequence of N strings): Legend of each mask.
         size (`int`): Longer side of the image in pixels.
     """
     upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -117,7 +117,7 @@ def draw_tile(
 
 
 def arrange_in_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Put images row by row on a white sheet whose cells fit the widest and the highest of them."""
+    """Put images row by row on a white sheet, with cells for the widest and the tallest of them."""
     width, height = max(image.width for image in images), max(image.height for image in images)
     sheet = Image.new("RGB", (min(columns, len(images)) * width, -(-len(images) // columns) * height), "white")
     for number, image in enumerate(images):

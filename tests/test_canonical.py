@@ -187,7 +187,7 @@ def test_missing_and_unreadable_images_are_bad(tmp_path):
     with pytest.raises(BadImage, match=r"^b\.jpg: cannot be decoded \(not an image\)$"):
         build_row(annotate(tmp_path / "b.jpg"))
     (tmp_path / "c.jpg").mkdir()
-    with pytest.raises(BadImage, match=r"^c\.jpg: cannot be read \(it is no regular file\)$"):
+    with pytest.raises(BadImage, match=r"^c\.jpg: cannot be read \(it is not a regular file\)$"):
         build_row(annotate(tmp_path / "c.jpg"))
 
 

@@ -350,7 +350,12 @@ def test_unusable_files_are_errors_that_name_the_place(write, annotations, optio
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "not in COCO's format"), ('{"images": []}', "not in COCO's"), (None, "a file")],
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "not in COCO's format"),
+        ('{"images": []}', "not in COCO's"),
+        (None, "a file"),
+    ],
 )
 def test_files_in_other_formats_are_refused(tmp_path, text, message):
     if text is not None:

@@ -1,4 +1,4 @@
-"""Combining: no image that is evaluated on is trained on, whatever its file name."""
+"""Combining: no image of an evaluation split is trained on, whatever its file name."""
 
 import dataclasses
 import shutil
@@ -156,7 +156,7 @@ def test_bad_input_is_explained(tmp_path):
     folder = prepare_folder(tmp_path / "a", "a", val=images[:1])
     with pytest.raises(ValueError, match="at least two"):
         combine({"a": folder})
-    with pytest.raises(ValueError, match="is no prepared dataset"):
+    with pytest.raises(ValueError, match="is not a prepared dataset"):
         combine({"a": folder, "b": tmp_path / "images"}, tmp_path / "cache")
     images[3].image.unlink()
     with pytest.raises(BadImage):

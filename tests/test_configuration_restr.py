@@ -154,7 +154,9 @@ def test_folders_of_earlier_versions_load_without_a_warning(caplog):
 @pytest.mark.parametrize("config_class", CONFIG_CLASSES)
 @pytest.mark.parametrize("key", ["validate", "to_dict", "validate_architecture"])
 def test_keys_that_are_methods_are_refused(tmp_path, config_class, key):
-    message = rf"{config_class.__name__}: expected keys that are no methods of a config, got \['{key}'\]. Rename them."
+    message = (
+        rf"{config_class.__name__}: expected keys that are not methods of a config, got \['{key}'\]. Rename them."
+    )
     with pytest.raises(ValueError, match=message):
         config_class(**{key: 1})
     config_class().save_pretrained(tmp_path)

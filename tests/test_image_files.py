@@ -108,9 +108,9 @@ def test_only_regular_files_are_opened(folder):
     with open(folder / "large.jpg", "wb") as file:
         file.truncate(MAX_BYTES + 1)
     for name, message in (
-        ("pipe.jpg", "no regular file"),
-        ("folder.jpg", "no regular file"),
-        ("zero.jpg", "no regular file"),
+        ("pipe.jpg", "not a regular file"),
+        ("folder.jpg", "not a regular file"),
+        ("zero.jpg", "not a regular file"),
         ("large.jpg", "2,147,483,648 bytes, more than the limit of 2,147,483,647"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -303,7 +303,7 @@ def test_parameters_of_the_constructor_are_defaults_of_calls(pipe, images):
         (lambda pipe, image: pipe(image, text=3), "as text, got 3"),
         (lambda pipe, image: pipe(image, text=""), "at least one word, got ''"),
         (lambda pipe, image: pipe(image, text=["the man", "  "]), "at least one word, got '  '"),
-        (lambda pipe, image: pipe(image, text=[]), "none of them empty"),
+        (lambda pipe, image: pipe(image, text=[]), "non-empty lists of sentences"),
         (lambda pipe, image: pipe(image, text=[["the man"]]), "of type list"),
         (lambda pipe, image: pipe(None, text="the man"), "got NoneType"),
         (lambda pipe, image: pipe("no_such_photo.jpg", text="the man"), "no_such_photo.jpg"),

@@ -188,7 +188,7 @@ def bad_data_dir(tmp_path_factory, rows):
 def test_bad_images_and_sentences_are_rows_with_an_error(model_dir, bad_data_dir, expected):
     found = run_stages(model_dir, bad_data_dir)
     errors = {(result["row"], result["text_index"]): result["error"] for result in found if result["error"]}
-    reasons = {1: "truncated", 4: "no image of a known format", 5: "has no image", 6: "absent.png is missing"}
+    reasons = {1: "truncated", 4: "not an image of a known format", 5: "has no image", 6: "absent.png is missing"}
     for row, reason in reasons.items():
         of_row = [result for result in found if result["row"] == row]
         assert of_row and all(reason in result["error"] for result in of_row)

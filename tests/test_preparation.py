@@ -204,12 +204,12 @@ def test_source_is_read_back_as_it_was(tmp_path, images):
     prepare(SOURCE, {"val": images}, tmp_path / "output")
     assert read_source(tmp_path / "output") == SOURCE
     assert str(tmp_path) not in json.dumps(read_settings(tmp_path / "output"))
-    with pytest.raises(ValueError, match="is no prepared dataset"):
+    with pytest.raises(ValueError, match="is not a prepared dataset"):
         read_settings(tmp_path)
     truncated = (tmp_path / "output" / "preparation.json").read_text()[:-9]
     for text in ("null", "[]", "1", "{}", truncated):
         (tmp_path / "preparation.json").write_text(text)
-        with pytest.raises(ValueError, match=r"preparation\.json(: expected the fields| is not JSON)"):
+        with pytest.raises(ValueError, match=r"preparation\.json(: expected the fields| cannot be read as JSON)"):
             read_settings(tmp_path)
 
 

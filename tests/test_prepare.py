@@ -89,7 +89,7 @@ def test_bad_images_stop_the_preparation_or_are_left_out_and_listed(prepare, err
     assert f"{coco_name(2)}: missing" in error and f"{coco_name(3)}: cannot be decoded" in error
     assert not list(output.rglob("*.parquet")) and not (output / "README.md").exists()
     out = prepare(*words, "--skip-bad")
-    assert re.search(r"\ntrain +5 +5 +10 ", out) and "Images left out, since they cannot be used: 3\n" in out
+    assert re.search(r"\ntrain +5 +5 +10 ", out) and "Images left out, because they cannot be used: 3\n" in out
     assert f"val  {coco_name(11)}: decodes to (41, 50)" in out
     assert len(read_rows(output, "train", tmp_path / "cache")) == 5
     first = read_files(output)
@@ -288,7 +288,7 @@ def test_combine_says_what_it_dropped(prepare, error_of, tmp_path):
     written = {path.name for path in both.iterdir()} - {".preparation.lock"}
     assert written == {"README.md", "data", "preparation.json"}
     error = error_of("combine", a, a, "--output-dir", tmp_path / "again")
-    assert "a different name for each of the folders, got refcoco refcoco" in error
+    assert "a different name for each folder, got refcoco refcoco" in error
     out = prepare("combine", a, a, "--names", "x,y", "--output-dir", tmp_path / "again")
     assert "\nx_val " in out and "\ny_val " in out
 

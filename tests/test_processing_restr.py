@@ -212,7 +212,7 @@ def test_sentences_without_words_are_refused(processor, images, sentence):
         (2, ["a", "b", "c"], "2 images and 3 sentences"),
         (2, [["a", "b"]], "2 images and 1 lists of sentences"),
         (1, [["a"], ["b"]], "1 images and 2 lists of sentences"),
-        (2, [["a"], []], "none of them empty"),
+        (2, [["a"], []], "non-empty lists of sentences"),
         (2, [["a"], "b"], "lists of sentences only"),
         (2, ["b", ["a"]], "lists of sentences only"),
         (1, [], r"got \[\]"),

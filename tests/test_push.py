@@ -98,7 +98,7 @@ def test_card_of_other_weights_is_not_pushed(hub, folder):
     ("repo_id", "options", "card", "message"),
     [
         ("restr", {}, "---\nlicense: All mine!\n---\n", 'the Hub takes, but it says: "license" must be one of'),
-        ("restr", {}, "---\nlicense: [mit\n---\n", "with metadata that the Hub takes, but it says: while parsing"),
+        ("restr", {}, "---\nlicense: [mit\n---\n", "with metadata that the Hub accepts, but it says: while parsing"),
         ("tester/no name", {}, None, "Repo id must use alphanumeric"),
         ("a/b/c", {}, None, "Repo id must be in the form"),
         ("restr", {"tag": "first try"}, None, "Expected a tag of letters, digits and .* got 'first try'"),
@@ -114,7 +114,7 @@ def test_what_the_hub_would_refuse_creates_no_repository(hub, folder, repo_id, o
 
 def test_card_links_an_existing_space(hub, folder):
     write_model_card(folder, space="tester/demo")
-    with pytest.raises(ValueError, match="links the Space tester/demo, which does not exist"):
+    with pytest.raises(ValueError, match="links to the Space tester/demo, which does not exist"):
         push_to_hub(folder, "restr")
     assert not hub.repositories
     HfApi().create_repo("demo", repo_type="space", space_sdk="gradio")

@@ -48,7 +48,7 @@ def test_records_by_their_ids():
     content = {"images": [{"id": 5}, {"id": 3, "file_name": "a.jpg"}]}
     assert index_records(content, "images", PATH) == {5: {"id": 5}, 3: {"id": 3, "file_name": "a.jpg"}}
     for images, message in (
-        ([{"id": 5}, {"id": 3}, {"id": 5}], "instances.json: the ids of images must be unique, 5 is there twice"),
+        ([{"id": 5}, {"id": 3}, {"id": 5}], "instances.json: the ids of images must be unique, got 5 twice"),
         (
             [{"id": 5}, {"id": 2**64}],
             rf"record 1 of the images: expected id to be a whole number of 64 bits, got {2**64}",

@@ -298,7 +298,7 @@ def test_splits_of_several_test_sets(tmp_path):
         (("refcocog",), "refcocog was split by umd and google, got split_by='unc'"),
         (("refcoco", "google"), r"Expected refs\(google\)\.p in .*refcoco, got refs\(unc\)\.p"),
         (("refcoco", "unc", "test_a"), r"no split 'test_a'; it has: testA, train, val\."),
-        (("refcoco+",), r"data to be the folder of refcoco\+, with instances\.json, or to hold it"),
+        (("refcoco+",), r"data to be the folder of refcoco\+, with instances\.json, or to contain it"),
     ],
 )
 def test_unknown_datasets_and_splits_are_explained(data, arguments, message):
@@ -355,14 +355,14 @@ def change(table, number, **fields):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "is not JSON"),
+        ("[", "cannot be read as JSON"),
         ("[]", "is not in COCO's format"),
         ('{"images": []}', "is not in COCO's format"),
-        (100_000 * "[", "is not JSON that can be used: maximum recursion depth"),
+        (100_000 * "[", "cannot be read as JSON: maximum recursion depth"),
         (change("images", 0, height=...), "581857 of the images: expected the fields .*'height'.*, got"),
-        (change("images", 2), "the ids of images must be unique, 581857 is there twice"),
-        (change("annotations", 5), "the ids of annotations must be unique, 10 is there twice"),
-        (change("categories", 2), "the ids of categories must be unique, 1 is there twice"),
+        (change("images", 2), "the ids of images must be unique, got 581857 twice"),
+        (change("annotations", 5), "the ids of annotations must be unique, got 10 twice"),
+        (change("categories", 2), "the ids of categories must be unique, got 1 twice"),
         (change("annotations", 0, id=2**70), f"record 0 of the annotations: expected id .* got {2**70}"),
         (change("images", 0, file_name=5), "581857 of the images: expected file_name to be text, got 5"),
         (change("categories", 1, name=5), "18 of the categories: expected name to be text, got 5"),
@@ -390,7 +390,7 @@ def test_repeated_references_are_named(data, caplog):
     write_refer(data / "data/refcoco", [*refs, refs[0]])
     images = read_refer(data / "data", data / "train2014")
     assert [reference.ref_id for image in images for reference in image.references] == [4, 3, 4, 2]
-    assert "refcoco: 1 ids of references occur more than once and are counted as often (4)" in caplog.text
+    assert "refcoco: 1 ids of references occur more than once, and each occurrence is counted (4)" in caplog.text
 
 
 @pytest.mark.parametrize("names", [("a.jpg", "a.jpg"), ("job_1/a.jpg", "job_2/a.jpg"), ("a.jpg", "images\\a.jpg")])

@@ -147,7 +147,7 @@ def test_repeated_names_are_reported(data, caplog):
     write_queries(data, {"8756_1": ["sky"], "08756_1": ["sun"]})
     read(data)
     assert (
-        "referit_query_test.json: 1 ids of references occur more than once and are counted as often (8756001)"
+        "referit_query_test.json: 1 ids of references occur more than once, and each occurrence is counted (8756001)"
         in caplog.text
     )
 

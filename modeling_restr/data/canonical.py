@@ -35,7 +35,7 @@ from .segmentation import (
 logger = datasets.logging.get_logger(__name__)
 _UNDECODABLE = "images that cannot be decoded"
 
-NO_TARGET = -1  # gRefCOCO's annotation id for what is not in the image
+NO_TARGET = -1  # gRefCOCO's annotation id for expressions that refer to nothing
 MASK_FEATURE = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
 FEATURES = datasets.Features(
     {
@@ -59,7 +59,7 @@ FEATURES = datasets.Features(
 class BadImage(ValueError):
     """
     An image that cannot be used with its annotations: it is missing, unreadable or of another size than they say, or
-    an object on it has no mask. `problem` is the kind of problem, in the plural.
+    an object in it has no mask. `problem` is the kind of problem, in the plural.
     """
 
     def __init__(self, message: str, problem: str = "bad images"):
@@ -89,7 +89,7 @@ class AnnotatedReference:
 
     @property
     def refers_to_nothing(self) -> bool:
-        """Whether the expressions mean nothing in the image, as in gRefCOCO. Any other empty mask is a mistake."""
+        """Whether the expressions refer to nothing, as in gRefCOCO. Any other empty mask is a mistake."""
         return self.ann_id == NO_TARGET or (isinstance(self.segmentation, list | tuple) and not self.segmentation)
 
 
@@ -109,7 +109,7 @@ class AnnotatedImage:
 
 
 def check_images(images: Sequence[AnnotatedImage], place: Any) -> None:
-    """Check what a reader found in a `place`: distinct files, and a warning about ids that occur more than once."""
+    """Refuse images that share a file, and warn about ids that occur more than once in `place`, a file or folder."""
     check_distinct_files(images)
     files = {(image.image_id, image.file_name) for image in images}
     _warn_about_repeated_ids(place, "images", (image_id for image_id, _ in files))
@@ -120,13 +120,13 @@ def _warn_about_repeated_ids(place: Any, table: str, ids: Iterable[int]) -> None
     repeated = [number for number, count in Counter(ids).items() if count > 1]
     if repeated:
         logger.warning(
-            f"{place}: {len(repeated)} ids of {table} occur more than once and are counted as often "
+            f"{place}: {len(repeated)} ids of {table} occur more than once, and each occurrence is counted "
             f"({', '.join(map(str, repeated[:10]))}{', ...' if len(repeated) > 10 else ''})."
         )
 
 
 def check_distinct_files(images: Iterable[AnnotatedImage]) -> None:
-    """Raise a `ValueError` if two images are one file: the annotations of one of them would lie on another picture."""
+    """Raise a `ValueError` if two images share a file: the annotations of one of them belong to another picture."""
     first: dict[Path, AnnotatedImage] = {}
     for image in images:
         if not isinstance(image.image, Path):
@@ -134,13 +134,13 @@ def check_distinct_files(images: Iterable[AnnotatedImage]) -> None:
         other = first.setdefault(image.image, image)
         if other.image_id != image.image_id and is_file(image.image):
             raise ValueError(
-                f"Expected a file for each image, found {image.image} for image {other.image_id} ({other.file_name}) "
+                f"Expected one file per image, found {image.image} for image {other.image_id} ({other.file_name}) "
                 f"and for image {image.image_id} ({image.file_name}): give a folder in which each has its own."
             )
 
 
 def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> bytes:
-    """The encoded file of an image, which must lie in `image_dir` if that is given; raises as [`resolve_image`]."""
+    """Read the encoded file of an image. It must be in `image_dir` if that is given. Raises as [`resolve_image`]."""
     if isinstance(source, ImageInDataset):
         image = source.dataset[source.row][source.column] or {"bytes": None, "path": None}
         if image["bytes"] is not None:
@@ -153,10 +153,10 @@ def read_image(source: Path | ImageInDataset, image_dir: Path | None = None) -> 
 
 def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems | None = None) -> dict[str, Any]:
     """
-    The canonical row of an image. The whole image is decoded, and its masks have the decoded size.
+    Build the canonical row of an image. The whole image is decoded, and its masks have the decoded size.
 
-    With `embed=False` the row names the image's file instead of holding its bytes, if it can. What is dropped or
-    doubtful is added to `problems`.
+    With `embed=False` the row names the image's file instead of holding its bytes, if possible. Everything that is
+    dropped or doubtful is added to `problems`.
 
     Raises:
         BadImage: The image is missing, cannot be decoded, or is of another size than its annotations, or an object has
@@ -200,8 +200,8 @@ def _decode_upright(encoded: bytes, annotated_size: tuple[int, int] | None) -> t
     """
     The file's bytes, its size (height, width) as `datasets` will decode it, and whether the bytes had to be changed.
 
-    `datasets` rotates an image by its EXIF orientation. Annotations that were made on the image as it is stored would
-    not fit it then, so such a file is written again without the orientation.
+    `datasets` rotates an image by its EXIF orientation. Annotations of the image as stored would then no longer fit, so
+    such a file is written again without the orientation.
     """
     with Image.open(io.BytesIO(encoded)) as image:
         if image.format == "EPS":
@@ -247,7 +247,7 @@ def _check_bbox(bbox: Any) -> list[float]:
 
 
 def build_row_or_error(annotated: AnnotatedImage, problems: Problems, embed: bool = True) -> dict[str, Any] | BadImage:
-    """The row of an image as [`build_row`] makes it, or what is wrong with it. `problems` takes note of either."""
+    """Return the row from [`build_row`] or its error, and add the problems of both to `problems`."""
     found = Problems()
     try:
         row = build_row(annotated, embed, found)
@@ -260,7 +260,7 @@ def build_row_or_error(annotated: AnnotatedImage, problems: Problems, embed: boo
 
 def build_dataset(images: Iterable[AnnotatedImage], skip_bad: bool = False, progress: bool = True) -> datasets.Dataset:
     """
-    A dataset in the canonical form. Images stay in their files until the dataset is pushed or written.
+    Build a dataset in the canonical form. Images stay in their files until the dataset is pushed or written.
 
     Raises:
         BadImage: Some images cannot be used. The message lists all of them. `skip_bad=True` leaves them out instead,

@@ -49,35 +49,35 @@ def read_coco(
 
     Masks may be polygons or RLEs. The expressions of an image depend on `seed`, its id and its annotations only, not
     on the rest of the file or its order. Instances that allow no unambiguous expression are left out, and so are
-    images without any. A category is not mentioned in an image with a crowd of it (`iscrowd`), with LVIS's mark that
-    not all of it is annotated, or with an annotation of it without a mask that fits the image. What is left out is
-    counted by reason.
+    images without any. No expression of an image mentions a category with a crowd in it (`iscrowd`), a category that
+    LVIS marks as not fully annotated there, or one with an annotation without a mask that fits the image. Everything
+    that is left out is counted by reason.
 
     Args:
-        instances_path: The file: `images` (id, file_name, and height and width unless the image files tell),
+        instances_path: The file: `images` (id, file_name, and height and width unless the image files can be read),
             `annotations` (id, image_id, category_id, segmentation) and `categories` (id, name).
-        image_dir: The folder that the file names are relative to. As for [`read_refer`], COCO's usual folders below it
-            are searched, too.
-        expressions_per_instance: Maximum number for each instance, 1 to 100. Some allow fewer.
-        seed: A whole number from 0. Another seed gives other expressions.
+        image_dir: The folder that the file names are relative to. As in [`read_refer`], COCO's usual folders below it
+            are also searched.
+        expressions_per_instance: Maximum number per instance, 1 to 100. Some allow fewer.
+        seed: Seed of the generated expressions, 0 or more.
         min_area_share: Share of the image's area below which no expression refers to an instance.
-        split: "train" or "val" for a part of the file, `None` for all. An image's part depends on its id only, so it
+        split: "train" or "val" for a part of the file, `None` for all. An image's split depends on its id only, so it
             stays the same when the file grows or the seed changes.
         val_share: Expected share of the images in "val", 0 to 1.
         crowds_as_instances: Whether annotations marked as crowds are read as one object each. Some tools mark every
             mask that was drawn with a brush.
         captions: Whether to take the `caption` of each annotation, a text or a list of texts, instead of generated
             expressions. The mask is the annotation's in any case. Annotations without a caption are left out.
-        problems: Takes note of what is left out, which by default is logged as one warning.
+        problems: Collects what is left out. By default this is logged as one warning.
         progress: Whether to show a progress bar.
 
     Returns:
         Images without pixels, for [`build_dataset`]. Unusable images are included without references, and building
-        their rows says what is wrong.
+        their rows raises the error.
 
     Raises:
-        ValueError: The file is no COCO instances file (the message says what is missing or wrong, and where), two
-            images are one file, an argument is out of its range, or no expression at all can be made.
+        ValueError: The file is not a COCO instances file (the message says what is missing or wrong, and where), two
+            images share a file, an argument is out of its range, or no expression at all can be made.
     """
     _check_arguments(expressions_per_instance, seed, min_area_share, split, val_share)
     found = Problems() if problems is None else problems
@@ -223,10 +223,10 @@ class _Generator:
         if not instance.can_be_target:
             return f"objects below {self.min_area_share:.2%} of their image (min_area_share)"
         if instance.noun in unclear_nouns:
-            return "objects of categories of which their image has more, such as crowds, without a mask"
+            return "objects of a category that has others in their image without a mask, such as crowds"
         return "objects that cannot be told apart from others in their image"
 
 
 def _to_noun(name: str) -> str:
-    """A category's name as one says it: "traffic light" for "Traffic_Light", "bow" for LVIS's "bow_(weapon)"."""
+    """A category's name in plain words: "traffic light" for "Traffic_Light", "bow" for LVIS's "bow_(weapon)"."""
     return " ".join(re.sub(r"\(.*?\)|_", " ", name).lower().split())

@@ -15,10 +15,10 @@ CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
 
 def build_instances(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """
-    The content of an instances file: one annotation per mask, with the sentence as its `caption` and its `score`.
+    Build the content of an instances file: one annotation per mask, with the sentence as `caption`, and the `score`.
 
-    Outlines are polygons, the one form that all those tools read, along the edges of the pixels: pycocotools makes
-    the same masks of them. What has no mask, or one without a pixel, is left out.
+    Masks become polygons along the edges of the pixels, the one form that all these tools read. pycocotools converts
+    them back to the same masks. Results without a mask, or with an empty one, are left out.
 
     Args:
         results: Dicts with `row` (the image's number), `file_name`, `text`, `score` and `mask` (COCO RLE, or None).
@@ -37,7 +37,7 @@ def build_instances(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
             annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": CATEGORY["id"]}
             annotation |= {"segmentation": polygons, "iscrowd": 0, "area": float(coco_mask.area(result["mask"]))}
             annotation |= {"bbox": coco_mask.toBbox(result["mask"]).tolist(), "score": result["score"]}
-            # CVAT looks for what is no part of the format in `attributes`.
+            # CVAT reads fields that are not part of the format from `attributes`.
             annotations.append(annotation | {"caption": result["text"], "attributes": {"caption": result["text"]}})
     return {
         "info": {},
@@ -50,12 +50,12 @@ def build_instances(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def mask_to_polygons(mask: np.ndarray, first_column: int = 0) -> list[list[int]]:
     """
-    The outlines of a mask (height, width) along the edges of its pixels, as [x0, y0, x1, y1, ...] each.
+    Trace the outlines of a mask (height, width) along the edges of its pixels, each as [x0, y0, x1, y1, ...].
 
     A polygon cannot have a hole: a mask with holes is cut from top to bottom through each of them.
 
     Args:
-        first_column: What is added to each x.
+        first_column: Offset that is added to each x.
     """
     loops = _trace_edges(mask)
     hole = next((loop for loop in loops if _signed_area(loop) < 0), None)

@@ -1,8 +1,8 @@
 """
-A COCO instances file of any tool: its records checked, its images found, its masks read.
+Reading of a COCO instances file from any tool: checks of its records, its image files and its masks.
 
-What makes the whole file unusable, such as two records with one id, is an error that names the file and the record.
-An image or object with a mistake is left out, and noted in the [`Problems`].
+A mistake that makes the whole file unusable, such as two records with one id, raises an error that names the file and
+the record. An image or object with a mistake is left out and added to the [`Problems`].
 """
 
 import reprlib
@@ -20,10 +20,10 @@ from .records import ID, LIST, TEXT, TEXT_OR_TEXTS, Problems, check_fields, inde
 from .segmentation import are_numbers, count_stray_parts, segmentation_to_rle
 
 
-MAX_EXPRESSIONS = 100  # of an instance, so that sent_id = 100 * ann_id + index is unique
-_LARGEST_ID = 2**63 - 1  # int64, as the canonical form has it
+MAX_EXPRESSIONS = 100  # per instance, so that sent_id = 100 * ann_id + index is unique
+_LARGEST_ID = 2**63 - 1  # int64, as in the canonical form
 _LARGEST_IDS = {"annotations": _LARGEST_ID // MAX_EXPRESSIONS - 1}
-# The largest image whose stated size is believed when there is no file to compare it with: masks take as many bytes.
+# The largest size to trust when there is no image file to compare it with: a mask takes one byte per pixel.
 _MAX_UNSEEN_PIXELS = 2**27
 
 
@@ -53,11 +53,11 @@ class CocoFile:
     Args:
         path: The file.
         image_dir: The folder that file names are relative to; see [`image_finder`].
-        problems: Takes note of what is left out.
+        problems: Collects what is left out.
         need_categories: Whether each annotation must have a category of the file.
 
     Raises:
-        ValueError: The file is no COCO instances file. The message says what is missing or wrong, and where.
+        ValueError: The file is not a COCO instances file. The message says what is missing or wrong, and where.
     """
 
     def __init__(self, path: Path, image_dir: str | Path, problems: Problems, need_categories: bool = True) -> None:
@@ -101,12 +101,12 @@ class CocoFile:
         for _, annotation in sorted(annotations.items()):
             grouped[annotation["image_id"]].append(annotation)
         lost = [annotation["id"] for number in grouped.keys() - self.images.keys() for annotation in grouped[number]]
-        if lost:  # assigned, not added: another split of the same file has the same
+        if lost:  # assigned, not added: they are found again when another split of the same file is read
             self.problems["annotations of images that are not in the file"] = [f"annotation {n}" for n in sorted(lost)]
         return {number: grouped[number] for number in self.images if number in grouped}
 
     def _file_name(self, image_id: int) -> str:
-        """The name of an image's file. LVIS names none: its images lie in COCO's folders `train2017` and `val2017`."""
+        """The name of an image's file. LVIS gives only a URL, which ends in COCO's folder and the name."""
         image = self.images[image_id]
         field = "coco_url" if image.get("file_name") is None and "coco_url" in image else "file_name"
         check_fields(image, {field: TEXT}, f"{self.path}: image {image_id}")
@@ -126,7 +126,7 @@ class CocoFile:
         return captions if isinstance(captions, list) else [captions]
 
     def incomplete_categories(self, image_id: int) -> list[int]:
-        """The categories of which the image holds more than is annotated, by LVIS's field."""
+        """The categories that are not fully annotated in an image, according to LVIS's field."""
         image, field = self.images[image_id], "not_exhaustive_category_ids"
         if image.get(field) is None:
             return []
@@ -135,8 +135,8 @@ class CocoFile:
 
     def describe_image(self, image_id: int) -> tuple[AnnotatedImage, bool]:
         """
-        The image without references, and whether its masks may be decoded, which needs a size that its file confirms.
-        Building the row of an unusable image says what is wrong with it.
+        The image without references, and whether its masks can be decoded. For that, its file must confirm its size if
+        it can be read. Building the row of an unusable image raises the error.
         """
         try:
             in_file = _read_size(self._paths[image_id], self.image_dir)
@@ -172,7 +172,7 @@ class CocoFile:
         name, segmentation = f"annotation {annotation['id']}", annotation.get("segmentation")
         if self._is_crowd(annotation) and not read_crowds:
             self.problems.add(
-                "annotations marked as crowds (iscrowd 1), each of which crowds_as_instances reads as one object", name
+                "annotations marked as crowds (iscrowd 1), which crowds_as_instances reads as one object each", name
             )
             return None
         if segmentation is None or segmentation in ([], {}, ""):

@@ -1,9 +1,8 @@
 """
-Several prepared datasets -> one that is not trained on what it is evaluated on.
+Combination of prepared datasets, without evaluation images in the training split.
 
-RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO share their photographs: the training split of one holds images on which
-another is evaluated. Such images are dropped from training. Evaluation splits stay as they are, under names of their
-own.
+RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO share their photographs: the training split of one contains evaluation images
+of another. Such images are dropped from training. Evaluation splits stay as they are, under their own names.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ TRAIN = "train"
 # means the same photograph in all of COCO's parts and years.
 _COCO_FILE_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})(?:_\d+)?\.jpg")
 _THUMBNAIL_SIZE = (32, 32)
-_LARGEST_DIFFERENCE = 8  # of 255, the mean over a thumbnail's pixels: what another JPEG compression may change
+_LARGEST_DIFFERENCE = 8  # of 255, mean over a thumbnail's pixels: recompression as JPEG may change as much
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ def combine(folders: Mapping[str, str | Path], cache_dir: str | Path | None = No
 
     Splits called "train" are for training, all others for evaluation. A training image is dropped if any evaluation
     split of any folder has it. Images are the same if their file names have the same COCO id, or else if their files
-    hold the same bytes. An image in several training sets becomes one row with all references. If two files of one
-    COCO id do not show the same picture in the same size, each keeps its row.
+    hold the same bytes. An image in several training sets becomes one row with all references. If two files with the
+    same COCO id do not show the same picture in the same size, each keeps its row.
 
     Args:
         folders: {name: folder}. Evaluation splits become NAME_SPLIT.
@@ -82,13 +81,13 @@ def combine(folders: Mapping[str, str | Path], cache_dir: str | Path | None = No
 
 
 def read_prepared_images(folder: str | Path, cache_dir: str | Path | None = None) -> dict[str, list[AnnotatedImage]]:
-    """The rows of a prepared folder as annotated images again, by split."""
+    """Read the rows of a prepared folder back as annotated images, by split."""
     shards = list_shards(folder)
     missing = read_settings(folder)["splits"].keys() - shards.keys()
     if missing:
-        raise ValueError(f"{folder} is not finished: {', '.join(sorted(missing))}. Prepare it to its end first.")
+        raise ValueError(f"{folder} is not finished: {', '.join(sorted(missing))}. Finish preparing it first.")
     images = {split: _read_rows(paths, split, cache_dir) for split, paths in shards.items()}
-    # Rows hold their images. If one names a file instead, the file must lie in the folder.
+    # Rows contain their images. If one names a file instead, the file must be in the folder.
     return {split: [replace(image, image_dir=Path(folder)) for image in found] for split, found in images.items()}
 
 
@@ -132,7 +131,7 @@ Key = int | bytes  # COCO's id of a photograph, or else the digest of its file
 
 
 def coco_id_of(file_name: str) -> int | None:
-    """The id in a file name that is one of COCO's."""
+    """The COCO id in a file name, or None if it is not one of COCO's names."""
     match = _COCO_FILE_NAME.fullmatch(Path(file_name).name)
     return int(match[1]) if match else None
 
@@ -152,7 +151,7 @@ def _read_photos(folder: str | Path, cache_dir: str | Path | None) -> dict[str, 
 
 
 def _key_function(photos: Sequence[_Photo]) -> Callable[[_Photo], Key]:
-    """Photos with equal keys are the same. A file with another name has the id of a COCO file with equal bytes."""
+    """Photos with equal keys are the same. A file with another name gets the id of a COCO file with equal bytes."""
     ids = {photo.digest: photo.coco_id for photo in photos if photo.coco_id is not None}
 
     def key_of(photo: _Photo) -> Key:
@@ -172,7 +171,7 @@ def _name_evaluation_splits(photos: Mapping[str, Mapping[str, list[_Photo]]]) ->
 
 
 def _unite(photos: Sequence[_Photo], key_of: Callable[[_Photo], Key]) -> list[AnnotatedImage]:
-    """One row for all training images that are the same, at the position of the first."""
+    """Unite equal training images in one row, at the position of the first."""
     groups: dict[Key, list[list[_Photo]]] = {}
     for photo in photos:
         rows = groups.setdefault(key_of(photo), [])
@@ -193,7 +192,7 @@ def _unite_row(row: Sequence[AnnotatedImage]) -> AnnotatedImage:
 
 
 def _show_the_same(first: _Photo, second: _Photo) -> bool:
-    """Whether two files hold the same picture in the same size. Equal ids may be a coincidence, or an image resized."""
+    """Whether two files show the same picture in the same size. Equal ids may be a coincidence or a resized image."""
     if first.digest == second.digest:
         return True
     sizes, thumbnails = zip(*(_shrink(_read(photo.image)) for photo in (first, second)))
@@ -212,7 +211,7 @@ def _count(photos: Sequence[_Photo]) -> Counts:
 
 def _describe_counts(counts: Counts) -> str:
     images, references, expressions = (
-        f"{number:,} {what if number != 1 else what.removesuffix('s')}" for what, number in counts._asdict().items()
+        f"{number:,} {name if number != 1 else name.removesuffix('s')}" for name, number in counts._asdict().items()
     )
     return f"{images}, {references} and {expressions}"
 
@@ -229,7 +228,7 @@ def _describe_united(before: Counts, after: Counts) -> str:
     text = f"The other {before.images:,} training images became {after.images:,} rows, one for each different image"
     if repeated:
         text += f"; {repeated:,} references that several sets have were kept once"
-    return f"{text}. `ref_id` and `sent_id` are those of the sets, so a number may occur more than once in training."
+    return f"{text}. `ref_id` and `sent_id` come from the sets, so a number may occur more than once in training."
 
 
 def _describe_source(folders: Mapping[str, str | Path]) -> Source:
@@ -239,7 +238,7 @@ def _describe_source(folders: Mapping[str, str | Path]) -> Source:
     return Source(
         name="combined",
         title=f"{title}, combined",
-        description=f"This is {title} in one. No image that is evaluated on is trained on.",
+        description=f"This is {title}, combined. Training has no image of an evaluation split.",
         origins=tuple(dict.fromkeys(origin for source in sources.values() for origin in source.origins)),
         options={"sets": {name: read_settings(folder)["splits"] for name, folder in folders.items()}},
         published={

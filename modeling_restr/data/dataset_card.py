@@ -15,7 +15,7 @@ from .shards import PreparedSplit
 
 
 NUM_LEFT_OUT_SHOWN = 50
-OTHER = "other"  # the origin of own data
+OTHER = "other"  # the origin of a user's own data
 
 _REFER_LICENCE = (
     "REFER (https://github.com/lichengunc/refer), which distributes the annotations, is under the Apache License 2.0 "
@@ -83,8 +83,8 @@ ORIGINS = {
 IMAGE_TERMS = {
     "coco": (
         "The photographs are COCO's. COCO does not own them: their use must abide by the Flickr Terms of Use "
-        "(https://cocodataset.org/#termsofuse), and each has a licence of its own, some of them non-commercial, which "
-        "COCO's annotation files name. COCO's own annotations, the masks among them, are under CC BY 4.0."
+        "(https://cocodataset.org/#termsofuse), and each has its own licence, which COCO's annotation files name. Some "
+        "licences are non-commercial. COCO's own annotations, including the masks, are under CC BY 4.0."
     ),
     "iapr": "The photographs are those of IAPR TC-12; its terms are at https://www.imageclef.org/photodata.",
 }
@@ -98,9 +98,9 @@ class Source:
 
     name: Short name of letters, digits and "_", which prefixes its splits when it is combined with others.
     title: Name on the card, such as "RefCOCO (unc)".
-    description: Sentences on what was read, and how.
+    description: Sentences that say what was read, and how.
     origins: Keys of `ORIGINS`.
-    options: What else decides on the content, in JSON's types. Data with other options never goes to the same folder.
+    options: Other settings that determine the content, in JSON's types. A folder never mixes different ones.
     published: {split: (dataset, split_by, split)}, the arguments for [`published_counts`].
     """
 
@@ -211,9 +211,9 @@ for reference in row["references"]:
 Each of the `references` has a `ref_id`, `ann_id`, `category`, `bbox` ([x, y, width, height] in pixels), `mask` (COCO's
 compressed RLE, which `pycocotools` decodes) and `expressions` (`sent_id`, `text`)."""
 
-_PREPARATION = """By `restr prepare` of `modeling_restr`. Every image was decoded completely, and its masks have the
+_PREPARATION = """With `restr prepare` of `modeling_restr`. Every image was decoded completely, and its masks have the
 decoded size. The image files are unchanged, except those with an EXIF orientation that the annotations ignore: they
-were written again without it. The parts of an object are united in one mask. The ids are the source's."""
+were written again without it. The parts of an object are united in one mask. The ids come from the source."""
 
 
 def _describe_left_out(splits: Mapping[str, PreparedSplit]) -> Iterator[str]:
@@ -222,7 +222,7 @@ def _describe_left_out(splits: Mapping[str, PreparedSplit]) -> Iterator[str]:
     for name, split in splits.items():
         if split.problems:
             lines = [f"- {line}" for line in split.problems.summary().splitlines()]
-            yield f"What is missing from the split {name} or doubtful in it:"
+            yield f"Missing or doubtful in the split {name}:"
             yield "\n".join(lines)
     for name, split in splits.items():
         if not split.left_out:
@@ -231,7 +231,7 @@ def _describe_left_out(splits: Mapping[str, PreparedSplit]) -> Iterator[str]:
         if len(split.left_out) > NUM_LEFT_OUT_SHOWN:
             lines.append(f"- and {len(split.left_out) - NUM_LEFT_OUT_SHOWN:,} more")
         number = f"{len(split.left_out):,} image" + ("s" if len(split.left_out) > 1 else "")
-        yield f"{number} of the split {name}, with all references to them, since they could not be used:"
+        yield f"{number} of the split {name}, with all references to them, because they could not be used:"
         yield "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def _list_phrases() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 PHRASES = dict(_list_phrases())
-# Plurals that no rule gives.
+# Irregular plurals.
 PLURALS = {"man": "men", "woman": "women", "person": "people", "child": "children", "sheep": "sheep", "one": "ones"}
 ORDINALS = (("first", "1st"), ("second", "2nd"), ("third", "3rd"), ("fourth", "4th"), ("fifth", "5th"))
 KIND_WEIGHTS = {"category": 0.3, "place": 0.35, "order": 0.2, "size": 0.15}
@@ -86,9 +86,9 @@ CLEAR_GAP = 0.06  # between the centres of instances that a place or an order te
 CLEAR_EDGE = 0.01  # between their edges on either side
 CLEAR_OVERLAP = 0.4  # of the narrower one's extent, that the centres must also be apart
 CLEAR_RATIO = 2.0  # between areas, of instances that size tells apart
-FRAME = 0.012  # an instance this near to the image's edge may go on beyond it
+FRAME = 0.012  # an instance this close to the image's edge may continue beyond it
 HALF_MARGIN = 0.06  # from the image's middle, on either side of which two halves are told apart
-OWN_PLACE = 0.3  # from the image's edge, where the only one of its category is on that side of the image
+OWN_PLACE = 0.3  # from the image's edge: the only instance of its category is on that side if it is closer
 COUNTED_RATIO = 0.2  # of the largest area of its category, below which some would not count an instance
 
 
@@ -125,10 +125,10 @@ class Instance:
 
 class Statement(NamedTuple):
     """
-    What is true of the instance with the index `target` and of no other instance with its noun.
+    A statement that is true of the instance with the index `target`, and of no other instance with the same noun.
 
     `kind` is "category", "place", "order" or "size", `name` is a key of `PHRASES`, and the `rank` in an order starts
-    from 0.
+    at 0.
     """
 
     kind: str
@@ -146,7 +146,7 @@ class Expression(NamedTuple):
 
 def measure_mask(noun: str, mask: np.ndarray, min_area_share: float = 0.0) -> Instance:
     """
-    The instance of a mask (height, width) bool, which must not be empty. It can be a target if it covers
+    Measure the instance of a mask (height, width) bool, which must not be empty. It can be a target if it covers
     `min_area_share` of the image.
     """
     if not mask.any():
@@ -170,9 +170,10 @@ def generate_expressions(
     unclear_nouns: Collection[str] = (),
 ) -> dict[int, list[Expression]]:
     """
-    {index of an instance: up to `expressions_per_instance` different expressions}, for instances that allow any.
+    Generate {index of an instance: up to `expressions_per_instance` different expressions}. Instances that allow none
+    are missing.
 
-    There are no expressions with `unclear_nouns`, of which the image may hold other instances, such as a crowd.
+    No expression uses `unclear_nouns`: the image may contain other instances of them, such as a crowd.
     """
     statements = defaultdict(list)
     for statement in find_statements(instances, unclear_nouns):
@@ -186,7 +187,7 @@ def generate_expressions(
 def _choose_expressions(
     rng: np.random.Generator, statements: Sequence[Statement], noun: str, count: int
 ) -> list[Expression]:
-    """Choose each statement once before any is repeated in other words, in an order drawn by the weights of the kinds."""
+    """Use each statement once before repeating any in other words, in a random order by the weights of the kinds."""
     num_of_kind = Counter(statement.kind for statement in statements)
     # Sampling without replacement (Efraimidis and Spirakis, 2006): the largest of u ** (1 / weight) come first.
     keys = [rng.random() ** (num_of_kind[s.kind] / KIND_WEIGHTS[s.kind]) for s in statements]
@@ -258,7 +259,7 @@ Group = Mapping[int, Instance]  # {index: instance} of one noun
 
 
 def is_before(first: Instance, second: Instance, axis: int) -> bool:
-    """Whether anyone would say that `first` is left of (axis 0) or above (axis 1) `second`."""
+    """Whether `first` is clearly left of (axis 0) or above (axis 1) `second`."""
     gaps = [second.center[axis] - first.center[axis], second.middle[axis] - first.middle[axis]]
     across = abs(second.center[1 - axis] - first.center[1 - axis])
     least = max(CLEAR_GAP, CLEAR_OVERLAP * min(first.extent[axis], second.extent[axis]), across * (0.3, 0.8)[axis])
@@ -304,7 +305,7 @@ def _order_statements(group: Group, axis: int, end: str, from_start: bool) -> It
     row = [group[index] for index in ranked]
     for rank in range(min(len(row) // 2 + 1, len(ORDINALS))):
         if not _is_counted(row[rank], group):
-            return  # some would not count it
+            return  # some people would not count it
         if not all(_is_nearer(row[rank], other, axis, from_start) for other in row[rank + 1 :]):
             return
         if _is_in_line(row[: rank + 2], axis):

@@ -40,7 +40,7 @@ def read_grefcoco(
         annotation_dir: The folder of `grefs(SPLITBY).json` and `instances.json`, or the one above it if it is named
             grefcoco or gRefCOCO.
         image_dir: The folder of COCO's images, see [`read_refer`].
-        split_by: "unc", the only one there is.
+        split_by: "unc", the only choice.
         split: One of the file's splits: "train", "val", "testA" or "testB".
 
     Returns:

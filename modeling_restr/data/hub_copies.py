@@ -69,15 +69,15 @@ def read_hub_copy(
     """
     Read one split of a copy of RefCOCO, RefCOCO+ or RefCOCOg on the Hub. Only the files of that split are fetched.
 
-    The texts are `sent` if the copy keeps REFER's sentences. Ids that a copy does not keep are counted from 0 in its
-    order (lmms-lab: `ref_id`, `sent_id`; refcoco-m: `sent_id`). A category that it does not keep is "".
+    The texts are `sent` if the copy keeps REFER's sentences. Ids that a copy lacks are numbered from 0 in its order
+    (lmms-lab: `ref_id`, `sent_id`; refcoco-m: `sent_id`). A category that it lacks is "".
 
     Args:
         path_or_id: Hub id or local folder, as for `datasets.load_dataset`.
         split: The copy's own name of a split. val and validation stand for each other, and testA for test if there is
             a testB.
-        image_dir: For copies without images: the folder of COCO's train2014 images, or one above it. Rows that name
-            files mean files in it, or by default files in the copy.
+        image_dir: For copies without images: the folder of COCO's train2014 images, or one above it. If rows name
+            files, the files must be in it, or by default in the copy.
         revision: A branch, tag or commit on the Hub.
 
     Returns:
@@ -213,7 +213,7 @@ def _build_refer_reference(ref: dict[str, Any], annotation: dict[str, Any], plac
         ref_id=ref["ref_id"],
         ann_id=ref["ann_id"],
         category=_COCO_CATEGORIES.get(annotation["category_id"], ""),
-        segmentation=annotation["segmentation"] or [[]],  # a lost one is an error and does not mean "nothing"
+        segmentation=annotation["segmentation"] or [[]],  # a missing one is an error; it does not mean "no target"
         expressions=expressions_of(ref),
         bbox=annotation["bbox"],
     )
@@ -235,27 +235,28 @@ def _read_question_rows(dataset: datasets.Dataset, find_image: ImageSource) -> I
             ann_id=int(row["question_id"]),
             category="",
             segmentation=[_restore_decimals(row["segmentation"])],
-            expressions=_count_texts(row["answer"], sent_ids),
+            expressions=_number_texts(row["answer"], sent_ids),
             bbox=row["bbox"],
         )
         file_name = match["stem"] + match["suffix"]
         yield AnnotatedImage(int(match["image_id"]), file_name, find_image(index, row), (reference,))
 
 
-def _count_texts(texts: str | Sequence[str], sent_ids: Iterator[int]) -> tuple[tuple[int, str], ...]:
+def _number_texts(texts: str | Sequence[str], sent_ids: Iterator[int]) -> tuple[tuple[int, str], ...]:
     return tuple((next(sent_ids), text) for text in ([texts] if isinstance(texts, str) else texts))
 
 
 def _restore_decimals(numbers: Any) -> Any:
     """
-    The decimal numbers that were stored as float32. Polygons are filled on a grid of fifths of a pixel, on which 10.1
-    and its nearest float32 may lie on different points. Anything but numbers is returned for the image to be refused.
+    Restore decimal numbers that were stored as float32. Polygons are filled on a grid of fifths of a pixel, on which
+    10.1 and its nearest float32 may lie on different points. Anything but numbers is returned unchanged, so that the
+    image is refused.
     """
     return [float(str(np.float32(number))) for number in numbers] if are_numbers(numbers) else numbers
 
 
 def _read_mask_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Iterator[AnnotatedImage]:
-    """moondream/refcoco-m. A sample's `id` is the only one it has."""
+    """moondream/refcoco-m. A sample's `id` serves as `ref_id` and `ann_id`."""
     sent_ids = count()
     for index, row in _iterate_rows(dataset):
         check_fields(row, {"image_id": ID, "file_name": TEXT, "samples": LIST}, f"Row {index}")
@@ -267,7 +268,7 @@ def _read_mask_rows(dataset: datasets.Dataset, find_image: ImageSource) -> Itera
                 ann_id=sample["id"],
                 category=sample["category"],
                 segmentation=sample["mask"] or [[]],
-                expressions=_count_texts(sample["sentences"], sent_ids),
+                expressions=_number_texts(sample["sentences"], sent_ids),
                 bbox=sample["bbox"],
             )
             for sample in row["samples"]
@@ -315,7 +316,7 @@ def _recognise_layout(columns: Sequence[str], path_or_id: str | Path) -> _Layout
 
 
 def _unite_rows(images: Sequence[AnnotatedImage]) -> list[AnnotatedImage]:
-    """One image for all rows about it, at the place of the first."""
+    """Unite the rows about one image, at the place of the first."""
     references: dict[tuple[int, str], list[AnnotatedReference]] = {}
     firsts: dict[tuple[int, str], AnnotatedImage] = {}
     for image in images:

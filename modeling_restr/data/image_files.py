@@ -1,6 +1,6 @@
 """
-The image files that annotations name. The names come from other machines and may be hostile, so they are looked up
-below the folder of the images only, and what is opened is a regular file in that folder.
+Search for the image files that annotations name. The names come from other machines and may be hostile, so only regular
+files below the folder of the images are opened.
 """
 
 import os
@@ -29,14 +29,14 @@ MAX_BYTES = 2**31 - 1  # of a file, the limit of a cell in a Parquet file
 
 def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
     """
-    A function that finds an image by its name in `image_dir` or a usual folder below it (`IMAGE_FOLDERS`).
+    Make a function that finds an image by its name in `image_dir` or a usual folder below it (`IMAGE_FOLDERS`).
 
-    Folders in a name that do not exist are left off one by one: "C:/work/photos/a.jpg" is photos/a.jpg or a.jpg.
+    Folders in a name that do not exist are dropped one by one: "C:/work/photos/a.jpg" is photos/a.jpg or a.jpg.
     Backslashes may stand for slashes, "%20" for a space, and COCO 2014's names for those of 2017. If an image does not
-    exist, the function returns where it was expected.
+    exist, the function returns the path where it was expected.
 
     Raises:
-        ValueError: `image_dir` is no folder.
+        ValueError: `image_dir` is not a folder.
     """
     if not Path(image_dir).is_dir():
         raise ValueError(f"Expected a folder of images, got {image_dir}.")
@@ -52,7 +52,7 @@ def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
 
 
 def _names_below(file_name: str) -> Iterator[str]:
-    """The name and its last parts in every spelling, the likeliest first. None leads out of a folder."""
+    """The name and its last parts in every spelling, the likeliest first. None of them leads out of a folder."""
     unquoted = unquote(file_name)
     for spelling in (file_name, unquoted, *(unicodedata.normalize(form, unquoted) for form in ("NFC", "NFD"))):
         for parts in (_parts_of(spelling, "/"), _parts_of(spelling)):
@@ -79,15 +79,15 @@ def resolve_image(path: Path, image_dir: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: There is none.
-        OSError, ValueError: It is no regular file, is too large, or lies outside of `image_dir`. That may be a folder
-            in the Hub's cache, whose files are links to its blobs.
+        OSError, ValueError: It is not a regular file, is too large, or lies outside `image_dir`. In the Hub's cache,
+            links from the folder to the cache's blobs are allowed.
     """
     resolved = Path(os.path.realpath(path, strict=True))
     if image_dir is not None and not any(resolved.is_relative_to(folder) for folder in _folders_of(image_dir)):
         raise ValueError(f"it leads out of the folder of the images, {image_dir}, to {resolved}")
     status = resolved.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if status.st_size > MAX_BYTES:
         raise ValueError(f"it has {status.st_size:,} bytes, more than the limit of {MAX_BYTES:,}")
     return resolved

@@ -37,9 +37,9 @@ def load_prepared(
         path_or_id: Folder or Hub id.
         split: Name of the split, such as train or val.
         max_images: Number of rows to load, from the first on; all by default.
-        config_name: Which configuration, if there are several.
+        config_name: Name of the configuration, if there are several.
         revision: Branch, tag or commit on the Hub; main by default.
-        streaming: Whether to read rows as they are asked for, without a copy of all.
+        streaming: Whether to read rows on demand, without a copy of the whole split.
 
     Raises:
         ValueError: There is no such split.
@@ -58,5 +58,5 @@ def load_prepared(
 
 
 def name_rows(split: str, max_images: int | None, num_rows: int) -> str:
-    """The name in `datasets` of what `load_prepared` returned: the split, or its first rows."""
+    """Name the rows that [`load_prepared`] returned, as `datasets` does: SPLIT, or SPLIT[:N] for its first rows."""
     return split if max_images is None or num_rows < max_images else f"{split}[:{num_rows}]"

@@ -1,6 +1,6 @@
 """
-Variables of MATLAB files, read in a separate process: a damaged file may crash SciPy's C code, and the process with
-it. This file is also the program that the process runs.
+Reading of MATLAB files in a separate process: a damaged file may crash SciPy's C code, and the process with it. This
+file is also the program that the process runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIME_LIMIT = 60  # seconds per file
 
 
 class MatReader:
-    """Reads one file after the other. Its process is started for the first, and again after a crash."""
+    """Reads one file at a time. Its process starts with the first file, and again after a crash."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

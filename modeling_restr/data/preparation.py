@@ -1,7 +1,7 @@
 """
-Annotated images -> a folder of Parquet shards in the canonical form, with a card, as `datasets` and the Hub take it.
+Writing of annotated images to a folder of Parquet shards in the canonical form, with a card, for `datasets` and the Hub.
 
-A preparation that was stopped resumes: finished shards are kept, all others are made.
+A preparation that was stopped resumes: finished shards are kept, and the others are made.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def prepare(
     Raises:
         BadImage: There are bad images and `skip_bad` is `False` (the message lists those of all shards that were
             started), or a split has no image that can be used.
-        ValueError: The folder holds something else, an argument is out of its range, or two images are one file.
+        ValueError: The folder holds something else, an argument is out of its range, or two images share a file.
     """
     output_dir = Path(output_dir)
     _check_arguments(splits, images_per_shard, num_proc)
@@ -111,7 +111,7 @@ def _write_settings(
     images_per_shard: int,
     notes: Sequence[str],
 ) -> None:
-    """Write what the folder is made from, or check that it is the same as before."""
+    """Write the settings of the folder, or check that they are the same as before."""
     settings = {
         "version": VERSION,
         "source": json.loads(json.dumps(asdict(source))),
@@ -134,9 +134,9 @@ def _write_settings(
 
 
 def _check_settings(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the splits in the folder, after a check that those that decide on the content are the same."""
+    """Check that the settings of the content are as before, and return them with the splits in the folder."""
     earlier = read_settings(output_dir)
-    before, now = _decisive(earlier), _decisive(settings)
+    before, now = _content_settings(earlier), _content_settings(settings)
     differences = [
         f"{key} was {before.get(key)!r:.100}, and is now {now.get(key)!r:.100}"
         for key in {**before, **now}
@@ -150,17 +150,17 @@ def _check_settings(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any
     return {**settings, "splits": earlier["splits"]}
 
 
-def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+def _content_settings(settings: dict[str, Any]) -> dict[str, Any]:
     source = settings["source"]
-    decisive = {key: settings[key] for key in ("version", "images_per_shard")}
-    return {**decisive, "source": source["title"], "name": source["name"], **source["options"]}
+    own = {key: settings[key] for key in ("version", "images_per_shard")}
+    return {**own, "source": source["title"], "name": source["name"], **source["options"]}
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """The settings of a prepared folder; `ValueError` for any other folder."""
     path = Path(folder) / SETTINGS_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} is no prepared dataset: it has no {SETTINGS_NAME}.")
+        raise ValueError(f"{folder} is not a prepared dataset: it has no {SETTINGS_NAME}.")
     settings = read_json(path)
     check_fields(settings, SETTINGS_FIELDS, str(path))
     check_fields(settings["source"], SOURCE_FIELDS, str(path))
@@ -175,7 +175,7 @@ def read_source(folder: str | Path) -> Source:
 
 
 def fingerprint(images: Sequence[AnnotatedImage]) -> str:
-    """A hash of all that the annotations say. It does not depend on where the image files lie or what they hold."""
+    """A hash of the annotations. It does not depend on the place or the content of the image files."""
     digest = hashlib.sha256()
     for image in images:
         references = [vars(reference) for reference in image.references]

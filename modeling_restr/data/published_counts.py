@@ -1,4 +1,4 @@
-"""How many images, references and expressions a split has, next to how many it is published to have."""
+"""Counts of a split's images, references and expressions, compared with the published ones."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Counts(NamedTuple):
 def _published(
     splits: str, images: tuple[int, ...], references: tuple[int, ...], expressions: tuple[int, ...] = ()
 ) -> dict[str, dict[str, int]]:
-    """{split: {what is counted: number}}, without what nobody published."""
+    """{split: {name: number}}, without numbers that were not published."""
     columns = {"images": images, "references": references, "expressions": expressions}
     return {
-        split: {what: numbers[index] for what, numbers in columns.items() if numbers}
+        split: {name: numbers[index] for name, numbers in columns.items() if numbers}
         for index, split in enumerate(splits.split())
     }
 
@@ -47,7 +47,7 @@ PUBLISHED_COUNTS = {
 
 
 def published_counts(dataset: str | None, split_by: str | None, split: str) -> dict[str, int]:
-    """{what is counted: number} of a split, empty if no published counts are known here."""
+    """{name: number} of a split, empty if no published counts are known here."""
     return PUBLISHED_COUNTS.get((dataset or "", split_by or ""), {}).get(split, {})
 
 
@@ -59,10 +59,10 @@ def count_images(images: Sequence[AnnotatedImage]) -> Counts:
 def compare_counts(counts: Counts, published: Mapping[str, int]) -> list[str]:
     """Every difference in words, such as "references: 42,400, published 42,404 (4 fewer)"."""
     return [
-        f"{what}: {counted:,}, published {number:,} ({abs(counted - number):,} "
+        f"{name}: {counted:,}, published {number:,} ({abs(counted - number):,} "
         f"{'more' if counted > number else 'fewer'})"
-        for what, number in published.items()
-        if (counted := getattr(counts, what)) != number
+        for name, number in published.items()
+        if (counted := getattr(counts, name)) != number
     ]
 
 
@@ -71,7 +71,7 @@ def _summarize(counts: Counts, published: Mapping[str, int]) -> str:
     if not published:
         return "no published counts"
     differences = compare_counts(counts, published)
-    unknown = [what for what in Counts._fields if what not in published]
+    unknown = [name for name in Counts._fields if name not in published]
     summary = f"differs in {len(differences)}" if differences else "as published"
     return f"{summary}, no published number of {' and '.join(unknown)}" if unknown else summary
 

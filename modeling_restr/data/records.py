@@ -1,4 +1,4 @@
-"""Annotation files in JSON, their records checked field by field, and what is found wrong with them."""
+"""Reading of JSON annotation files, checks of their records field by field, and a collection of problems found."""
 
 import json
 import reprlib
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a field has to hold."""
+    """A kind of value that a field must have."""
 
     description: str
     matches: Callable[[Any], bool]
@@ -45,7 +45,7 @@ def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=object_pairs_hook)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be used: {error}.") from error
+        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
 
 
 def check_fields(record: Any, kinds: Mapping[str, Kind], place: str) -> None:
@@ -72,14 +72,14 @@ def index_records(content: Any, table: str, path: Path) -> dict[int, dict[str, A
     for number, record in enumerate(records):
         check_fields(record, {"id": ID}, f"{path}, record {number} of the {table}")
         if record["id"] in indexed:
-            raise ValueError(f"{path}: the ids of {table} must be unique, {record['id']} is there twice.")
+            raise ValueError(f"{path}: the ids of {table} must be unique, got {record['id']} twice.")
         indexed[record["id"]] = record
     return indexed
 
 
 class Problems(dict[str, list[str]]):
     """
-    What was dropped or is doubtful: {kind of problem, in the plural: names of what has it}.
+    Records that were dropped or are doubtful: {kind of problem, in the plural: names of the records}.
 
         problems = Problems()
         problems.add("annotations without a mask", "annotation 7")

@@ -19,7 +19,7 @@ from .image_files import image_finder
 from .records import ANYTHING, ID, LIST, TEXT, Kind, check_fields, index_records, read_json
 
 
-# {dataset: who split it}
+# {dataset: authors of its splits, the default first}
 DATASETS = {
     "refcoco": ("unc", "google"),
     "refcoco+": ("unc",),
@@ -46,7 +46,7 @@ def load_refer(
     skip_bad: bool = False,
 ) -> datasets.Dataset:
     """
-    A dataset of the RefCOCO family in the canonical form, one row per image; see [`read_refer`] for the arguments.
+    Load a dataset of the RefCOCO family in the canonical form, one row per image. [`read_refer`] explains the arguments.
 
     Raises:
         ValueError: As [`read_refer`]; or images are missing, damaged or of another size than the annotations say. The
@@ -65,18 +65,19 @@ def read_refer(
     """
     Read the annotations of a dataset in REFER's layout. Images and references are in the order of the file.
 
-    The text of an expression is its `sent`: REFER's cleaned form, in lower case and without punctuation, which the
-    published results are based on (`raw` is what was typed). The pickle may hold containers, numbers and text only,
+    The text of an expression is its `sent`: REFER's cleaned form, in lower case and without punctuation, on which the
+    published results are based (`raw` is the text as typed). The pickle may contain containers, numbers and text only,
     and no code in it is run.
 
     Args:
         annotation_dir: The folder of `refs(SPLITBY).p` and `instances.json`, or the one above it.
         image_dir: The folder of the images, or one above it: `train2014/` and the folders of REFER's instructions are
-            searched. COCO 2017's names (without `COCO_train2014_`) are found, too.
+            searched. COCO 2017's names (without `COCO_train2014_`) are also found.
         dataset: "refcoco", "refcoco+", "refcocog" or "refclef".
-        split_by: Who split it: "unc", "google" (refcoco and refcocog), "umd" (refcocog) or "berkeley" (refclef).
-        split: One of the file's splits. As in REFER, "testA" includes what belongs to several test sets ("testAB"),
-            and "test" is all of them.
+        split_by: Author of the splits: "unc", "google" (refcoco and refcocog), "umd" (refcocog) or "berkeley"
+            (refclef).
+        split: One of the file's splits. As in REFER, "testA" includes references in several test sets ("testAB"), and
+            "test" is all of them.
 
     Returns:
         Images without pixels, for [`build_dataset`].
@@ -93,7 +94,7 @@ def read_refer(
 
 
 def check_split_by(dataset: str, split_by: str | None = None) -> str:
-    """Who split a dataset, by default the first in `DATASETS`; `ValueError` if they did not split it."""
+    """Check an author of splits, by default the first in `DATASETS`; `ValueError` if they did not split the dataset."""
     if dataset not in DATASETS:
         raise ValueError(f"Expected a dataset of {', '.join(DATASETS)}, got {dataset!r}.")
     if split_by not in (None, *DATASETS[dataset]):
@@ -118,7 +119,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         advice = "write NumPy's numbers as int() and float()" if module.startswith("numpy") else "do not trust it"
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which annotations have no use for: {advice}")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which annotations do not need: {advice}")
 
 
 def _decode_as_windows_1252(error: UnicodeError) -> tuple[str, int]:
@@ -149,15 +150,15 @@ def load_plain_pickle(path: Path) -> Any:
 
 def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Path:
     """
-    The folder of a dataset that has one of several names: below `annotation_dir`, or that folder itself. `ValueError`
-    if there is none, or if the folder is named after another dataset.
+    Find the folder of a dataset by one of several names: below `annotation_dir`, or that folder itself. `ValueError` if
+    there is none, or if the folder is named after another dataset.
     """
     folder = Path(annotation_dir)
     for name in names:
         if (folder / name).is_dir():
             return folder / name
     if not (folder / "instances.json").is_file() or folder.absolute().name in DATASETS.keys() - set(names):
-        raise ValueError(f"Expected {folder} to be the folder of {names[0]}, with instances.json, or to hold it.")
+        raise ValueError(f"Expected {folder} to be the folder of {names[0]}, with instances.json, or to contain it.")
     return folder
 
 
@@ -171,7 +172,7 @@ def find_file(folder: Path, pattern: str, key: str) -> Path:
 
 
 def check_refs(refs: Any, path: Path, fields: Mapping[str, Kind] = REF_FIELDS) -> list[dict[str, Any]]:
-    """The references of a file, unchanged; `ValueError`, with the reference and the field, for anything else."""
+    """Return the references of a file unchanged; `ValueError`, with the reference and the field, for anything else."""
     if not isinstance(refs, list):
         raise ValueError(f"Expected {path} to hold a list of references, got {type(refs).__name__}.")
     for index, ref in enumerate(refs):
@@ -210,14 +211,14 @@ def expressions_of(ref: dict[str, Any]) -> tuple[tuple[int, str], ...]:
 
 
 def parts_of(annotation: dict[str, Any]) -> list[Any]:
-    """The polygons or RLEs of an object. Without any, one empty part makes the image a bad one."""
+    """The polygons or RLEs of an object. If there are none, one empty part makes its image a bad one."""
     segmentation = annotation["segmentation"] or [[]]
     return segmentation if isinstance(segmentation, list) else [segmentation]
 
 
 @dataclass(frozen=True)
 class Instances:
-    """The records of an `instances.json` by id. Those that references ask for are checked."""
+    """The records of an `instances.json` by id. They are checked when a reference uses them."""
 
     path: Path
     images: dict[int, dict[str, Any]]
@@ -260,7 +261,7 @@ def group_by_image(
 ) -> list[AnnotatedImage]:
     """
     The images in the order in which `refs` first name them, each with its references. `ValueError` if references and
-    instances do not fit, or if two images are one file.
+    instances do not fit, or if two images share a file.
     """
     find_image = image_finder(image_dir)
     records: dict[int, dict[str, Any]] = {}

@@ -20,8 +20,8 @@ from .refer import find_file
 
 
 MASK_KEY = "segimg_t"
-_NAME = re.compile(r"[0-9]{1,12}_[0-9]{1,3}")  # all ids made of it fit into 64 bits
-_STRIDE = 1000  # more than the objects of an image and the expressions of an object
+_NAME = re.compile(r"[0-9]{1,12}_[0-9]{1,3}")  # all ids made from it fit into 64 bits
+_STRIDE = 1000  # above the number of objects per image and of expressions per object
 _MAT_READER = MatReader()
 
 
@@ -83,7 +83,7 @@ def _read_queries(path: Path) -> dict[str, list[str]]:
 
 
 def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`json` silently takes the last of several fields of one name, which is an error here."""
+    """Refuse several fields of one name. `json` silently takes the last one."""
     names = Counter(name for name, _ in pairs)
     if len(names) < len(pairs):
         raise ValueError(f"{names.most_common(1)[0][0]} is there twice")

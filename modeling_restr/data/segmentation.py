@@ -1,5 +1,5 @@
 """
-Objects in any form that annotation files hold, as masks in COCO's run-length encoding (RLE).
+Conversion of objects, in any form that annotation files contain, to masks in COCO's run-length encoding (RLE).
 
 pycocotools checks nothing: it follows an outline wherever it leads, and reads runs that do not exist. So it only gets
 outlines within bounds, and runs that add up to the size of the image.
@@ -37,7 +37,7 @@ class SeveralObjects:
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (height, width), non-zero inside, as {"size": [height, width], "counts": compressed RLE as text}."""
+    """Encode a mask (height, width), non-zero inside, as {"size": [height, width], "counts": compressed RLE as text}."""
     if mask.ndim != 2:
         raise ValueError(f"A mask must be of shape (height, width), got {mask.shape}.")
     return _as_text(coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8)))
@@ -62,8 +62,8 @@ def object_to_rle(
     segmentation: Segmentation | SeveralObjects, size: tuple[int, int], may_be_empty: bool = False
 ) -> dict[str, Any]:
     """
-    The mask of an object, or the union of several. `ValueError` as from [`segmentation_to_rle`], or if an object covers
-    no pixel, unless it `may_be_empty`.
+    Convert an object, or the union of several, to one RLE. `ValueError` as from [`segmentation_to_rle`], or if an
+    object covers no pixel, unless it `may_be_empty`.
     """
     objects: Iterable[Segmentation]
     objects = segmentation.objects if isinstance(segmentation, SeveralObjects) else (segmentation,)
@@ -75,10 +75,10 @@ def object_to_rle(
 
 def segmentation_to_rle(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
     """
-    Any form of a segmentation as one compressed RLE, which unites its parts.
+    Convert any form of a segmentation to one compressed RLE, which unites its parts.
 
     Stray polygons of one or two points, which annotation tools leave next to good ones, are dropped
-    ([`count_stray_parts`] counts them). What lies outside of the image is cut off.
+    ([`count_stray_parts`] counts them). Masks are clipped to the image.
 
     Raises:
         ValueError: A mask or RLE has another size than the image's (height, width), a polygon is invalid or leads

@@ -1,5 +1,5 @@
 """
-Own photos and sentences: a JSONL or CSV file, one sentence per line.
+Reading of your own photos and sentences: a JSONL or CSV file, one sentence per line.
 
     {"image": "kitchen.jpg", "sentence": "the cup on the left", "mask": "masks/kitchen_1.png"}
     {"image": "kitchen.jpg", "sentence": "the cup behind the plate", "polygon": [[61, 40], [90, 40], [90, 77], [61, 77]]}
@@ -15,7 +15,7 @@ Own photos and sentences: a JSONL or CSV file, one sentence per line.
 | split | optional, in all lines or in none: train, val or another name |
 
 Each line needs one of mask, polygon, rle and box, except for prediction. Other columns are ignored. In CSV, polygons,
-RLEs and boxes are written as in JSON. Pixels are those of the photo as a viewer shows it.
+RLEs and boxes are written as in JSON. Coordinates are in pixels of the photo as a viewer shows it.
 """
 
 import csv
@@ -71,22 +71,22 @@ def read_sentences(
     problems: Problems | None = None,
 ) -> dict[str, list[AnnotatedImage]]:
     """
-    {split: its photos} of a file of own sentences, in the order in which the file first names them.
+    Read {split: its photos} from a file of your own sentences, in the order in which the file first names them.
 
-    Sentences about one mask of a photo refer to one object. `ref_id` and `sent_id` are the numbers of their lines.
+    Sentences about one mask of a photo refer to one object. `ref_id` and `sent_id` are line numbers.
 
     Args:
         path: The file, .jsonl or .csv. The docstring of this module lists its columns.
-        image_dir: Folder of the photos, by default that of the file.
-        mask_dir: Folder of the masks, by default that of the file.
-        val_share: Expected share of the photos in "val", 0 to 1, if the file has no column `split`. A photo's part
+        image_dir: Folder of the photos; the file's folder by default.
+        mask_dir: Folder of the masks; the file's folder by default.
+        val_share: Expected share of the photos in "val", 0 to 1, if the file has no column `split`. A photo's split
             depends on its name only. At least one of several photos is in "val" unless the share is 0.
-        boxes_as_masks: Whether to take a box's rectangle as a mask. A model that learns from boxes finds boxes.
-        problems: Takes note of lines that repeat another, which are left out.
+        boxes_as_masks: Whether to use a box's rectangle as a mask. A model that learns from boxes finds boxes.
+        problems: Collects lines that repeat another. They are left out.
 
     Returns:
         Images without pixels, for [`build_dataset`]. They include photos that cannot be used or have an unusable mask:
-        building their rows says what is wrong.
+        building their rows raises the error.
 
     Raises:
         ValueError: The file is not as described. The message names the lines.
@@ -109,8 +109,8 @@ def read_sentences(
 
 def load_sentences(path: str | Path, image_dir: str | Path | None = None) -> datasets.Dataset:
     """
-    A file of own sentences for prediction, one row per photo: `image`, `file_name` and `texts`. Masks are ignored.
-    Arguments and errors are those of [`read_sentences`].
+    Load a file of your own sentences for prediction, one row per photo: `image`, `file_name` and `texts`. Masks are
+    ignored. Arguments and errors are as in [`read_sentences`].
     """
     path = Path(path)
     texts: dict[str, list[str]] = {}
@@ -198,7 +198,7 @@ def _check_line(number: int, columns: Any) -> Line:
 
 
 class _Masks:
-    """Reads what the lines of a file say about masks. Mask files are opened when rows are built."""
+    """Reads the masks of a file's lines. Mask files are opened when rows are built."""
 
     def __init__(self, paths: Mapping[str, Path], folder: Path, boxes_as_masks: bool):
         self.paths, self.folder, self.boxes_as_masks = paths, folder, boxes_as_masks
@@ -243,8 +243,8 @@ def _parse_cell(name: str, text: str) -> Any:
 
 def load_mask(path: Path, folder: Path) -> np.ndarray:
     """
-    The mask in a picture in `folder`, (height, width) bool: what is neither 0, black nor transparent. `ValueError` if
-    it cannot be read or has several values inside.
+    Read a mask from a picture in `folder`: (height, width) bool, False where the picture is 0, black or transparent.
+    `ValueError` if it cannot be read or has several values inside.
     """
     try:
         with Image.open(resolve_image(path, folder)) as opened:

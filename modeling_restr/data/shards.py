@@ -27,10 +27,10 @@ from .records import Problems
 
 
 ROWS_PER_GROUP = 100  # as `datasets` writes images: streaming reads a group at a time
-LEFT_OUT_KEY = b"left_out"  # in a shard's metadata: what is wrong with each image that it lacks
-PROBLEMS_KEY = b"problems"  # and all that was dropped or is doubtful, by kind
+LEFT_OUT_KEY = b"left_out"  # in a shard's metadata: the errors of the images that it lacks
+PROBLEMS_KEY = b"problems"  # and everything that was dropped or is doubtful, by kind
 
-_counter: Any = None  # in a worker: how many images all workers have processed
+_counter: Any = None  # in a worker: the number of images that all workers have processed
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Shard:
 @dataclass(frozen=True)
 class PreparedSplit:
     """
-    What the shards of a split hold.
+    The content of a split's shards.
 
-    left_out: What is wrong with each image that was left out.
+    left_out: The error of each image that was left out.
     num_bytes: Size of the rows before compression.
     file_size: Size of the files.
-    problems: All that was left out or should be looked at, by kind.
+    problems: Everything that was left out or should be checked, by kind.
     """
 
     counts: Counts
@@ -71,7 +71,7 @@ def plan_shards(folder: Path, split: str, images: Sequence[AnnotatedImage], imag
 
 
 def read_split(paths: Iterable[Path]) -> PreparedSplit:
-    """What the shards of a split hold, counted in the files."""
+    """Count the content of a split's shards in the files."""
     counts, left_out, problems, num_bytes, file_size = Counts(), [], Problems(), 0, 0
     for path in paths:
         with pq.ParquetFile(path) as file:
@@ -105,8 +105,8 @@ def make_shards(shards: Sequence[Shard], num_proc: int = 1, skip_bad: bool = Fal
     Make the shards that are missing, and unless `skip_bad` those that lack images, with a progress bar.
 
     Returns:
-        What is wrong with images of the shards that were made now. Without `skip_bad` no shard is begun after the
-        first bad image.
+        The errors of images in the shards that were made now. Without `skip_bad`, no shard is begun after the first
+        bad image.
 
     Raises:
         ChildProcessError: A process ended early.
@@ -159,7 +159,7 @@ def _start_worker(counter: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work forever."""
+    """End a worker when its parent is killed. Otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -172,13 +172,13 @@ def _count_in_worker(number: int) -> None:
 
 
 class _IncompleteShard(Exception):
-    """Keeps a shard that lacks images from being moved to its place."""
+    """Prevents a shard that lacks images from being moved to its place."""
 
 
 def write_shard(shard: Shard, skip_bad: bool, advance: Callable[[int], Any]) -> list[str]:
     """
-    Write a shard with its images embedded, and return what is wrong with bad images. Without `skip_bad` a shard that
-    would lack images is not written. `advance` is called with 1 after each image.
+    Write a shard with its images embedded, and return the errors of bad images. Without `skip_bad`, a shard that would
+    lack images is not written. `advance` is called with 1 after each image.
     """
     bad: list[str] = []
     problems = Problems()
@@ -210,5 +210,5 @@ def _build_good_rows(
 
 
 def _strip_folders(text: str) -> str:
-    """Without the folders of paths, which are private when the dataset is shared."""
+    """Remove the folders of paths: they are private, and the dataset may be shared."""
     return re.sub(r"(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[^/\\:\n]*[/\\])*", "", text)

@@ -33,11 +33,11 @@ from .sentence_files import read_sentences
 @dataclass(frozen=True)
 class Plan:
     """
-    What [`prepare_plan`] prepares.
+    The data for [`prepare_plan`], and how to read it.
 
-    source: What the data is.
+    source: Description of the data.
     splits: The names of all splits.
-    read: Reads one of them, and adds what it leaves out to the problems.
+    read: Function that reads a split and adds everything that it leaves out to the problems.
     other_names: {other name of a split: its name}.
     notes: Paragraphs for the card on how the data was made.
     cache_dir: A folder that is removed when the data is prepared.
@@ -53,10 +53,10 @@ class Plan:
 
 def prepare_plan(plan: Plan, output_dir: str | Path, splits: Sequence[str] | None = None, **options: Any) -> str:
     """
-    Read the splits of a plan (by default all), and write them with [`prepare`], whose `options` these are.
+    Read the splits of a plan (by default all), and write them with [`prepare`], which gets the `options`.
 
     Returns:
-        `str`: A report: a table next to the published counts, and all that was left out.
+        `str`: A report: counts next to the published ones, and everything that was left out.
     """
     problems = Problems()
     names = [plan.other_names.get(split, split) for split in splits or plan.splits]
@@ -72,7 +72,7 @@ def _report(source: Source, prepared: Mapping[str, PreparedSplit], problems: Pro
     lines = [format_counts(counts, {name: source.published_counts(name) for name in prepared})]
     left_out = [f"  {name}  {problem}" for name, split in prepared.items() for problem in split.left_out]
     if left_out:
-        lines += ["", f"Images left out, since they cannot be used: {len(left_out):,}", *left_out]
+        lines += ["", f"Images left out, because they cannot be used: {len(left_out):,}", *left_out]
     for split in prepared.values():
         problems.extend(split.problems)
     if problems:
@@ -105,7 +105,7 @@ _HUB_COPIES = {
         **_published_splits("refcocog", "google", "refcocog_google_"),
     },
     "RefCOCO": {
-        "test": ("refcoco", "google", "test"),  # its val mixes those of unc and google
+        "test": ("refcoco", "google", "test"),  # its val mixes the val splits of unc and google
         "testA": ("refcoco", "unc", "testA"),
         "testB": ("refcoco", "unc", "testB"),
     },
@@ -117,7 +117,7 @@ _HUB_COPIES = {
 def plan_refer(
     annotation_dir: str | Path, image_dir: str | Path, *, dataset: str = "refcoco", split_by: str | None = None
 ) -> Plan:
-    """RefCOCO, RefCOCO+, RefCOCOg or RefCLEF, see [`read_refer`]. `split_by` is the dataset's usual one by default."""
+    """RefCOCO, RefCOCO+, RefCOCOg or RefCLEF, see [`read_refer`]. By default, `split_by` is the dataset's usual one."""
     split_by = check_split_by(dataset, split_by)
     published = _published_splits(dataset, split_by)
     refclef_splits = ["train", "val", "testA", "testB", "testC"] if split_by == "unc" else ["train", "val", "test"]
@@ -223,7 +223,7 @@ def plan_sentences(
     val_share: float = 0.1,
     boxes_as_masks: bool = False,
 ) -> Plan:
-    """A CSV or JSONL file of own sentences, see [`read_sentences`]. `name` is a short name for the data."""
+    """A CSV or JSONL file of your own sentences, see [`read_sentences`]. `name` is a short name for the data."""
     left_out = Problems()
     options: Any = {"val_share": val_share, "boxes_as_masks": boxes_as_masks}
     splits = read_sentences(sentences_file, image_dir, mask_dir=mask_dir, problems=left_out, **options)
@@ -239,15 +239,15 @@ def plan_sentences(
 
 def plan_combine(folders: Sequence[str | Path], output_dir: str | Path, names: Sequence[str] | None = None) -> Plan:
     """
-    Several prepared folders in one, see [`combine`]. `names` are those of their sources by default. `datasets` unpacks
-    the folders in the one to write to.
+    Several prepared folders in one, see [`combine`]. By default, `names` come from their sources. `datasets` unpacks
+    the folders in `output_dir`.
 
     Raises:
-        ValueError: as [`combine`], or for names that are not as many and as different as the folders.
+        ValueError: As [`combine`], or there is not one distinct name per folder.
     """
     names = names or [read_source(folder).name for folder in folders]
     if len(names) != len(folders) or len(set(names)) < len(names):
-        raise ValueError(f"Expected --names with a different name for each of the folders, got {' '.join(names)}.")
+        raise ValueError(f"Expected --names with a different name for each folder, got {' '.join(names)}.")
     cache_dir = Path(output_dir, ".cache")
     combination = combine(dict(zip(names, folders)), cache_dir)
     return Plan(
@@ -259,5 +259,14 @@ def plan_combine(folders: Sequence[str | Path], output_dir: str | Path, names: S
     )
 
 
-__all__ = ["Plan", "plan_coco", "plan_combine", "plan_grefcoco", "plan_hub", "plan_refer", "plan_referit"]
-__all__ += ["plan_sentences", "prepare_plan"]
+__all__ = [
+    "Plan",
+    "plan_coco",
+    "plan_combine",
+    "plan_grefcoco",
+    "plan_hub",
+    "plan_refer",
+    "plan_referit",
+    "plan_sentences",
+    "prepare_plan",
+]

@@ -114,14 +114,14 @@ def tokenizer_and_word_vectors(
     Args:
         path: A file in GloVe's text format, see [`load_word_vectors`].
         sentences: Referring expressions whose words become the vocabulary.
-        vocabulary_file: Or a vocabulary file with one word per line.
-        min_count: How often a word has to occur in `sentences` to be in the vocabulary.
+        vocabulary_file: Vocabulary file with one word per line, instead of `sentences`.
+        min_count: Number of times that a word must occur in `sentences` to be in the vocabulary.
         max_length: Number of word slots of the model.
         seed: Seed of the vectors of missing words.
 
     Returns:
-        The tokenizer and the vectors. Their model has `ReSTRTextConfig(vocab_size=rows, hidden_size=dim)` with
-        `rows, dim = vectors.matrix.shape`. [`set_word_vectors`] gives it the vectors.
+        The tokenizer and the vectors. Their model needs `ReSTRTextConfig(vocab_size=rows, hidden_size=dim)` with
+        `rows, dim = vectors.matrix.shape`. [`set_word_vectors`] copies the vectors into it.
 
     Raises:
         ValueError: Not exactly one of `sentences` and `vocabulary_file` is given, or one of the files is malformed.

@@ -9,7 +9,7 @@ class Benchmark(NamedTuple):
 
     Attributes:
         title: Its name in tables.
-        split_by: Who split it, as REFER names them.
+        split_by: Author of its splits, by REFER's name.
         overall_iou: Overall IoU of ReSTR in percent by split, as published (arXiv 2203.16768).
     """
 

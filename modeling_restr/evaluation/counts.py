@@ -41,7 +41,7 @@ def predict_masks(
         threshold: Probability above which a pixel is in the mask.
 
     Yields:
-        What `post_process_referring_segmentation` returns, one expression at a time: `mask` (bool) and
+        The results of `post_process_referring_segmentation`, one expression at a time: `mask` (bool) and
         `probabilities`, both (height, width) of the image, and `score`.
     """
     inputs = processor(images=image, text=list(texts), return_tensors="pt")
@@ -52,7 +52,7 @@ def predict_masks(
 def predict_batch(
     model: Any, processor: Any, inputs: BatchFeature, expressions_per_batch: int = 16, threshold: float = 0.5
 ) -> Iterator[dict[str, Any]]:
-    """[`predict_masks`] for what the processor returned for one or several images and their expressions, in order."""
+    """[`predict_masks`] for the processor's output about one or several images and their expressions, in order."""
     if expressions_per_batch < 1:
         raise ValueError(f"Expected expressions_per_batch >= 1, got {expressions_per_batch}.")
     inputs = inputs.to(model.device, model.dtype)
@@ -73,7 +73,7 @@ def evaluate_image(
     model: Any, processor: Any, row: dict[str, Any], expressions_per_batch: int = 16, threshold: float = 0.5
 ) -> list[dict[str, Any]]:
     """
-    Compare the model's mask for each expression about an image with the mask of what it refers to.
+    Compare the model's mask for each expression about an image with the true mask.
 
     Args:
         row: A row of a dataset in the canonical form, with its image decoded.
@@ -128,7 +128,7 @@ def evaluate_dataset(
 
 def check_dataset(dataset: datasets.Dataset) -> None:
     """
-    Find before a long evaluation what would stop it.
+    Check before a long evaluation for errors that would stop it.
 
     Raises:
         ValueError: The dataset is not in the canonical form, has no expressions, or has expressions without words.

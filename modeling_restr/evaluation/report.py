@@ -15,10 +15,10 @@ _TITLES = {
 
 def format_report(results: dict[str, Any]) -> str:
     """
-    A table of the results with the paper's numbers below them, and one by number of words where there are groups.
+    Format a table of the results with the paper's numbers below them, and one by number of words if there are groups.
 
     Args:
-        results: What `run_evaluation` returns, or the content of its `results.json`.
+        results: The result of `run_evaluation`, or the content of its `results.json`.
     """
     data, metrics = results["data"], results["metrics"]
     columns = [name for name in _TITLES if name in metrics]
@@ -31,7 +31,7 @@ def format_report(results: dict[str, Any]) -> str:
     lines += ["", "The paper's numbers are overall IoU as published (arXiv 2203.16768)."]
     if data["differences"]:
         differences = "; ".join(data["differences"])
-        lines += ["", f"**Not comparable with these results**, since the data differs: {differences}."]
+        lines += ["", f"**Not comparable with these results**, because the data differs: {differences}."]
     elif data["benchmark"] is None:
         lines += ["", "`--benchmark` selects those to compare with, and checks that the data is complete."]
     if "by_num_words" in metrics:
@@ -53,7 +53,7 @@ def _describe(results: dict[str, Any]) -> str:
 
 
 def _format_paper_rows(results: dict[str, Any], columns: list[str]) -> list[str]:
-    """The paper's result on the evaluated split, or all of its results where the benchmark is unknown."""
+    """The paper's result on the evaluated split, or all of its results if the benchmark is unknown."""
     name = results["data"]["benchmark"]
     evaluated_split = results["split"].partition("[")[0]
     return [

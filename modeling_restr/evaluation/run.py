@@ -1,5 +1,5 @@
 """
-A whole evaluation: a model on a split of prepared data, on any number of processes, resumed where it was stopped.
+Evaluation of a model on a split of prepared data, on any number of processes. It resumes after an interruption.
 
 Processes that `torchrun` or `accelerate launch` starts share the images. They count the same pixels as one process.
 """
@@ -40,7 +40,7 @@ from .report import format_report
 
 HASHED_FILES = ("*.safetensors", "*.bin", "config.json", "*processor_config.json", "tokenizer.json")
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "pycocotools", "pillow", "numpy")
-# How long processes wait for the main one, which prepares the data, and for the last one.
+# How long processes wait for the main one, which prepares the data, and for the slowest one.
 TIMEOUT = timedelta(hours=12)
 
 
@@ -64,7 +64,7 @@ def run_evaluation(
 ) -> dict[str, Any] | None:
     """
     Evaluate a model and write `results.json`, `results.md` and `contact_sheet.png`. An evaluation that was stopped
-    resumes where it was, with any number of processes.
+    resumes, with any number of processes.
 
     Args:
         model: Folder or Hub id of the model.
@@ -77,7 +77,7 @@ def run_evaluation(
         threshold: Probability above which a pixel is in the mask.
         dtype: Floating-point type of the model.
         max_images: Number of images, counted from the first.
-        by_length: Whether to group results by number of words, too.
+        by_length: Whether to group results by number of words as well.
         num_bootstrap: Number of resamples for 95 % intervals over images.
         expressions_per_batch: Number of expressions that the model decodes at a time.
         device: Device, by default an accelerator if there is one.
@@ -154,7 +154,7 @@ def load_model(name: str, revision: str | dict[str, str], dtype: str, device: to
 
 
 class Parts:
-    """The images of an evaluation that are finished: one file per process, with one line of JSON per image."""
+    """The finished images of an evaluation: one file per process, with one line of JSON per image."""
 
     def __init__(self, output_dir: Path, digests: list[str]):
         self.output_dir = output_dir
@@ -208,7 +208,7 @@ class Parts:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what a process was writing when it was stopped."""
+    """Cut off the line that a process was writing when it was stopped."""
     content = path.read_bytes()
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
@@ -221,7 +221,7 @@ def evaluate_share(
     state: PartialState,
     description: str,
 ) -> None:
-    """Evaluate this process's share of the images that are not finished, and write each as soon as it is."""
+    """Evaluate this process's share of the unfinished images, and write each result at once."""
     finished = parts.read()
     state.wait_for_everyone()  # all processes have read the same before any of them writes
     remaining = [index for index, digest in enumerate(parts.digests) if digest not in finished]
@@ -252,7 +252,7 @@ def _sum_counts(records: Iterable[dict[str, Any]]) -> np.ndarray:
 
 
 def compare_with_benchmark(dataset: datasets.Dataset, benchmark: str | None, split: str) -> dict[str, Any]:
-    """The numbers of images, references and expressions, and how they differ from the benchmark's published ones."""
+    """Count images, references and expressions, and list differences from the benchmark's published counts."""
     references = list(dataset.select_columns("references")["references"])
     num_expressions = sum(len(reference["expressions"]) for row in references for reference in row)
     counts = Counts(len(references), sum(map(len, references)), num_expressions)
@@ -261,7 +261,7 @@ def compare_with_benchmark(dataset: datasets.Dataset, benchmark: str | None, spl
 
 
 def summarize(records: list[dict[str, Any]], by_length: bool, num_bootstrap: int | None) -> dict[str, Any]:
-    """All results of [`ReferringIoU`], with gRefCOCO's where an expression refers to nothing, and how they came about."""
+    """All results of [`ReferringIoU`], with gRefCOCO's if an expression refers to nothing, and how they were obtained."""
     names = ["intersection", "union"]
     if any(record["target"] == 0 for record in records):
         names += ["predicted", "target"]

@@ -1,5 +1,5 @@
 """
-ReSTR as two `torch.export` programs, from which other runtimes start. The image is encoded once for many sentences.
+ReSTR as two `torch.export` programs for other runtimes. The image is encoded once for many sentences.
 
     image_encoder   pixel_values (B, 3, H, W) -> vision_embeds (B, h, w, vision_hidden_size)
     sentence_query  vision_embeds, input_ids (N, T), image_indices (N,) -> logits (N, H, W), patch_logits (N, h, w)
@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..configuration_restr import ReSTRVisionConfig
 from ..modeling_restr import ReSTRForImageSegmentation
+from ..vision_encoder_restr import as_pair, patch_grid
 
 
 class ReSTRImageEncoder(nn.Module):
@@ -53,9 +54,9 @@ def export_image_encoder(model: ReSTRForImageSegmentation) -> ExportedProgram:
     The number of images is free. With ReSTR's own vision encoder, so are their height and width.
     """
     model = _prepare(model)
-    model.model.text_model = model.model.fusion = nn.Identity()  # or else the program keeps their weights
+    model.model.text_model = model.model.fusion = nn.Identity()  # otherwise the program keeps their weights
     config: Any = model.config.vision_config
-    grid, patch_size = _sample_grid(model), _as_pair(config.patch_size)
+    grid, patch_size = _sample_grid(model), as_pair(config.patch_size)
     shape: dict[int, Any] = {0: Dim("num_images")}
     if has_free_image_size(model):
         shape |= {2: patch_size[0] * Dim("patch_rows"), 3: patch_size[1] * Dim("patch_columns")}
@@ -104,14 +105,8 @@ def _prepare(model: ReSTRForImageSegmentation) -> Any:
 def _sample_grid(model: ReSTRForImageSegmentation) -> tuple[int, int]:
     """(h, w) of the patches to trace with. If it is free, it differs from the model's, so that resizing is traced."""
     config: Any = model.config
-    sizes = zip(_as_pair(config.vision_config.image_size), _as_pair(config.vision_config.patch_size))
-    height, width = (image // patch for image, patch in sizes)
+    height, width = patch_grid(config.vision_config)
     return (height + 1, width + 2) if has_free_image_size(model) else (height, width)
-
-
-def _as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a config's `image_size` or `patch_size`."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class Graph(NamedTuple):

@@ -1,7 +1,6 @@
 """Write a folder that runs a ReSTR model with ONNX Runtime, without PyTorch and Transformers."""
 
 import importlib.util
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ..files import replace_files
+from ..files import replace_files, write_json
 from ..hub.bundle import check_pair
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
@@ -41,7 +40,7 @@ def save_onnx(
     Args:
         model ([`ReSTRForImageSegmentation`]): The model, which is exported in float32 and not changed.
         processor ([`ReSTRProcessor`]): Its processor.
-        folder (`str` or `os.PathLike`): Folder to write to. Parent folders are made as needed.
+        folder (`str` or `os.PathLike`): Folder to write to. Parent folders are created as needed.
         int8 (`bool`, defaults to `False`):
             Whether to add graphs whose linear maps have 8-bit weights, with one scale per channel, and 8-bit inputs,
             with scales computed at run time.
@@ -57,8 +56,8 @@ def save_onnx(
         `ImportError`: A package of the extra `onnx` is missing.
     """
     folder = Path(folder).absolute()
-    if (folder / "config.json").exists():  # whose tokenizer.json would be overwritten
-        raise ValueError(f"Expected a folder without a model in it, got {folder}. Export to a folder of its own.")
+    if (folder / "config.json").exists():  # the export would overwrite its tokenizer.json
+        raise ValueError(f"Expected a folder without a model in it, got {folder}. Export to another folder.")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'The export needs {", ".join(missing)}: pip install "modeling-restr[onnx]"')
@@ -67,7 +66,7 @@ def save_onnx(
     with replace_files(folder, essential=GRAPH_PATTERNS) as staging:
         for name in GRAPHS:
             save_graph(model, name, staging, int8=int8, program=programs)
-        (staging / "restr_onnx.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(staging / "restr_onnx.json", settings)
         _padding_tokenizer(processor.tokenizer).save(os.fspath(staging / "tokenizer.json"))
         shutil.copyfile(RUNNER, staging / RUNNER.name)
     return folder

@@ -40,10 +40,10 @@ from tokenizers import Encoding, Tokenizer
 logger = logging.getLogger(__name__)
 
 _UNKNOWN = "<unk>"
-# A warning names at most this many words of a kind, and this many characters of a word.
+# Maximum number of words of one kind that a warning names, and of characters per word.
 _MAX_NAMED_WORDS, _MAX_NAMED_CHARACTERS = 20, 50
 _CHANNELS = (1, 3, 4)
-# How far a float image may overshoot its range, as resampling filters make it.
+# How far a float image may overshoot its range, as resampling filters do.
 _OVERSHOOT = 1e-3
 # Lists and datasets of at least this length show their progress by default.
 _PROGRESS_FROM = 20
@@ -52,7 +52,7 @@ _SENTENCES_AT_A_TIME = 32
 
 
 class UnreadableImageError(ValueError):
-    """An image is missing, damaged, too large, of an unknown format, or no image. The message names it."""
+    """An image is missing, damaged, too large or of an unknown kind, or not an image at all. The message names it."""
 
 
 class EncodedImage(NamedTuple):
@@ -140,7 +140,7 @@ class ReSTROnnxPipeline:
             the mask, 0.0 if it is empty; `mask`, a PIL image of mode "L" with the image's own size (as a viewer shows
             it), 255 inside and 0 outside; `unknown_words`, which the model reads as `<unk>`; `truncated`, whether the
             sentence has more words than the model reads. For a list of images a list of these lists, for a generator
-            or dataset an iterator over them. One warning per call names the words that sentences lost.
+            or dataset an iterator over them. One warning per call names all words that were not read.
 
         Raises:
             UnreadableImageError: (a ValueError) An image cannot be read. The message names its path, or its place in
@@ -303,7 +303,7 @@ class ReSTROnnxPipeline:
 
 @contextmanager
 def _numbering(number: int | None) -> Iterator[None]:
-    """Make errors name the item that they are about."""
+    """Add the number of the item to errors."""
     try:
         yield
     except ValueError as error:
@@ -398,7 +398,7 @@ def _read_image(source: Any) -> Image.Image | np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file
-        reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "it is not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImageError(
             f"{_name_image(source)} cannot be read: {reason or type(error).__name__}"
         ) from error
@@ -434,13 +434,13 @@ def _open_text(source: str | bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(_decode_text(source)))
     except (ValueError, UnidentifiedImageError) as error:
-        raise ValueError("there is no such file, and it is no URL and no image as base64 or data URI.") from error
+        raise ValueError("there is no such file, and it is not a URL, a base64 image or a data URI.") from error
 
 
 def _decode_text(text: str) -> bytes:
     if text[:5].lower() != "data:":
         return base64.b64decode(text)
-    with urlopen(text) as content:  # it decodes a data URI and opens nothing
+    with urlopen(text) as content:  # decodes a data URI without opening a connection
         return content.read()
 
 
@@ -496,7 +496,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
         ranges = [1, 255]
     full = next((full for full in ranges if -_OVERSHOOT * full <= low and high <= full * (1 + _OVERSHOOT)), None)
-    if full is None:  # as with NaN
+    if full is None:  # also for NaN
         raise ValueError(
             "expected values in 0..1 or 0..255 for floats, in 0..255 or 0..65535 for integers; got"
             f" {array.dtype} from {low} to {high}."

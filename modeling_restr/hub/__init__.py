@@ -1,4 +1,4 @@
-"""What a Hub repository or a folder to share holds besides weights, and how it gets there."""
+"""Sharing of models: complete folders, model cards, pushes to the Hub, and an Inference Endpoint's handler."""
 
 from .bundle import hash_weights, save_bundle
 from .model_card import Example, write_model_card

@@ -15,11 +15,12 @@ from ..files import find_files, hash_file, replace_files
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from ..requirements_restr import TRANSFORMERS
+from ..vision_encoder_restr import as_pair
 
 
 # The files that `from_pretrained` may take weights from. By name, an index comes after its parts.
 WEIGHT_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-# What a tokenizer remembers of how it was loaded, and should not save.
+# Settings of loading that a tokenizer keeps and should not save.
 _LOADING_KEYS = ("is_local", "local_files_only")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
@@ -91,8 +92,7 @@ def check_pair(model: ReSTRForImageSegmentation, processor: ReSTRProcessor) -> N
             f"The tokenizer has ids up to {largest_id}, but the model has {vocab_size} word vectors: they do not belong "
             "together."
         )
-    image_size = config.vision_config.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = as_pair(config.vision_config.image_size)
     size = processor.image_processor.size
     if (size["height"], size["width"]) != (height, width):
         raise ValueError(

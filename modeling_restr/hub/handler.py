@@ -30,12 +30,12 @@ _THRESHOLDS = ("threshold", "mask_threshold")
 
 
 class RequestError(ValueError):
-    """A bad request. The message is for its sender."""
+    """A bad request. The message is for the sender."""
 
 
 class EndpointHandler:
     """
-    Answers requests in the form that `huggingface_hub.InferenceClient.image_segmentation` reads. It may be called from
+    Answers requests in the format of `huggingface_hub.InferenceClient.image_segmentation`. It may be called from
     several threads.
 
     Example:
@@ -91,8 +91,8 @@ class EndpointHandler:
                   above which a pixel belongs to a mask (0.5 by default). `text` may also be here.
 
         Returns:
-            `list[dict]`: For each sentence `label`, the sentence; `score`, the mean probability inside the mask, 0.0 for
-            an empty one; `mask`, a PNG of the image's own size in base64, 255 inside and 0 outside; `unknown_words`,
+            `list[dict]`: For each sentence `label`, the sentence; `score`, the mean probability inside the mask, 0.0 if
+            it is empty; `mask`, a PNG of the image's own size in base64, 255 inside and 0 outside; `unknown_words`,
             the words that the model does not know; `truncated`, whether the sentence has more words than the model
             reads.
 

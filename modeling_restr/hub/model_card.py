@@ -1,6 +1,6 @@
 """
-The model card: README.md of a model's folder, filled from the template model_card.md. Its results come from evaluation
-files of exactly the weights in the folder.
+The model card: README.md of a model's folder, filled from the template model_card.md. Its results come from evaluations
+of exactly the weights in the folder.
 """
 
 import json
@@ -90,7 +90,7 @@ def write_model_card(
         base_model (`str`, *optional*): Hub id of the model that the training started from.
         license (`str`, *optional*): Licence of the weights by its name on the Hub, such as `"cc-by-4.0"`. By default
             the card claims none.
-        limits (`str`, *optional*): Markdown about limits of this model in particular.
+        limits (`str`, *optional*): Markdown about the limits of this particular model.
         example ([`Example`], *optional*): A photo and sentences. The model is run on them.
         figures (`Mapping[str | os.PathLike, str]`, *optional*): Picture files with their captions (Markdown).
         space (`str`, *optional*): Hub id of a Space that runs the model.
@@ -136,8 +136,8 @@ def write_training_card(
     datasets: str | Sequence[str] | None = None,
 ) -> None:
     """
-    Write the card of a training to a folder that may hold its model. A card that someone wrote or edited is kept: that
-    of the folder, or else that of the repository, which is then written to the folder.
+    Write the card of a training to a folder that may hold its model. A card that a user wrote or edited is kept: the
+    folder's, or else the repository's, which is then copied to the folder.
 
     Raises:
         `ValueError`: The kept card is of other weights.
@@ -175,7 +175,7 @@ def build_model_card(
     model_id: str | None = None,
     **options: Any,
 ) -> ModelCard:
-    """The card of [`write_model_card`], without writing anything. Without a folder, a card that fits any ReSTR."""
+    """Build the card of [`write_model_card`] without writing it. Without a folder, the card fits any ReSTR."""
     name = model_id.rpartition("/")[2] if model_id else "ReSTR"
     values = dict(card_data or {})
     results = [] if folder is None else _read_evaluations(folder, evaluations)
@@ -211,7 +211,7 @@ def find_template() -> Path:
 
 
 def find_card(repo_id: str, revision: str | None = None, token: bool | str | None = None) -> str | None:
-    """The card of a repository. None if there is none, or only one that was generated and never edited."""
+    """Read the card of a repository. None if there is none, or only one that was generated and never edited."""
     if not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
         return None
     path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
@@ -238,7 +238,7 @@ def check_card(text: str, folder: Path) -> None:
     Check that a card with results or pictures belongs to the weights in a folder.
 
     Raises:
-        `ValueError`: It belongs to others.
+        `ValueError`: It belongs to other weights.
     """
     recorded = dict(_WEIGHTS_LINE.findall(text))
     if recorded and find_files(folder, WEIGHT_PATTERNS) and recorded != hash_weights(folder):
@@ -264,7 +264,7 @@ class _Result:
 
     @property
     def subject(self) -> tuple[Any, ...]:
-        """What was evaluated, and how. A card has one result for each."""
+        """The evaluated data and settings. A card has one result for each."""
         return self.data, self.split, self.threshold, self.conditions, self.fingerprint
 
 
@@ -369,7 +369,7 @@ def _format_training(training: Mapping[str, Any]) -> str:
 
 
 def _without_folders(text: str) -> str:
-    """Paths of the machine on which the card is written are private."""
+    """Remove the folders of a path: paths on this machine are private."""
     return Path(text).name if Path(text).is_absolute() else text
 
 
@@ -384,7 +384,7 @@ def _format_weights(folder: Path) -> str:
 
 
 def _describe_inputs(folder: Path) -> dict[str, Any]:
-    """What the card says about the words and images that the model takes."""
+    """The card's description of the words and images that the model takes."""
     processor: Any = ReSTRProcessor.from_pretrained(folder)
     size = processor.image_processor.size
     return {

@@ -26,7 +26,7 @@ from .model_card import (
 )
 
 
-# The files of a model. A training may leave others in the folder.
+# The files of a model. Training may leave others in the folder.
 _PATTERNS = ("*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.jpg", "*.jpeg", "LICENSE*", "requirements.txt")
 _REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json")
 _TAG = re.compile(r"[\w.+-]+(/[\w.+-]+)*", re.ASCII)
@@ -43,9 +43,9 @@ def push_to_hub(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Push a model to the Hub in one commit: weights, config, processor, code, model card and its pictures. It loads as
-    [`save_bundle`] says. Everything is checked before a repository is created. If nothing has changed since the last
-    push, there is no commit.
+    Push a model to the Hub in one commit: weights, config, processor, code, model card and its pictures.
+    [`save_bundle`] explains how to load it. Everything is checked before a repository is created. If nothing has
+    changed since the last push, there is no commit.
 
     `model.push_to_hub`, `processor.push_to_hub` and the stock Trainer write transformers' own model card instead. This
     function replaces such a card unless it was edited.
@@ -54,20 +54,20 @@ def push_to_hub(
         bundle (`str`, `os.PathLike` or `tuple`):
             A model's folder, or a model and its processor. A folder without code, such as examples/restr_mini, is
             pushed with this package's code. Subfolders are not pushed. If the folder has no README.md, or only the one
-            that transformers generates, the repository keeps its card, or else gets one that says how to use the model.
+            that transformers generates, the repository keeps its card, or gets one that says how to use the model.
         repo_id (`str`): The repository, created if absent.
         private (`bool`, *optional*): Whether a new repository is private.
         tag (`str`, *optional*): A tag for this version.
         commit_message (`str`, defaults to `"Upload ReSTR"`): The commit's title.
-        token (`str`, *optional*): A token with write access; by default that of `hf auth login`.
+        token (`str`, *optional*): A token with write access; the one of `hf auth login` by default.
 
     Returns:
         `CommitInfo`: The commit, or the repository's last one if nothing has changed.
 
     Raises:
-        `ValueError`: The folder lacks a part of the model; its card, or that of the repository, belongs to other
-            weights, links a Space that does not exist, or has metadata that the Hub rejects; `repo_id` or `tag` is
-            invalid; or the tag exists at another commit (the push itself is then done).
+        `ValueError`: The folder lacks a part of the model; its card, or the repository's, belongs to other weights,
+            links to a Space that does not exist, or has metadata that the Hub rejects; `repo_id` or `tag` is invalid;
+            or the tag exists at another commit (the model is pushed nevertheless).
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_bundle(*bundle, Path(temporary) / "bundle") if isinstance(bundle, tuple) else Path(bundle)
@@ -188,7 +188,7 @@ def _prepare_card(folder: Path, repo_id: str, temporary: Path, api: HfApi) -> Pa
     _check_metadata(text, api)
     for space in _SPACE_LINK.findall(text):
         if not api.repo_exists(space, repo_type="space"):
-            raise ValueError(f"The model card links the Space {space}, which does not exist: create it first.")
+            raise ValueError(f"The model card links to the Space {space}, which does not exist: create it first.")
     path.write_bytes(text.encode())
     return path
 
@@ -202,7 +202,7 @@ def _check_metadata(text: str, api: HfApi) -> None:
     )
     if response.status_code == 400:
         problems = "; ".join(error["message"] for error in response.json().get("errors", []))
-        raise ValueError(f"Expected a model card with metadata that the Hub takes, but it says: {problems}")
+        raise ValueError(f"Expected a model card with metadata that the Hub accepts, but it says: {problems}")
     hf_raise_for_status(response)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to every other program
+os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers yield to every other program
 
 # isort: split
 import numpy as np
@@ -31,15 +31,15 @@ from ..files import hold_folder, replace_file, write_json
 from .stages import Predictor, RowGroupDatasource, decode
 
 
-VERSION = 3  # of the results; those of different versions are never mixed
+VERSION = 3  # of the results; different versions are never mixed
 SETTINGS_NAME, SUMMARY_NAME, COCO_NAME = "prediction.json", "summary.json", "instances.json"
 MAX_UNKNOWN_WORDS = 1000  # in the summary
 # About a minute's work at the paper's size, which a killed run repeats.
 PAIRS_PER_CPU_FILE, PAIRS_PER_GPU_FILE = 60, 10_000
 IMAGES_PER_CPU_BATCH, IMAGES_PER_GPU_BATCH = 8, 64
-BATCHES_AHEAD = 16  # that may be decoded for each actor, next to four row groups: this bounds the memory
-# Share of a CPU that Ray sets aside for a thread of a model on the CPU. Reading and decoding, which take far less time,
-# then find a CPU next to the actors, and so do the actors of a machine that is lost.
+BATCHES_AHEAD = 16  # decoded in advance per actor, in addition to four row groups: this bounds the memory
+# Share of a CPU that Ray reserves for a thread of a model on the CPU. It leaves CPUs for reading and decoding, which take
+# far less time, and for the actors of a machine that is lost.
 CPU_PER_MODEL_THREAD = 0.2
 
 
@@ -63,8 +63,8 @@ def predict(
     **options: Any,
 ) -> dict[str, Any]:
     """
-    Predict the masks of all images and sentences. A run with the same settings continues one that was stopped.
-    Returns the content of `summary.json`.
+    Predict the masks of all images and sentences. A run with the same settings resumes one that was stopped. Returns
+    the content of `summary.json`.
 
     Args:
         model: Folder or Hub id, which all machines of a cluster can read.
@@ -113,11 +113,11 @@ def predict(
 
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """Ray on this machine, or the cluster at an address. A connection that is there already is used."""
+    """Connect to Ray on this machine, or to the cluster at an address. An existing connection is used."""
     if ray.is_initialized():
         yield
         return
-    # One CPU more than there are, for what runs next to the actors and mostly waits.
+    # One CPU more than there are, for tasks that run next to the actors and mostly wait.
     local: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 1}
     ray.init(address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
     try:
@@ -142,7 +142,7 @@ def run_pipeline(
     expressions_per_batch: int = 16,
 ) -> None:
     """
-    Write the results of all rows but those that are finished.
+    Write the results of all unfinished rows.
 
     A row is an image with all its sentences until an actor has predicted their masks. Blocks are never divided after
     that, so that a file has all sentences of an image, and Ray's checkpoint knows images by their `row`.
@@ -199,9 +199,9 @@ def _set_context(checkpoint_dir: Path, finished: np.ndarray, bytes_ahead: int) -
 
 def find_finished(folder: Path, num_rows: int) -> np.ndarray:
     """
-    The numbers of the rows whose results are in the folder. Afterwards each result is there once.
+    Find the numbers of the rows with results in the folder, and remove partial files and repeated results.
 
-    Ray's own checkpoint files do not decide: a worker may outlive its run and write a file that the next run repeats,
+    Ray's own checkpoint files are not used: a worker may outlive its run and write a file that the next run repeats,
     and a kill may leave part of a file.
     """
     finished = np.zeros(num_rows, dtype=bool)
@@ -220,7 +220,7 @@ def find_finished(folder: Path, num_rows: int) -> np.ndarray:
 
 
 def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
-    """Record what the folder is made with, or check that it is the same as before."""
+    """Record the settings of the folder, or check that they are the same as before."""
     path, data_dir = output_dir / SETTINGS_NAME, output_dir / "data"
     data_dir.mkdir(exist_ok=True)
     if not path.exists() and not any(data_dir.glob("*.parquet")):
@@ -233,7 +233,7 @@ def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """Counts of what the folder holds, and the unknown words by their number of sentences."""
+    """Count the results in the folder, and the sentences with each unknown word."""
     names = ("num_images", "num_pairs", "num_errors", "num_truncated", "num_files", "num_bytes")
     counts, words = dict.fromkeys(names, 0), Counter[str]()
     for path in folder.glob("*.parquet"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def decode(
     table: pa.Table, processor: Any, columns: Columns, image_dir: str | None = None, raise_errors: bool = False
 ) -> pa.Table:
     """
-    Read and resize the images of some rows, and look at their sentences.
+    Read and resize the images of some rows, and check their sentences.
 
     Returns:
-        A row per image, as `columns.decoded` says. What is wrong with a sentence or its image is its `error`.
+        One row per image with the columns `columns.decoded`. An error of a sentence or its image is in `error`.
 
     Raises:
         ValueError: A row has an error, and `raise_errors` is set.
@@ -102,7 +103,7 @@ def _read_image(image: dict[str, Any], image_dir: str | None) -> bytes:
 
 
 class Predictor:
-    """An actor: it loads the model once, and turns decoded rows into results."""
+    """An actor that loads the model once and turns decoded rows into results."""
 
     def __init__(
         self,
@@ -131,14 +132,15 @@ class Predictor:
 
     def _predict(self, rows: list[dict[str, Any]]) -> None:
         """Add score and mask to the sentences of these rows. Each image is encoded once."""
-        sentences = [[text for text in row["sentences"] if text["error"] is None] for row in rows]
-        inputs = self.processor(text=[[text["text"] for text in of_row] for of_row in sentences], return_tensors="pt")
+        sentences = [[sentence for sentence in row["sentences"] if sentence["error"] is None] for row in rows]
+        texts = [[sentence["text"] for sentence in in_row] for in_row in sentences]
+        inputs = self.processor(text=texts, return_tensors="pt")
         pixels = [np.frombuffer(row["pixel_values"], np.float32).reshape(row["shape"]) for row in rows]
         inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))  # (B, 3, height, width)
         inputs["original_sizes"] = torch.tensor([row["size"] for row in rows])  # (B, 2)
         results = predict_batch(self.model, self.processor, inputs, self.expressions_per_batch, self.threshold)
         try:
-            for sentence, result in zip((text for of_row in sentences for text in of_row), results):
+            for sentence, result in zip(chain.from_iterable(sentences), results):
                 sentence |= {"score": result["score"], "mask": encode_mask(result["mask"].cpu().numpy())}
         except ValueError as error:  # logits that are not finite
             raise ValueError(f"Rows {rows[0]['row']} to {rows[-1]['row']}: {error}") from error

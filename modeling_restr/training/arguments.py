@@ -11,14 +11,14 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
 
 
 def paper_option(name: str, text: str) -> Any:
-    """An option for a field of the recipe. Its default is the paper's value, and its help says so."""
+    """Create an option for a field of the recipe. Its default is the paper's value, and its help says so."""
     value = getattr(PAPER, name)
     return option(value, f"{text} The paper's: {value}.")
 
 
 @dataclass
 class ModelArguments:
-    """What to start from: a trained ReSTR, or a new one."""
+    """The model to start from: a trained ReSTR, or a new one."""
 
     model_name_or_path: str | None = option(
         None, "Folder or Hub id of a trained ReSTR to start from, instead of a new model."
@@ -64,7 +64,7 @@ class DataArguments:
     max_train_samples: int | None = option(None, "Number of training images to use; without it, all.")
     max_eval_samples: int | None = option(None, "Number of validation images to use; without it, all.")
     augment_scale: float = option(0.0, "Probability of showing an image smaller. The paper's: no augmentation.")
-    augment_crop: float = option(0.0, "Probability of a crop that keeps all that the sentences refer to.")
+    augment_crop: float = option(0.0, "Probability of a crop that keeps everything that the sentences refer to.")
     augment_color: float = option(0.0, "Probability of changed colours. Hues stay where a sentence names a colour.")
     augment_mirror: float = option(0.0, "Probability of a mirrored image, with left and right swapped in sentences.")
     num_overlays: int = option(8, "Number of validation images to draw with their masks after each evaluation.")
@@ -72,7 +72,7 @@ class DataArguments:
 
 @dataclass
 class RecipeArguments:
-    """How to train. Options that transformers' TrainingArguments has, too, have the same meaning there."""
+    """Settings of the training. Options that transformers' TrainingArguments also has mean the same there."""
 
     output_dir: str = option("runs/restr", "Folder for checkpoints, pictures and, at the end, the model.")
     max_steps: int = paper_option("max_steps", "Number of optimizer steps.")
@@ -106,7 +106,7 @@ class RecipeArguments:
     push_to_hub: bool = option(False, "Upload the final model with its card to the Hub.")
     hub_model_id: str | None = option(None, "Hub repository to upload to; without it, the name of output_dir.")
     hub_private_repo: bool | None = option(None, "Whether to create the repository as a private one.")
-    hub_token: str | None = option(None, "Token for the Hub; without it, that of `hf auth login`.")
+    hub_token: str | None = option(None, "Token for the Hub; without it, the one of `hf auth login`.")
 
     def make_recipe(self, **others: Any) -> Recipe:
         """The recipe of these options. `others` are the fields of [`Recipe`] that the options do not set."""

@@ -1,8 +1,8 @@
 """
 Augmentation of an image with its masks and expressions: scale, crop, colour and mirror, each off by default.
 
-The paper uses none, since "left" is wrong in a mirrored image. This module changes an image only in ways that keep all
-of its sentences true, as `expression_rules.py` judges by their words.
+The paper uses none, because "left" is wrong in a mirrored image. This module changes an image only in ways that keep
+all of its sentences true, as `expression_rules.py` judges by their words.
 
     augment = Augmentation(crop=0.5, mirror=0.5)
     image, masks, texts = augment(image, masks, texts, np.random.default_rng((seed, epoch, index)))
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from ..image_processing_restr import ReSTRImageProcessor
+from ..visualization import read_photo
 from .expression_rules import mirror_expression, names_color, needs_whole_image
 
 
@@ -31,13 +32,13 @@ class Augmentation:
         scale: Probability of showing everything smaller. The image is centred on a larger black canvas and keeps its
             pixels. (The processor's letterbox would undo a resize.)
         crop: Probability of a crop, which keeps all masks whole. An image is cropped only if none of its sentences
-            depends on what else is in the image ([`needs_whole_image`]).
+            depends on the rest of the image ([`needs_whole_image`]).
         color: Probability of changing brightness and contrast, and unless a sentence names a colour ([`names_color`])
             saturation and hue.
         mirror: Probability of mirroring image and masks and swapping left and right in the sentences. An image is
             mirrored only if all of its sentences can be ([`mirror_expression`]).
-        scale_range: Range in (0, 1] of the factor by which things become smaller.
-        crop_range: Range in (0, 1] of the share of each side to keep. Masks may need more.
+        scale_range: Range of the scale factor, in (0, 1].
+        crop_range: Range of the share of each side to keep, in (0, 1]. Masks may need more.
         brightness, contrast, saturation: Largest relative change.
         hue: Largest rotation of the hue, as a share of the colour wheel.
 
@@ -70,8 +71,8 @@ class Augmentation:
     ) -> tuple[Image.Image, list[np.ndarray], list[str]]:
         """
         Args:
-            image: Of any mode.
-            masks: One per text, (height, width) bool, of the upright image (with its EXIF orientation applied).
+            image: Image of any mode.
+            masks: One mask per text, (height, width) bool, of the upright image (with its EXIF orientation applied).
             texts: The expressions drawn for this image.
             rng: The only source of randomness.
 
@@ -91,7 +92,7 @@ class Augmentation:
         mirror = mirror and None not in mirrored
         if not (color or mirror or crop or scale):
             return image, masks, texts
-        image = _to_upright_rgb(image)
+        image = read_photo(image, _get_image_processor())  # without EXIF data, which would rotate it again
         _check_masks(masks, image)
         if color:
             image = self._change_color(image, any(names_color(text) for text in texts), rng)
@@ -141,12 +142,6 @@ class Augmentation:
 @cache
 def _get_image_processor() -> ReSTRImageProcessor:
     return ReSTRImageProcessor()
-
-
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as the processor reads it, without EXIF data, which would rotate it again."""
-    channels = _get_image_processor().process_image(image, do_convert_rgb=True, do_rescale=True)
-    return Image.fromarray(np.ascontiguousarray(np.moveaxis(channels, 0, -1)))
 
 
 def _change_each(masks: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:

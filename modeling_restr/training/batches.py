@@ -2,9 +2,9 @@
 Canonical data (`data/canonical.py`) as batches of images with up to K sentences each, which share the image's encoding.
 K = 1 gives the paper's batches of (image, expression) pairs.
 
-A run reads one stream of items. The seed alone decides which item is at which position. Random generators, the number
-of processes and workers, and interruptions have no influence. Epochs follow one another without a gap, so that every
-batch is full. Each epoch has every expression once.
+A run reads one stream of items. The seed alone determines the item at each position. Global random generators, the
+numbers of processes and workers, and interruptions have no influence. Epochs follow one another without a gap, so that
+every batch is full. Each epoch has every expression once.
 """
 
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Augment = Callable[
     [Image.Image, list[np.ndarray], list[str], np.random.Generator], tuple[Image.Image, list[np.ndarray], list[str]]
 ]
-# Purposes of random numbers. Each has a generator of its own.
+# Purposes of random numbers. Each has its own generator.
 _ORDER, _SENTENCES, _AUGMENTATION, _STREAM = range(4)
 
 
@@ -91,7 +91,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         return build_item(self.dataset[index], chosen, self.augmentation, rng)
 
     def _get_order(self, epoch: int) -> np.ndarray:
-        """(items_per_epoch,) the order of an epoch. That of the latest epoch is cached."""
+        """The order of an epoch, (items_per_epoch,). The latest one is cached."""
         if self._order[0] != epoch:
             order = np.arange(self.items_per_epoch)
             if self.shuffle:
@@ -105,9 +105,9 @@ class ReferringStream(torch.utils.data.IterableDataset):
     """
     The items of one process from a dataset that is read as a stream (`datasets.load_dataset(..., streaming=True)`).
 
-    Each worker of each process reads its own share: whole files if the number of files is a multiple of that of
+    Each worker of each process reads its own share: whole files if the number of files is a multiple of the number of
     workers, otherwise every n-th image. Files are shuffled, and items within a buffer. The items depend on the seed, the
-    batch size and the numbers of processes and workers. With the same ones, a run resumes exactly at `first_batch`:
+    batch size and the numbers of processes and workers. If these stay the same, a run resumes exactly at `first_batch`:
     earlier items are read again, but not decoded. Pass the stream to a `DataLoader` with the same `batch_size`, and do
     not shard it again.
 
@@ -155,7 +155,7 @@ class ReferringStream(torch.utils.data.IterableDataset):
             yield build_item(row, chosen, self.augmentation, rng)
 
     def _draw(self, share: int, num_shares: int) -> Iterator[tuple[dict[str, Any], np.ndarray, int]]:
-        """Endlessly yields (row, indices of its expressions, seed) for the items of one share."""
+        """Yield (row, indices of its expressions, seed) for the items of one share, without end."""
         for epoch in count():
             shuffle_seed = int(np.random.SeedSequence([self.seed, _ORDER, epoch]).generate_state(1)[0])
             shuffled = self.dataset.shuffle(seed=shuffle_seed, buffer_size=1)  # the order of the files
@@ -216,7 +216,7 @@ def _check_arguments(features: datasets.Features | None, expressions_per_image: 
 
 
 def count_expressions(dataset: datasets.Dataset) -> np.ndarray:
-    """(images,) number of expressions per image. Images are not decoded."""
+    """Count the expressions per image, (images,). Images are not decoded."""
     counts = [
         sum(len(reference["expressions"]) for reference in references)
         for references in dataset.select_columns("references")["references"]
@@ -227,7 +227,7 @@ def count_expressions(dataset: datasets.Dataset) -> np.ndarray:
 def build_item(
     row: Mapping[str, Any], chosen: Sequence[int] | np.ndarray, augmentation: Augment | None, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """The item of [`ReferringDataset`] for some expressions of a canonical row, by their indices within the row."""
+    """Build the item of [`ReferringDataset`] for some expressions of a canonical row, by their indices in the row."""
     references = row["references"]
     pairs = [(number, expression) for number, r in enumerate(references) for expression in r["expressions"]]
     pairs = [pairs[index] for index in chosen]
@@ -253,10 +253,10 @@ class ReferringCollator:
         processor ([`ReSTRProcessor`]): The model's processor.
         vocab_size: `model.config.text_config.vocab_size`. With None, word ids have no upper limit.
         share_images: Whether neighbours in a batch with the same image share its encoding. If items have one expression
-            each, N stays the number of items, and B becomes that of different images.
+            each, N stays the number of items, and B becomes the number of different images.
 
     Raises:
-        ValueError: When called with values that the model does not accept. The message has the sent_ids.
+        ValueError: When called with values that the model does not accept. The message gives the sent_ids.
     """
 
     processor: Any
@@ -279,7 +279,7 @@ class ReferringCollator:
 
 
 def _merge_neighbours(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One item for neighbours with the same pixels. Augmentation may have changed one of them."""
+    """Merge neighbours with the same pixels. Augmentation may have changed one of them."""
     merged: list[dict[str, Any]] = []
     for item in items:
         if merged and merged[-1]["image_id"] == item["image_id"] and merged[-1]["image"] == item["image"]:
@@ -316,8 +316,8 @@ def create_loader(
     dataset: torch.utils.data.Dataset, batch_size: int, collator: Callable[..., dict[str, Any]], **options: Any
 ) -> DataLoader:
     """
-    A `DataLoader` for a run that can be resumed: starting it draws no number from the global random generator, and
-    SIGTERM does not end its workers.
+    Create a `DataLoader` for a run that can be resumed: starting it draws no number from the global random generator,
+    and SIGTERM does not end its workers.
     """
     generator = torch.Generator()
     return ignore_sigterm_in_workers(
@@ -327,11 +327,11 @@ def create_loader(
 
 def loss_weight(batch: Mapping[str, torch.Tensor], num_pairs: int | torch.Tensor, num_batches: int) -> Any:
     """
-    Factor for a batch's mean loss that makes the mean over the batches of a step the mean over its pairs. Without it,
-    sentences about images with many sentences would count less.
+    Factor for a batch's mean loss, with which the mean over a step's batches equals the mean over its pairs. Without
+    it, sentences about images with many sentences would count less.
 
     Args:
-        batch: With `input_ids` (N, words).
+        batch: Batch with `input_ids` (N, words).
         num_pairs: Number of (image, expression) pairs in the step, over all accumulated batches and processes.
         num_batches: Number of accumulated batches times number of processes.
     """

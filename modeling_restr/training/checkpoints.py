@@ -100,7 +100,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint. A half removed one never has its name."""
+    """Remove a checkpoint. It is renamed first, so that a half-removed one is never taken for a checkpoint."""
     to_delete = checkpoint.parent / UNFINISHED / f"removed-{checkpoint.name}"
     to_delete.parent.mkdir(exist_ok=True)
     shutil.rmtree(to_delete, ignore_errors=True)
@@ -139,8 +139,8 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def find_checkpoint(output_dir: str | Path, resume_from: str | Path | None = None) -> Path | None:
     """
-    The checkpoint to resume from: `resume_from`, by default the complete one with the most steps; None if there is
-    none. What a killed run left unfinished is removed.
+    Find the checkpoint to resume from: `resume_from`, by default the complete one with the most steps; None if there is
+    none. Unfinished checkpoints of a killed run are removed.
 
     Args:
         output_dir: Folder of the run. It need not exist.
@@ -177,7 +177,7 @@ def keep_last_checkpoints(output_dir: str | Path, number: int | None, protected:
 
 class StopSignal:
     """
-    Context manager that notices SIGTERM instead of ending the process. Schedulers send this signal some time before
+    Context manager that records SIGTERM instead of ending the process. Schedulers send this signal some time before
     they kill a process.
     """
 
@@ -185,13 +185,13 @@ class StopSignal:
         self.received = False
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._notice)
+        self._previous = signal.signal(signal.SIGTERM, self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGTERM, self._previous)
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
     def is_requested(self) -> bool:
@@ -203,7 +203,7 @@ class StopSignal:
 def ignore_sigterm_in_workers(loader: DataLoader) -> DataLoader:
     """
     Let the worker processes of a data loader ignore SIGTERM. It is often sent to a whole group of processes, and
-    without its workers the run could not go on to its next checkpoint. Workers end with the run.
+    without its workers the run could not continue to its next checkpoint. Workers end with the run.
     """
     inner = getattr(loader, "base_dataloader", loader)  # Accelerate wraps loaders
     inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
@@ -279,7 +279,7 @@ def check_weights(model: nn.Module, step: int, optimizer: Any = None) -> None:
     Args:
         model: Its parameters and buffers are checked. With FSDP each process checks its own shards.
         step: Number of optimizer steps so far.
-        optimizer: Its states are checked, too.
+        optimizer: Its states are also checked.
 
     Raises:
         LossNotFiniteError: Raised in every process, with the names of the parameters that are broken in that process.

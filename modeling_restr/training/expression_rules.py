@@ -2,7 +2,7 @@
 Which expressions stay true when their image is mirrored, cropped or recoloured, judged by their words.
 
 The rules are for English. In doubt they reject the change, so that no sentence becomes untrue. They cannot know what
-the words do not tell, such as that a brand's name on a shirt is reversed in a mirrored image.
+the words do not say, such as that a brand's name on a shirt is reversed in a mirrored image.
 """
 
 import difflib
@@ -30,7 +30,7 @@ _SIDE_PAIRS = {
 _OTHER_SIDE = _SIDE_PAIRS | {right: left for left, right in _SIDE_PAIRS.items()}
 # Names that other words are compared with. Shorter ones are too close to words such as "last" and "art".
 _SIDE_NAMES = ["left", "right", "leftmost", "rightmost", "lefthand", "righthand", "leftside", "rightside"]
-# Words that contain or resemble such a name but are not slips. Any other such word may be one ("lwft", "rigth"), or two
+# Words that contain or resemble such a name but are not typos. Any other such word may be one ("lwft", "rigth"), or two
 # words in one ("theleft").
 _NOT_SIDES = _word_set(
     """
@@ -78,7 +78,7 @@ _HOUR_NAMES = "|".join(_HOURS)
 _CLOCK_POSITION = re.compile(
     rf"(?<![\w:.])(1[0-2]|[1-9]|{_HOUR_NAMES})(?::00\b|[\s-]*o'?[\s-]?clock\b)(?!\s*[ap]\.?m)"
 )
-_CLOCK_WORDS = _word_set("clock clocks digital time watch watches")  # with these, an hour is a time and no position
+_CLOCK_WORDS = _word_set("clock clocks digital time watch watches")  # with these, an hour is a time, not a position
 
 # Sentences that become untrue without naming a side: text in a mirrored image is reversed ...
 _TEXT_WORDS = _word_set(
@@ -159,7 +159,7 @@ def mirror_expression(text: str) -> str | None:
     Sides ("left", "rightmost", "rt") and positions on a clock ("3 o'clock") are swapped and keep their case. Mirroring
     twice restores the text. "Right" stays if it certainly is an adverb ("standing right behind").
 
-    `None` is returned for sentences that are ambiguous ("man right in front", "slice left"), have a slip in such a word,
+    `None` is returned for sentences that are ambiguous ("man right in front", "slice left"), have a typo in such a word,
     are about text, letters or numbers, count without saying from which side ("second guy"), or have words that imply a
     side (points of the compass, "third base").
     """
@@ -184,7 +184,7 @@ def mirror_expression(text: str) -> str | None:
 def needs_whole_image(text: str) -> bool:
     """
     Whether a crop could make the expression untrue or ambiguous. This is so if it has a word of place, order, number,
-    comparison, relation or visibility, or one that may be a slip of "left" or "right".
+    comparison, relation or visibility, or one that may be a typo of "left" or "right".
     """
     lowered = text.lower()
     words = _WORD.findall(lowered)

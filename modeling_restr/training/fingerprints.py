@@ -1,4 +1,4 @@
-"""One hash of the data that a run is trained on, so that the run never resumes on other data."""
+"""One hash of a run's training data, so that the run never resumes on other data."""
 
 import hashlib
 from typing import Any
@@ -16,13 +16,13 @@ ROWS_PER_SHARD = 4
 
 def fingerprint_data(data: datasets.Dataset | datasets.IterableDataset) -> str:
     """
-    A hash (hexadecimal) of the rows in their order: ids, masks, expressions and image files. It does not depend on where
-    the data lies or on the number of its files.
+    Hash the rows in their order (hexadecimal): ids, masks, expressions and image files. The hash does not depend on
+    where the data is stored or on the number of its files.
 
     For a stream, which takes an epoch to read, it covers the number of shards and the first rows of a few of them.
 
     Args:
-        data: In the canonical form.
+        data: Data in the canonical form.
     """
     digest = hashlib.sha256()
     if isinstance(data, datasets.IterableDataset):

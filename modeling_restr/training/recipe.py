@@ -29,8 +29,8 @@ _NAMES_OF_DATA = {"dataset", "split"}  # the same data may have other names
 @dataclass(frozen=True)
 class Recipe:
     """
-    Everything that decides which weights a run ends with. It is saved with each checkpoint, and shown in the model card.
-    The defaults are the paper's.
+    All settings that determine the final weights of a run. They are saved with each checkpoint and shown in the model
+    card. The defaults are the paper's.
 
     Raises:
         ValueError: The warm-up is as long as the run.
@@ -151,7 +151,7 @@ def create_parameter_groups(
     weight_decay: float = 5e-4,
 ) -> list[dict[str, Any]]:
     """
-    Two groups of the trainable parameters: "fusion and language" with `learning_rate`, and "vision" with
+    Split the trainable parameters into two groups: "fusion and language" with `learning_rate`, and "vision" with
     `vision_learning_rate_ratio` times that. Weight decay applies to every parameter.
 
     Raises:

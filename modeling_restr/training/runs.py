@@ -1,4 +1,4 @@
-"""What the training scripts share: what a run starts from, its stream of data, and what it ends with."""
+"""The parts that the training scripts share: the start of a run, its data, and its end."""
 
 import logging
 import math
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 EXPRESSIONS_PER_IMAGE_IN_EVALUATION = 8
 AUGMENTATIONS = ("scale", "crop", "color", "mirror")
-# Without and with Trainer's state in a checkpoint.
+# Indexed by whether a script writes checkpoints with Trainer's state.
 SCRIPTS = ("run_referring_segmentation_no_trainer.py", "run_referring_segmentation.py")
 
 Data: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -123,7 +123,7 @@ def start_run(
     recipe = args.make_recipe(images_per_step=images_per_step, **recipe_fields, **described)
     if is_main_process:
         print(
-            f"{model.num_parameters() / 1e6:.1f} M parameters; other than in the paper: {recipe.deviations() or 'nothing'}"
+            f"{model.num_parameters() / 1e6:.1f} M parameters; differences from the paper: {recipe.deviations() or 'none'}"
         )
     repo_id = (args.hub_model_id or Path(args.output_dir).resolve().name) if args.push_to_hub else None
     if repo_id is not None and is_main_process:
@@ -137,7 +137,7 @@ def start_run(
 
 def load_data(args: DataArguments) -> tuple[Data, datasets.Dataset | None]:
     """
-    The training data, and the validation data if there is a split for it.
+    Load the training data, and the validation data if there is a split for it.
 
     Raises:
         ValueError: Data is not in the canonical form, or has expressions without words.
@@ -156,7 +156,7 @@ def load_data(args: DataArguments) -> tuple[Data, datasets.Dataset | None]:
 
 
 def _hold_in_memory(stream: datasets.IterableDataset) -> datasets.Dataset:
-    """The rows of a stream with random access. Images stay encoded."""
+    """Read all rows of a stream into memory. Images stay encoded."""
     return datasets.Dataset.from_list(list(stream.cast_column("image", datasets.Image(decode=False))), FEATURES)
 
 
@@ -168,7 +168,7 @@ def iterate_sentences(data: Data) -> Iterator[str]:
 
 
 def load_model(args: ModelArguments, train_data: Data) -> tuple[ReSTRForImageSegmentation, ReSTRProcessor]:
-    """The model to start from, in float32, and its processor."""
+    """Load or create the model to start from, in float32, and its processor."""
     if args.model_name_or_path is None:
         model, processor = create_model(args, iterate_sentences(train_data))
     else:
@@ -182,7 +182,7 @@ def load_model(args: ModelArguments, train_data: Data) -> tuple[ReSTRForImageSeg
 
 
 def create_model(args: ModelArguments, sentences: Iterable[str]) -> tuple[ReSTRForImageSegmentation, ReSTRProcessor]:
-    """A model with a pretrained ViT and, if a file is given, pretrained word vectors. The rest is random."""
+    """Create a model with a pretrained ViT and, if a file is given, pretrained word vectors. The rest is random."""
     path = args.vocabulary_file
     vocabulary = vocabulary_from_expressions(sentences) if path is None else read_vocabulary(path)
     vectors = None if args.word_vectors is None else load_word_vectors(args.word_vectors, vocabulary)
@@ -272,7 +272,7 @@ def _shorten(name: str) -> str:
 
 
 def _create_repository(args: RecipeArguments, repo_id: str) -> None:
-    """Create the repository before training, so that a missing token or an invalid name is found before it."""
+    """Create the repository before training, so that a missing token or an invalid name is found early."""
     try:
         HfApi(token=args.hub_token).create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
     except Exception as error:
@@ -292,7 +292,7 @@ def _check_origin(checkpoint: Path, by_trainer: bool) -> None:
 
 def create_train_dataset(run: Run, batch_size: int) -> ReferringDataset | ReferringStream:
     """
-    The items of a whole run. A stream starts at the run's first step; a dataset with random access has all items.
+    Create the items of a whole run. A stream starts at the run's first step; a dataset with random access has all items.
 
     Args:
         batch_size: Number of images that a process reads at a time.
@@ -316,7 +316,7 @@ def create_train_dataset(run: Run, batch_size: int) -> ReferringDataset | Referr
 
 
 def create_eval_dataset(data: datasets.Dataset) -> ReferringDataset:
-    """All expressions in their order, with several per item."""
+    """Create a dataset of all expressions in their order, with several per item."""
     return ReferringDataset(data, EXPRESSIONS_PER_IMAGE_IN_EVALUATION, shuffle=False)
 
 

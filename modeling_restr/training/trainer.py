@@ -44,8 +44,8 @@ class ReferringTrainer(Trainer):
     transformers' Trainer with what referring image segmentation needs:
 
     - Two learning rates, and weight decay on every parameter.
-    - The gradient of a step is that of the mean over its (image, expression) pairs, however they are spread over
-      accumulated batches and processes.
+    - The loss of a step is the mean over its (image, expression) pairs, however they are spread over accumulated
+      batches and processes.
     - Atomic checkpoints without NaN. A loss or weight that is NaN or infinite stops the run. SIGTERM saves and stops it,
       and sets `stopped`. Both are checked when Trainer logs and before every checkpoint, so that no step waits for the
       device.
@@ -67,8 +67,8 @@ class ReferringTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # `compute_loss` weights the batches of a step
         self.args.remove_unused_columns = False  # the collator takes images and sentences
-        self.args.train_sampling_strategy = "sequential"  # the dataset has an order of its own
-        self.args.logging_nan_inf_filter = False  # it would hide them, and wait for the device in every step
+        self.args.train_sampling_strategy = "sequential"  # the dataset has its own order
+        self.args.logging_nan_inf_filter = False  # it would hide NaN, and wait for the device in every step
         self.processor = processor
         self.recipe = recipe
         self.overlay_rows = list(overlay_rows)
@@ -152,7 +152,7 @@ class ReferringTrainer(Trainer):
         with self._stop_signal:
             try:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
-            except Exception as error:  # every kind of file raises other errors
+            except Exception as error:  # each kind of file raises different errors
                 if resume_from_checkpoint and not self.has_begun:
                     raise ResumeError(str(resume_from_checkpoint), error) from error
                 raise
@@ -174,13 +174,13 @@ class ReferringTrainer(Trainer):
         **unused: Any,
     ) -> None:
         """
-        Write ReSTR's card with the recipe to the output folder. It has no results, since those come from an evaluation
-        of the saved weights ([`~modeling_restr.hub.write_model_card`]). A card that a user wrote or edited stays: that
-        in the folder, or else that in the repository.
+        Write ReSTR's card with the recipe to the output folder. It has no results, because they come from an evaluation
+        of the saved weights ([`~modeling_restr.hub.write_model_card`]). A card that a user wrote or edited stays: the
+        folder's, or else the repository's.
 
         Args:
             license, tags, finetuned_from, dataset_tags: See `transformers.Trainer.create_model_card`.
-            unused: Its other options. They are about results, or the card knows the answer itself.
+            unused: Its other options. They concern results, or facts that the card already has.
 
         Raises:
             ValueError: The card that stays describes other weights.
@@ -199,7 +199,7 @@ class ReferringTrainer(Trainer):
             )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.push_to_hub`. The processor is pushed, too."""
+        """See `transformers.Trainer.push_to_hub`. The processor is also pushed."""
         if self.args.should_save:
             self.processor.save_pretrained(self.output_dir)
         return super().push_to_hub(*args, **kwargs)
@@ -261,7 +261,7 @@ class ReferringTrainer(Trainer):
 
 
 class _StepCallback(TrainerCallback):
-    """Counts the data's epochs, since Trainer's own epoch is the whole run, and stops the run after SIGTERM."""
+    """Counts the data's epochs, because Trainer's own epoch is the whole run, and stops the run after SIGTERM."""
 
     def __init__(self, trainer: ReferringTrainer):
         self.trainer = trainer

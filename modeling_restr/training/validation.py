@@ -1,4 +1,4 @@
-"""Validation during a run: pixel counts that gather well, metrics, and a panel of images with the model's masks."""
+"""Validation during a run: pixel counts that can be gathered, metrics, and a panel of images with the model's masks."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,12 +11,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from ..metrics import ReferringIoU
-from ..visualization import arrange_in_grid, draw_tile, save_image
+from ..visualization import TILES_PER_ROW, arrange_in_grid, draw_tile, save_image
 
 
 PADDING = -100  # fills the places of expressions that an image does not have
 MAX_SENTENCES = 3  # per image of the panel
-TILES_PER_ROW = 4
 
 
 def count_pixels(
@@ -26,13 +25,13 @@ def count_pixels(
     Count the pixels in the intersection and in the union of predicted (logit > 0) and true masks.
 
     Args:
-        logits: (N, h, w). They are resized if they are coarser than the labels.
-        labels: (N, height, width) of 0 and 1.
-        image_indices: (N,) in ascending order. With it, the counts have one row per image.
+        logits: Logits (N, h, w). They are resized if they are coarser than the labels.
+        labels: Masks (N, height, width) of 0 and 1.
+        image_indices: Image of each expression, (N,), in ascending order. With it, the counts have one row per image.
 
     Returns:
-        (N, 2), or with `image_indices` (images, largest number of expressions, 2), padded with -100. Tools that gather
-        results count the items of a dataset: rows must be expressions if items are, and images if items are.
+        Counts (N, 2), or with `image_indices` (images, largest number of expressions, 2), padded with -100. Tools that
+        gather results expect one row per item of the dataset: an expression, or an image with its expressions.
     """
     if logits.shape != labels.shape:
         logits = F.interpolate(logits[:, None].float(), labels.shape[1:], mode="bilinear", align_corners=False)[:, 0]
@@ -49,7 +48,7 @@ def count_pixels(
 
 
 def compute_metrics(counts: np.ndarray | torch.Tensor) -> dict[str, float]:
-    """The metrics of [`ReferringIoU`] over all expressions, from counts (..., 2) of [`count_pixels`]."""
+    """Compute the metrics of [`ReferringIoU`] over all expressions, from counts (..., 2) of [`count_pixels`]."""
     pairs = np.asarray(counts).reshape(-1, 2)
     predictions = [{"intersection": int(i), "union": int(u)} for i, u in pairs if i != PADDING]
     return ReferringIoU(keep_in_memory=True).compute(predictions=predictions)
@@ -84,10 +83,10 @@ def show_panel(
 @torch.no_grad()
 def draw_panel(model: Any, processor: Any, rows: Iterable[Mapping[str, Any]]) -> Image.Image | None:
     """
-    One tile per image with the masks of its first few sentences. None if no image has a sentence.
+    Draw one tile per image with the masks of its first few sentences. None if no image has a sentence.
 
     Args:
-        model: In evaluation mode. It is called once per image, so it may be a wrapped model.
+        model: Model in evaluation mode. It is called once per image, so it may be a wrapped model.
         processor: Its [`ReSTRProcessor`].
         rows: Rows of a dataset in the canonical form. Those without sentences are skipped.
     """

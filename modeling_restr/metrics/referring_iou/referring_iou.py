@@ -101,15 +101,15 @@ class ReferringIoU(evaluate.Metric):
     @staticmethod
     def counts(pred_mask: Any, true_mask: Any, areas: bool = False) -> dict[str, int]:
         """
-        Count the pixels that the metric needs to know.
+        Count the pixels that the metric needs.
 
         Args:
             pred_mask: Predicted mask, a NumPy array or tensor (height, width): 0 outside, one other value inside.
-            true_mask: Mask of what the expression refers to, with the same shape.
+            true_mask: True mask, with the same shape.
             areas: Whether to add "predicted" and "target", the pixels of each mask.
 
         Returns:
-            {"intersection": int, "union": int}, with the areas if asked for.
+            {"intersection": int, "union": int}, and the areas if `areas` is set.
 
         Raises:
             ValueError: The masks have different shapes, or more than two values, as probabilities do.
@@ -121,7 +121,7 @@ class ReferringIoU(evaluate.Metric):
         return counts | {"predicted": int(predicted.sum()), "target": int(target.sum())} if areas else counts
 
     def add_batch(self, *, predictions: Sequence[Mapping[str, int]], **kwargs: Any) -> None:
-        """Add the counts of several expressions. Numbers that no two masks can have are a ValueError."""
+        """Add the counts of several expressions. Numbers that no two masks can have raise a ValueError."""
         super().add_batch(predictions=[_check_counts(counts) for counts in predictions], **kwargs)
 
     def add(self, *, prediction: Mapping[str, int], **kwargs: Any) -> None:
