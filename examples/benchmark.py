@@ -4,7 +4,7 @@ Measure ReSTR:
     python examples/benchmark.py                    # answers at the paper's size next to a bare ViT-B/16
     python examples/benchmark.py --what training    # steps with 1, 4 and 8 sentences per image
     python examples/benchmark.py --what gpu --output_dir runs/gpu
-    python examples/benchmark.py --what prediction  # restr predict next to a loop over the pipeline
+    python examples/benchmark.py --what prediction  # restr predict compared with a loop over the pipeline
     python examples/benchmark.py --what prediction-memory
     python examples/benchmark.py --what onnx --model examples/restr_mini --exported restr-onnx --data data/photos
 
@@ -39,8 +39,8 @@ def benchmark(
     what: Annotated[
         Literal["inference", "training", "gpu", "onnx", "prediction", "prediction-memory"],
         typer.Option(
-            help="What to measure: gpu is for a GPU and takes four minutes, onnx is for an exported model, prediction"
-            " is restr predict next to a loop over the pipeline."
+            help="Measurement: gpu is for a GPU and takes four minutes, onnx is for an exported model, prediction"
+            " compares restr predict with a loop over the pipeline."
         ),
     ] = "inference",
     output_dir: Annotated[
@@ -58,10 +58,10 @@ def benchmark(
         list[DType], typer.Option(help="Floating-point type. Repeatable.", rich_help_panel="Inference and training")
     ] = [DType.float32, DType.bfloat16],  # noqa: B006  (only read)
     time_limit: Annotated[
-        float, typer.Option(help="Seconds in all, without the imports.", rich_help_panel="GPU")
+        float, typer.Option(help="Seconds in total, without the imports.", rich_help_panel="GPU")
     ] = 220,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="Rehearse with a tiny model, as on a CPU.", rich_help_panel="GPU")
+        bool, typer.Option("--tiny", help="Try all sections with a tiny model, even on a CPU.", rich_help_panel="GPU")
     ] = False,
     compile_backend: Annotated[
         str, typer.Option(help="Backend of torch.compile.", rich_help_panel="GPU")
@@ -79,7 +79,7 @@ def benchmark(
     data_revision: DataRevision = None,
 ) -> None:
     """
-    Measure how fast ReSTR answers and trains, or what an exported model costs.
+    Measure the speed of ReSTR's answers and training, or compare an exported model with the original.
 
     Example: python examples/benchmark.py --what gpu --output_dir runs/gpu
     """

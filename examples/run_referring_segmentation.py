@@ -39,7 +39,7 @@ class ReferringTrainingArguments(RecipeArguments, TrainingArguments):  # type: i
                 "Expected eval_strategy and save_strategy to be steps or no, got epoch: the data is one stream of all"
                 " epochs."
             )
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 on a CPU has to be asked for
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # otherwise bf16 fails on a CPU
         if self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}
         if self.ddp_find_unused_parameters is None:
@@ -67,7 +67,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ReferringT
         args.eval_strategy = "no"
     else:
         eval_dataset = create_eval_dataset(run.validation_data)
-    args.ignore_data_skip = isinstance(train_dataset, ReferringStream)  # it starts at the right step itself
+    args.ignore_data_skip = isinstance(train_dataset, ReferringStream)  # it starts at the right step by itself
     args.push_to_hub = False  # `finish_run` pushes the evaluated model; Trainer would push its checkpoints
     trainer = ReferringTrainer(
         model=run.model,

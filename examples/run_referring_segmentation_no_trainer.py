@@ -1,16 +1,16 @@
 """
-Train ReSTR in a plain loop with Accelerate instead of Trainer. Recipe, data and resulting weights are those of
+Train ReSTR in a plain loop with Accelerate instead of Trainer. Recipe, data and resulting weights are the same as with
 run_referring_segmentation.py. The loop in `train` is meant to be read and changed.
 
     accelerate launch --config_file examples/accelerate_configs/one_gpu_bf16.yaml \\
         examples/run_referring_segmentation_no_trainer.py --dataset_name data/refcoco \\
         --word_vectors glove.840B.300d.txt --output_dir runs/refcoco
 
-The configuration file or the options of `accelerate launch` decide on devices, machines and precision. Divide
+The configuration file or the options of `accelerate launch` select devices, machines and precision. Divide
 `--per_device_train_batch_size` by the number of devices to keep the paper's 8 pairs per step.
 
 The same command resumes a stopped run from its last complete checkpoint. On SIGTERM the script saves a checkpoint and
-exits with code 143. (If `accelerate launch` starts one process only, it does not pass the signal on: send it to the
+exits with code 143. (If `accelerate launch` starts only one process, it does not forward the signal: send it to the
 script.) The result is OUTPUT_DIR/model, a folder with a model card that `pipeline` loads; `--push_to_hub` uploads it.
 """
 
@@ -64,9 +64,9 @@ TRACKER_PROJECT = "referring-segmentation"
 
 @dataclass
 class LoopArguments(RecipeArguments):
-    """How to train, with names that TrainingArguments uses, too."""
+    """Settings of the training, with the names that TrainingArguments uses."""
 
-    mixed_precision: str | None = option(None, "Precision: no or bf16; without it, that of `accelerate launch`.")
+    mixed_precision: str | None = option(None, "Precision: no or bf16; without it, the one of `accelerate launch`.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = option(False, "Compile the model with torch.compile.")
     report_to: list[str] = field(
@@ -76,7 +76,9 @@ class LoopArguments(RecipeArguments):
 
 def create_accelerator(args: LoopArguments) -> Accelerator:
     return Accelerator(
-        cpu=True if not torch.accelerator.is_available() else None,  # else processes on CPUs do not find one another
+        cpu=True
+        if not torch.accelerator.is_available()
+        else None,  # otherwise processes on CPUs do not find one another
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
@@ -87,7 +89,7 @@ def create_accelerator(args: LoopArguments) -> Accelerator:
 
 
 def prepare(accelerator: Accelerator, run: Run, args: LoopArguments) -> tuple[Any, Any, LambdaLR]:
-    """The model to train with its optimizer, both as Accelerate wraps them, and the schedule."""
+    """Create the model to train and its optimizer, wrapped by Accelerate, and the schedule."""
     model = run.model.train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -100,7 +102,7 @@ def prepare(accelerator: Accelerator, run: Run, args: LoopArguments) -> tuple[An
 
 
 def create_loaders(accelerator: Accelerator, run: Run, args: LoopArguments) -> tuple[DataLoader, DataLoader | None]:
-    """This process's batches from the run's first step on, and those of the validation data if there is any."""
+    """Create loaders of this process's training batches from the run's first step on, and of any validation data."""
     collator = ReferringCollator(run.processor, run.model.config.text_config.vocab_size)
     options = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type != "cpu"}
     batch_size = args.per_device_train_batch_size
@@ -130,7 +132,7 @@ def load_checkpoint(accelerator: Accelerator, scheduler: LambdaLR, checkpoint: P
         accelerator.load_state(str(checkpoint))
         if random_states.exists():  # load_state ignores a damaged one
             torch.set_rng_state(load(random_states)["torch_manual_seed"])
-    except Exception as error:  # every kind of file raises other errors
+    except Exception as error:  # each kind of file raises different errors
         raise ResumeError(checkpoint, error) from error
     if scheduler.last_epoch != get_step(checkpoint):
         raise ValueError(
@@ -157,8 +159,8 @@ def compute_gradients(
     accelerator: Accelerator, model: Any, batches: Sequence[dict[str, torch.Tensor]], losses: LossMonitor, step: int
 ) -> torch.Tensor:
     """
-    Gradients of the mean loss over the pairs of a step, as if the accumulated batches of all processes were one batch.
-    Nothing here waits for the device.
+    Compute the gradients of the mean loss over the pairs of a step, as if the accumulated batches of all processes were
+    one batch. Nothing here waits for the device.
 
     Returns:
         The mean loss (scalar).

@@ -14,16 +14,12 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def replace_file(path: Path, label: str = "") -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """
-    Yield a temporary path in the folder of `path`. A file written there is moved to `path`, unless the body raises. No
-    other process has the same temporary path.
-
-    Args:
-        label: Part of the temporary name, `.NAME.LABEL.RANDOM.tmp`, that identifies leftovers of a killed process.
+    Yield a temporary path in the folder of `path`, `.NAME.RANDOM.tmp`. A file written there is moved to `path`, unless
+    the body raises. No other process has the same temporary path.
     """
-    parts = (path.name, label, uuid.uuid4().hex, "tmp")
-    temporary = path.with_name(f".{'.'.join(filter(None, parts))}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

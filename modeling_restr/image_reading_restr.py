@@ -180,13 +180,13 @@ def _decode(image: Image.Image) -> Image.Image | np.ndarray:
     if min(image.size) < 1:
         raise ValueError(f"expected at least one pixel, got (width, height) {image.size}.")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _decode_wide(image)
+        return _decode_high_bit_depth(image)
     if image.has_transparency_data:
         return np.moveaxis(np.asarray(image.convert("RGBA")), -1, 0)
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _decode_wide(image: Image.Image) -> np.ndarray:
+def _decode_high_bit_depth(image: Image.Image) -> np.ndarray:
     """Decode more than 8 bits to (1, height, width). A grey value that a PNG marks as transparent becomes white."""
     array = np.asarray(image)
     transparent = image.info.get("transparency")

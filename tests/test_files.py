@@ -10,7 +10,7 @@ def test_files_are_replaced_atomically(tmp_path):
         another.write_text("two")
         assert not path.exists() and temporary != another
     assert path.read_text() == "one"  # of the run that ended last
-    with pytest.raises(KeyError), replace_file(path, "part") as temporary:
+    with pytest.raises(KeyError), replace_file(path) as temporary:
         temporary.write_text("half")
         assert temporary.match(".results.json.part.*.tmp")
         raise KeyError

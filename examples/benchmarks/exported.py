@@ -1,4 +1,4 @@
-"""What an exported model costs and gains compared with the model that it was made from."""
+"""Quality, size and speed of an exported model compared with the original."""
 
 import json
 import statistics
@@ -38,8 +38,8 @@ def benchmark_export(
     output_dir: Path | None = None,
 ) -> None:
     """
-    Print quality, size and CPU time of PyTorch, of ONNX Runtime in float32 and, where `folder` has it, in int8, and
-    write them to `results.json` of `output_dir`. Every image is asked of all in turn, with one thread, so that a noisy
+    Print quality, size and CPU time of PyTorch, of ONNX Runtime in float32 and, if `folder` has it, in int8, and write
+    them to `results.json` in `output_dir`. All of them answer about each image in turn, with one thread, so that a noisy
     machine slows all of them alike.
     """
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def benchmark_export(
 
 
 def measure(runners: dict[str, Runner], rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Quality and pixels that differ from the first runner's, both in percent, and median CPU time per image."""
+    """Measure quality and pixels that differ from the first runner's, both in percent, and median CPU time per image."""
     counts: dict[str, list[dict[str, int]]] = {name: [] for name in runners}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     num_differing, num_pixels = dict.fromkeys(runners, 0), 0
@@ -100,7 +100,7 @@ def measure(runners: dict[str, Runner], rows: Iterable[dict[str, Any]]) -> dict[
 
 
 def add_ratios(results: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Add sizes, their ratio and the loss of overall IoU to float32's, and the ratio of times to PyTorch's."""
+    """Add sizes, their ratio and the loss of overall IoU compared with float32, and the time compared with PyTorch."""
     for name, suffix in (("float32", ""), ("int8", "_int8")):
         if name not in results:
             continue

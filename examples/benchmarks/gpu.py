@@ -1,9 +1,9 @@
 """
-What a GPU does with ReSTR: whether it computes the same numbers as a CPU, whether forward waits for it, how fast it
-answers and trains, and how much memory that takes.
+ReSTR on a GPU: whether it computes the same numbers as a CPU, whether forward waits for the device, how fast it answers
+and trains, and how much memory that takes.
 
-No data and no metrics are imported. Each section has a time limit, and so has the whole. A row is printed and written
-as soon as it is known. A section that fails is reported, and the next one starts.
+No data and no metrics are imported. Each section has a time limit, and so has the whole run. A row is printed and
+written as soon as it is measured. A section that fails is reported, and the next one starts.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 GOLDEN = Path(__file__).parents[2] / "tests" / "fixtures" / "coupled.safetensors"
 PAPER_STEPS, PAPER_PAIRS = 400_000, 8
 # Another device adds the same numbers in another order. Its distance from float64 may be this many times the CPU's, or
-# this share of the largest value where the CPU happens to be nearly exact.
+# this share of the largest value if the CPU happens to be nearly exact.
 TIMES_CPU_ERROR, LEAST_ERROR = 8, 1e-6
 GOLDEN_ERROR = 1e-5  # as in the tests against the original implementation
 PARITY = "parity with the CPU, float32"
@@ -45,7 +45,7 @@ Results = dict[str, torch.Tensor]
 
 
 class TimeIsUp(BaseException):
-    """A section has used up its time. It is no `Exception`, so that no library on the way catches it."""
+    """A section has used up its time. Not an `Exception`, so that no library in between catches it."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Report:
 
 @dataclass
 class Setup:
-    """The model, the device, and how much is measured."""
+    """The model, the device, and the amount of measurement."""
 
     device: torch.device
     config: ReSTRConfig
@@ -124,8 +124,8 @@ def describe(num_images: int, sentences_per_image: int) -> str:
 
 def count_flops(config: Any, num_images: int, sentences_per_image: int) -> int:
     """
-    FLOPs of the matrix products in a forward pass, two per multiply-accumulate. A backward pass takes twice as many.
-    They are counted on the meta device, which computes nothing.
+    Count the FLOPs of the matrix products in a forward pass, two per multiply-accumulate, on the meta device, which
+    computes nothing. A backward pass takes twice as many.
     """
     meta = torch.device("meta")
     model = create_model(config, meta)
@@ -151,10 +151,10 @@ def measure_card(setup: Setup) -> None:
 def run_golden(
     device: str | torch.device, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> Results:
-    """Loss, logits and gradients of the small golden model, and as "golden" the original implementation's logits."""
+    """Compute loss, logits and gradients of the small golden model. "golden" has the original implementation's logits."""
     with safe_open(GOLDEN, "pt") as file:
         settings = json.loads(file.metadata()["config"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     model: Any = model_from_original_state_dict(
         {name.removeprefix("sd."): tensor for name, tensor in tensors.items() if name.startswith("sd.")},
         image_size=settings["image_size"],
@@ -170,7 +170,7 @@ def run_golden(
     )
     outputs.loss.backward()
     results = {"golden": tensors["pixel_logits"][:, 0], "loss": outputs.loss, "logits": outputs.logits}
-    # A key's bias shifts all scores of a query alike. Its gradient is nothing but rounding.
+    # A key's bias shifts all scores of a query alike, so its gradient is only rounding errors.
     gradients = {name: weight.grad for name, weight in model.named_parameters() if not name.endswith("k_proj.bias")}
     return {name: tensor.detach().cpu().double() for name, tensor in {**results, **gradients}.items()}
 
@@ -267,7 +267,7 @@ def time_answers(setup: Setup, compiled: bool) -> None:
     """Time n images with a sentence each, and one image with n sentences, in bfloat16."""
     section = f"answers, bfloat16, {'torch.compile' if compiled else 'eager'}"
     one, *others = setup.batch_sizes
-    # In this order one dynamic program serves several sizes. A size of 1 gets a program of its own.
+    # In this order one dynamic program serves several sizes. A size of 1 gets its own program.
     sizes = [*((n, 1) for n in others), (one, 1), *((1, n) for n in others)]
     model = create_model(setup.config, setup.device, torch.bfloat16)
     forward = torch.compile(model, dynamic=True, backend=setup.backend) if compiled else model
@@ -289,7 +289,7 @@ def time_answers(setup: Setup, compiled: bool) -> None:
 def create_step(
     setup: Setup, model: ReSTRForImageSegmentation, forward: Callable[..., Any], batch: dict[str, torch.Tensor]
 ) -> Callable[[], None]:
-    """A training step in bfloat16 by autocast, with weights in float32 and fused AdamW."""
+    """Create a training step in bfloat16 by autocast, with weights in float32 and fused AdamW."""
     optimizer = torch.optim.AdamW(create_parameter_groups(model), fused=True)
 
     def step() -> None:
@@ -303,7 +303,7 @@ def create_step(
 
 
 def measure_memory(setup: Setup) -> None:
-    """Measure MiB per pair as 16 pairs minus 8, so that weights, optimizer and all else that is constant drop out."""
+    """Measure MiB per pair as 16 pairs minus 8, so that weights, optimizer and other constants cancel out."""
     model, memory = create_model(setup.config, setup.device), {}
     for sentences in (1, 4, 8):
         for num_pairs in (8, 16):
@@ -325,7 +325,7 @@ def measure_memory(setup: Setup) -> None:
 
 
 def train(setup: Setup, num_images: int, sentences_per_image: int, compiled: bool = False) -> None:
-    """Time a training step, and report its rate and how long the paper's training would take in such steps."""
+    """Time a training step, and report its rate and the duration of the paper's training with these steps."""
     kind = f"{describe(num_images, sentences_per_image)}, {'torch.compile' if compiled else 'eager'}"
     model = create_model(setup.config, setup.device).train()
     forward = torch.compile(model, dynamic=False, backend=setup.backend) if compiled else model
@@ -350,7 +350,7 @@ def train(setup: Setup, num_images: int, sentences_per_image: int, compiled: boo
 
 
 def profile_step(setup: Setup, step: Callable[[], None], name: str) -> None:
-    """Write a table of where the time of a training step goes to the folder of the report."""
+    """Profile a training step, and write the table to the folder of the report."""
     with torch.profiler.profile() as profile:
         step()
         synchronize(setup.device)
@@ -359,7 +359,7 @@ def profile_step(setup: Setup, step: Callable[[], None], name: str) -> None:
     write_text(setup.report.folder / f"{name}.txt", table)
 
 
-# In order, with the seconds that each may take. What takes the compiler long comes last.
+# In order, with the seconds that each may take. Sections with long compilation come last.
 SECTIONS: tuple[tuple[str, Callable[[Setup], None], float], ...] = (
     ("card", measure_card, 20),
     ("parity", lambda setup: check_parity(setup, "eager"), 20),
@@ -424,7 +424,7 @@ def benchmark_gpu(device: torch.device, output_dir: Path, time_limit: float, is_
 
     Args:
         output_dir: Folder of `gpu.json` and `gpu.md`.
-        is_tiny: Whether to rehearse with a tiny model, measured for an instant.
+        is_tiny: Whether to try all sections with a tiny model and very short measurements.
         backend: Backend of torch.compile.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models and inputs, times, memory, and the machine."""
+"""Shared parts of the benchmarks: models and inputs, times, memory, and the machine."""
 
 import contextlib
 import platform
@@ -17,7 +17,7 @@ from modeling_restr import ReSTRForImageSegmentation
 
 
 def create_model(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> ReSTRForImageSegmentation:
-    """A model in evaluation mode with random weights, the same at every call."""
+    """Create a model in evaluation mode with random weights, the same in every call."""
     torch.manual_seed(0)
     with device:
         model: Any = ReSTRForImageSegmentation(config)
@@ -32,7 +32,7 @@ def create_batch(
     dtype: torch.dtype = torch.float32,
     labels: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Random inputs of a model, with masks as labels for training."""
+    """Create random inputs of a model, with masks as labels for training."""
     size, num_words = config.vision_config.image_size, config.text_config.max_position_embeddings
     count = num_images * sentences_per_image
     with device:
@@ -52,7 +52,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_calls(function: Callable[[], object], device: torch.device, num_calls: int = 1) -> float:
-    """Seconds per call of `num_calls` calls, after which the device is waited for once."""
+    """Measure seconds per call over `num_calls` calls, with one wait for the device at the end."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(num_calls):
@@ -64,15 +64,15 @@ def time_calls(function: Callable[[], object], device: torch.device, num_calls: 
 def time_alternately(
     variants: Mapping[str, Callable[[], object]], device: torch.device, runs: int
 ) -> dict[str, float]:
-    """Median seconds of each variant over `runs` alternated runs, after one run to warm up."""
+    """Measure median seconds of each variant over `runs` alternated runs, after one run to warm up."""
     seconds = [{name: time_calls(function, device) for name, function in variants.items()} for _ in range(runs + 1)]
     return {name: statistics.median(times[name] for times in seconds[1:]) for name in variants}
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:
     """
-    Peak GiB of the device during one call. CPUs and MPS count none: there it is the peak of the process, with the
-    weights of all variants.
+    Measure the peak GiB of the device during one call. CPUs and MPS do not report it: there it is the peak of the
+    process, with the weights of all variants.
     """
     backend = torch.get_device_module(device)
     if hasattr(backend, "reset_peak_memory_stats"):

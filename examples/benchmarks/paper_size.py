@@ -1,4 +1,4 @@
-"""ReSTR at the paper's size with random weights: answers next to a bare ViT and a plain ReSTR, and training steps."""
+"""ReSTR at the paper's size with random weights: answers compared with a bare ViT and a plain ReSTR, training steps."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ NUM_EXPRESSIONS = 8
 
 
 def upsample_then_map(self: Any, visual_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
-    """The pixel decoder as the paper draws it: each expression's features are upsampled before each channel map."""
+    """Decode as the paper draws it: each expression's features are upsampled before each channel map."""
     grid = patch_logits.shape[1:]
     masked = patch_embeds * patch_logits.flatten(1)[..., None]
     hidden_states = torch.cat([visual_embeds[image_indices], masked], dim=2).transpose(1, 2).unflatten(2, grid)

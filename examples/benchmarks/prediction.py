@@ -1,8 +1,8 @@
 """
-`restr predict` next to a plain loop over the pipeline, which take turns in one run, and its memory.
+`restr predict` compared with a plain loop over the pipeline, in turns within one run, and its memory.
 
-Seconds are those from the first to the last result, so that Ray's start, about ten seconds, does not count. The share
-of the time in which a model is busy is the CPU time of its actor, with one thread.
+Times are from the first to the last result, without Ray's start of about ten seconds. The busy share of a model is the
+CPU time of its actor, with one thread, per second.
 """
 
 import os
@@ -43,7 +43,7 @@ MIB = 2**20
 
 
 def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_sentences: int = 4) -> None:
-    """Pairs per second at the paper's size with random weights: the loop, one actor and two actors."""
+    """Measure images per second at the paper's size with random weights: the loop, one actor and two actors."""
     with tempfile.TemporaryDirectory() as folder:
         model, data, output = (Path(folder, name) for name in ("model", "data", "output"))
         _save_model(model, ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size)))
@@ -66,7 +66,7 @@ def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_se
 
 
 def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> None:
-    """The largest memory of all processes together (PSS, with the object store), with a small model at 240x240."""
+    """Measure the peak memory of all processes together (PSS, with the object store), with a small model at 240x240."""
     for number in numbers_of_images:
         with tempfile.TemporaryDirectory() as folder:
             model, data = Path(folder, "model"), Path(folder, "data")
@@ -102,7 +102,7 @@ def _save_model(folder: Path, config: ReSTRConfig) -> None:
 
 
 def write_photos(folder: Path, num_images: int, num_sentences: int) -> None:
-    """Parquet with JPEG files of smooth noise, 100 rows per row group."""
+    """Write a Parquet file with JPEG images of smooth noise, 100 rows per row group."""
     rng = np.random.default_rng(0)
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "texts": datasets.List(text)})
@@ -131,19 +131,19 @@ def _time_loop(model: Path, data: Path) -> float:
     return rate
 
 
-Sample = tuple[float, dict[int, float], int]  # when, CPU seconds of each actor, memory of all processes in bytes
+Sample = tuple[float, dict[int, float], int]  # time, CPU seconds of each actor, memory of all processes in bytes
 
 
 @contextmanager
 def sample_processes(interval: float = 0.5) -> Iterator[list[Sample]]:
-    """Look at this process and its children again and again while the body runs."""
+    """Sample this process and its children at intervals while the body runs."""
     samples: list[Sample] = []
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(interval):
             processes = [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]
-            samples.append((time.time(), *_look_at(processes)))
+            samples.append((time.time(), *_measure(processes)))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -154,7 +154,7 @@ def sample_processes(interval: float = 0.5) -> Iterator[list[Sample]]:
         thread.join()
 
 
-def _look_at(processes: list[psutil.Process]) -> tuple[dict[int, float], int]:
+def _measure(processes: list[psutil.Process]) -> tuple[dict[int, float], int]:
     actors, memory = {}, 0
     for process in processes:
         try:
@@ -167,7 +167,7 @@ def _look_at(processes: list[psutil.Process]) -> tuple[dict[int, float], int]:
 
 
 def _busy_share(samples: list[Sample], start: float, end: float) -> float:
-    """CPU seconds of all actors by the seconds that passed and the number of actors."""
+    """CPU seconds of all actors, divided by the elapsed seconds and the number of actors."""
     within = [(when, actors) for when, actors, _ in samples if start <= when <= end and actors]
     (first, before), (last, after) = within[0], within[-1]
     used = [after[pid] - before[pid] for pid in before.keys() & after.keys()]

@@ -1,5 +1,5 @@
 """
-Evaluate a model on the photographs that restr-mini's training held out, with generated sentences, at 352 pixels:
+Evaluate a model on photographs held out from restr-mini's training, with generated sentences, at 352 pixels:
 
     python examples/restr_mini/evaluation.py examples/restr_mini --photos PHOTOS --photos MORE_PHOTOS \\
         --output_dir runs/evaluation
@@ -11,7 +11,7 @@ PHOTOS are folders with `instances.json` (COCO's layout) and `images/`. The repo
 - how often the mask lies on the right one of several instances of a category, next to chance;
 - how often a sentence about something absent gets a mask, and how well the score tells present from absent, with the
   threshold that separates them best on the validation's photographs;
-- names that no sentence of the training had;
+- names that no sentence of the training has;
 - `wordings.json`: eight hand-written ways to ask for each of twelve things.
 """
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageSegmentation, AutoProcessor
 
 import modeling_restr  # noqa: F401  (registers ReSTR with the Auto classes)
-from modeling_restr.data.refer import read_json
+from modeling_restr.data.records import read_json
 from modeling_restr.evaluation.counts import predict_masks
 from modeling_restr.files import write_json
 from modeling_restr.metrics import ReferringIoU
@@ -54,7 +54,7 @@ Counts = dict[str, int]  # pixels: "intersection" and "union"
 
 
 class Described(NamedTuple):
-    """A photograph with its sentences, and a sentence about something it lacks, where that is known."""
+    """A photograph with its sentences, and a sentence about something that it is known to lack, if any."""
 
     scene: PhotoScene
     expressions: list[Expression]
@@ -66,9 +66,6 @@ class Answer(NamedTuple):
 
     mask: np.ndarray
     score: float
-
-
-# --- Sentences and the control of constant boxes ----------------------------------------------------------------------
 
 
 def describe(photographs: Photographs, count: int) -> list[Described]:
@@ -88,7 +85,7 @@ def place_words(text: str) -> frozenset[str]:
 
 
 class ConstantBoxes:
-    """For each set of place words the box with the highest mean IoU with the targets of the training's sentences."""
+    """For each set of place words, the box with the highest mean IoU with the targets of training sentences."""
 
     def __init__(self, described: list[Described]):
         edges = range(BOX_GRID + 1)
@@ -111,15 +108,12 @@ class ConstantBoxes:
         return inside / ((x1 - x0) * (y1 - y0) + table[-1, -1] - inside)
 
     def draw(self, text: str, size: tuple[int, int]) -> np.ndarray:
-        """The box for a sentence, as a mask of `size` (height, width)."""
+        """Draw the box for a sentence as a mask of `size` (height, width)."""
         x0, y0, x1, y1 = self.best.get(place_words(text), self.best[frozenset()])
         height, width = size
         mask = np.zeros(size, bool)
         mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = True
         return mask
-
-
-# --- Answers ----------------------------------------------------------------------------------------------------------
 
 
 def ask(model: Any, processor: Any, image: np.ndarray, texts: list[str]) -> list[Answer]:
@@ -133,20 +127,20 @@ def count_pixels(scene: PhotoScene, expressions: list[Expression], masks: list[n
 
 
 def find_nearest(scene: PhotoScene, mask: np.ndarray, members: list[int]) -> int | None:
-    """The instance among `members` with the highest IoU with a mask, or None where the mask overlaps none of them."""
+    """The instance among `members` with the highest IoU with a mask, or None if the mask overlaps none of them."""
     ious = [(mask & scene.masks[i]).sum() / max((mask | scene.masks[i]).sum(), 1) for i in members]
     return members[int(np.argmax(ious))] if max(ious) > 0 else None
 
 
 def find_siblings(scene: PhotoScene, expression: Expression) -> list[int]:
-    """All instances of its target's category, for a sentence whose place or order has to tell them apart."""
+    """All instances of the target's category, for a sentence that must tell them apart by place or order."""
     category = scene.categories[expression.target]
     members = [index for index, name in enumerate(scene.categories) if name == category]
     return members if len(members) > 1 and expression.kind in ("place", "order") else []
 
 
 def say_unheard(scene: PhotoScene) -> list[Expression]:
-    """Sentences of a single name that no training had, for each category with one instance."""
+    """Sentences that are a single name unknown to the training, for each category with one instance."""
     return [
         Expression(name, "category", target)
         for target, category in enumerate(scene.categories)
@@ -157,7 +151,7 @@ def say_unheard(scene: PhotoScene) -> list[Expression]:
 
 @dataclass
 class Results:
-    """What `evaluate` finds, one entry per sentence unless stated otherwise."""
+    """The results of `evaluate`, one entry per sentence unless stated otherwise."""
 
     groups: list[set[str]] = field(default_factory=list)  # the rows of the table that a sentence counts for
     counts: dict[str, list[Counts]] = field(default_factory=dict)  # for the model and each control
@@ -194,7 +188,7 @@ def evaluate(model: Any, processor: Any, described: list[Described], boxes: Cons
 
 @dataclass
 class Scores:
-    """Scores of sentences about something absent, and of as many about something present as there are."""
+    """Scores of sentences about something absent, and of sentences about something present in the same photographs."""
 
     absent: list[float] = field(default_factory=list)
     present: list[float] = field(default_factory=list)
@@ -214,11 +208,8 @@ def score_absent(model: Any, processor: Any, described: list[Described]) -> Scor
     return scores
 
 
-# --- Summaries --------------------------------------------------------------------------------------------------------
-
-
 def percent(values: Any) -> float:
-    """The mean of some shares, or of truth values, in percent."""
+    """The mean of shares or booleans, in percent."""
     return round(100 * float(np.mean(values)), 1)
 
 
@@ -248,7 +239,7 @@ def area_under_curve(present: list[float], absent: list[float]) -> float:
 
 
 def choose_score_threshold(scores: Scores) -> float:
-    """The score with the best balanced accuracy, if sentences from this score on count as present."""
+    """The score with the best balanced accuracy, if sentences with at least this score count as present."""
     candidates = np.round(np.arange(0.5, 1.0, 0.01), 2)
     present, absent = np.array(scores.present), np.array(scores.absent)
     accuracies = [(present >= c).mean() + (absent < c).mean() for c in candidates]

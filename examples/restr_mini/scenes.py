@@ -1,7 +1,7 @@
 """
 Any number of training scenes from photographs with instance masks in COCO's layout. They are cropped, mirrored and
-recoloured, and instances of other photographs are pasted in. A scene knows what it shows, so `sentences.py` can
-describe it.
+recoloured, and instances of other photographs are pasted in. Scenes come with their annotations, so that `sentences.py`
+can describe them.
 
     photographs = Photographs.load([Path("photos")], "train")
     scenes = PhotoScenes(photographs, num_scenes=1000, image_size=192, seed=0)
@@ -28,10 +28,10 @@ from modeling_restr.data.segmentation import decode_mask, segmentation_to_rle
 
 
 CATEGORIES = read_json(Path(__file__).with_name("categories.json"))
-# They do not belong to anything else in a photograph, so they may be pasted anywhere. Where such a category is not
-# annotated, nothing is said about it.
+# Categories that do not belong to anything else in a photograph, so they may be pasted anywhere. If such a category is
+# not annotated in a photograph, nothing is said about it.
 UNMISTAKABLE = frozenset(CATEGORIES["unmistakable"])
-PARTS_SOURCES = {"clothing-co-parsing", "car-parts"}  # know parts and clothing of one person or car
+PARTS_SOURCES = {"clothing-co-parsing", "car-parts"}  # annotate parts and clothing of one person or car
 REGIONS_SOURCE = "labelme-facade"  # sky, road and walls as regions: two pieces of a building need not be two buildings
 PER_IMAGE_SOURCE = "coco2017-lvis"  # its images differ in the categories that were annotated
 # How often a source's images are drawn, relative to their number.
@@ -46,8 +46,8 @@ SOURCE_WEIGHTS = {
     "labelme-facade": 0.3,
     "car-parts": 0.15,
 }
-SEEN_SHARE = 0.65  # an instance is asked for when a crop keeps this share of its pixels
-CUT_SHARE = 0.04  # an instance of which less is left is no longer one
+SEEN_SHARE = 0.65  # an instance is asked for if at least this share of its pixels is visible
+CUT_SHARE = 0.04  # an instance is dropped if at most this share is visible
 HELD_OUT = 10  # every tenth image, by its id
 # Held-out photographs that the project shows. They are always part of the test.
 SHOWN = frozenset([30, 370, 450, 540, 125870, 173350, 196610, 231460, 294920, 349860, 551780, 568290])
@@ -70,9 +70,9 @@ class PhotoScene:
     masks: (instances, height, width) bool, the visible part of each instance.
     categories: Their names.
     is_clear: Whether enough of each instance is visible to ask for it.
-    unclear_categories: Categories of which the scene may show more than its instances.
+    unclear_categories: Categories that may have more instances in the scene than `masks`.
     known: The categories that are annotated at all.
-    is_clothing: Whether all instances but persons are their parts and clothing.
+    is_clothing: Whether all instances except persons are their parts and clothing.
     """
 
     image: np.ndarray
@@ -86,7 +86,7 @@ class PhotoScene:
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph (height, width, 3) uint8 in memory, with packed masks. All else is as in [`PhotoScene`]."""
+    """A photograph (height, width, 3) uint8 in memory, with packed masks. The rest is as in [`PhotoScene`]."""
 
     image_id: int
     image: np.ndarray
@@ -114,7 +114,7 @@ class Photograph:
 
 
 class Photographs(Sequence[Photograph]):
-    """Photographs, and the instances that can be cut out of them, `pasteable`: pairs (photograph, instance)."""
+    """Photographs, and the instances that can be cut out of them: `pasteable`, pairs (photograph, instance)."""
 
     def __init__(self, photographs: Sequence[Photograph]):
         self._photographs = list(photographs)
@@ -127,8 +127,8 @@ class Photographs(Sequence[Photograph]):
     @classmethod
     def load(cls, folders: Sequence[Path], part: str, progress: bool = True) -> Photographs:
         """
-        The photographs of a part ("train", "validation" or "test"). Each folder has `instances.json` in COCO's layout,
-        and the images next to it or in `images/`.
+        Load the photographs of a part ("train", "validation" or "test"). Each folder has `instances.json` in COCO's
+        layout, and the images next to it or in `images/`.
 
         Raises:
             ValueError: There is none.
@@ -165,7 +165,7 @@ class _Reader:
         self.annotations = defaultdict(list)
         for annotation in content["annotations"]:
             self.annotations[annotation["image_id"]].append(annotation)
-        # A source that has no instance of a category did not annotate it.
+        # A source without any instance of a category did not annotate it.
         self.annotated: dict[str, set[str]] = defaultdict(set)
         for image in content["images"]:
             names = {self.names[annotation["category_id"]] for annotation in self.annotations[image["id"]]}
@@ -203,14 +203,14 @@ class _Reader:
 
 class PhotoScenes:
     """
-    Scene `index` depends on (seed, index) alone.
+    Random scenes from photographs. Scene `index` depends on (seed, index) alone.
 
     Args:
-        photographs: Where they come from.
+        photographs: Sources of the scenes.
         num_scenes: Number of scenes.
         image_size: Longer side of each scene in pixels.
-        seed: Another seed gives other scenes.
-        augment: `False` gives the photographs as they are, one after the other.
+        seed: Seed of the scenes.
+        augment: Whether to change the photographs; `False` gives them as they are, in their order.
         paste: Probability that instances of other photographs are pasted in.
     """
 
@@ -241,7 +241,7 @@ class PhotoScenes:
         return self.draw(index)
 
     def draw(self, index: int, attempt: int = 0) -> PhotoScene:
-        """Scene `index`, or with another `attempt` another one in its place."""
+        """Draw scene `index`. Another `attempt` draws another scene in its place."""
         if not 0 <= index < self.num_scenes:
             raise IndexError(f"Expected an index below {self.num_scenes}, got {index}.")
         if not self.augment:
@@ -255,7 +255,7 @@ class PhotoScenes:
         return replace(scene, image=image)
 
     def _draw_crop(self, rng: np.random.Generator, photo: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width), every fourth time those of the whole photograph."""
+        """Draw (top, left, height, width) of a crop; about every fourth time it is the whole photograph."""
         height, width = self.photographs[photo].image.shape[:2]
         if rng.random() < 0.25:
             return 0, 0, height, width
@@ -324,7 +324,7 @@ class PhotoScenes:
         )
 
     def _draw_pasteable(self, rng: np.random.Generator, categories: list[str]) -> int:
-        """About every third time one of a category that is there already, so that place and order matter."""
+        """Draw a number in `pasteable`; about every third time of a category that the scene already has."""
         if categories and rng.random() < 0.35:
             same = self._pasteable_of.get(categories[rng.integers(len(categories))])
             if same:
@@ -334,7 +334,7 @@ class PhotoScenes:
     def _place(
         self, rng: np.random.Generator, photo: int, instance: int, size: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """An instance of another photograph on an empty canvas: the canvas and the instance's mask on it."""
+        """Place an instance of another photograph on an empty canvas. Returns the canvas and the mask on it."""
         source, mask = self.photographs[photo].image, self.photographs[photo].masks[instance]
         left, top, right, bottom = find_box(mask)
         side = math.exp(rng.uniform(math.log(0.18), math.log(0.75))) * max(size)

@@ -37,10 +37,10 @@ from modeling_restr.data.expressions import (
 SYNONYMS: dict[str, list[str]] = CATEGORIES["synonyms"]
 GENERAL_NAMES: dict[str, list[str]] = CATEGORIES["general_names"]  # they tell instances of several categories apart
 HELD, RIDDEN, SAT_ON = (frozenset(CATEGORIES[name]) for name in ("held", "ridden", "sat_on"))
-NO_NAMES = ("one", "one", "")  # where all instances are of one category: "left one", "far right"
+NO_NAMES = ("one", "one", "")  # if all instances are of one category: "left one", "far right"
 NEVER_SAID = {"skin", "accessories"}  # categories that nobody asks for by this name
 
-MIN_AREA_SHARE = 0.006  # the smallest instance that is asked for, as a share of the picture
+MIN_AREA_SHARE = 0.006  # of the picture, the smallest instance to ask for
 KIND_WEIGHTS = {"category": 0.2, "place": 0.36, "order": 0.14, "size": 0.08, "color": 0.12, "relation": 0.1}
 
 # {0} is the noun.
@@ -55,13 +55,13 @@ DEPTH_PHRASES = {
 # {0} is the noun, {1} the colour, {2} a garment.
 COLOR_PHRASES = ("{1} {0}",) * 5 + ("{0} that is {1}",)
 DRESS_PHRASES = ("{0} in {1}",) * 5 + ("{0} wearing {1}", "{0} dressed in {1}", "{0} with {1} clothes")
-# They mean the person, so they are used only where clothes are not instances themselves.
+# They mean the person, so they are used only if clothes are not instances themselves.
 GARMENT_PHRASES = (
     *("{0} in {1} {2}", "{0} in {1} {2}", "{0} in the {1} {2}"),
     *("{0} with {1} {2}", "{1} {2} {0}", "{1} {2}"),
 )
 GARMENTS = ("shirt", "shirt", "shirt", "jacket", "top", "coat")
-# {0} is the noun, {1} the noun that it stands in relation to.
+# {0} is the noun, {1} the noun that it is related to.
 RELATION_PHRASES = {
     "left of": ("{0} left of {1}", "{0} to the left of {1}"),
     "right of": ("{0} right of {1}", "{0} to the right of {1}"),
@@ -97,8 +97,8 @@ class Expression(NamedTuple):
 
 class Fact(NamedTuple):
     """
-    What is true of one instance of a noun, or of one of the noun in a colour. `name` is a key of `PHRASES` or
-    `DEPTH_PHRASES`, or of `RELATION_PHRASES` with an `anchor`, the category that the instance stands in relation to.
+    A statement that is true of only one instance of a noun, or of a noun in a colour. `name` is a key of `PHRASES` or
+    `DEPTH_PHRASES`, or of `RELATION_PHRASES` with an `anchor`, the category of the instance that it is related to.
     """
 
     kind: str
@@ -112,8 +112,8 @@ class Fact(NamedTuple):
 
 def express(scene: PhotoScene, rng: np.random.Generator, count: int) -> list[Expression]:
     """
-    Up to `count` different sentences, spread over the instances, with kinds drawn by `KIND_WEIGHTS`. The list is
-    empty where nothing unambiguous can be said.
+    Generate up to `count` different sentences, spread over the instances, with kinds drawn by `KIND_WEIGHTS`. The list
+    is empty if nothing unambiguous can be said.
     """
     facts_of: dict[int, dict[str, list[Fact]]] = defaultdict(lambda: defaultdict(list))
     for fact in find_facts(scene):
@@ -142,7 +142,7 @@ def _draw_fact(facts_of: Mapping[str, Sequence[Fact]], rng: np.random.Generator)
 
 
 def find_facts(scene: PhotoScene) -> Iterator[Fact]:
-    """Everything that can be said of exactly one instance. Nothing here is random."""
+    """Find everything that can be said of exactly one instance. Nothing here is random."""
     instances = [
         _measure(category, mask, is_clear)
         for category, mask, is_clear in zip(scene.categories, scene.masks, scene.is_clear)
@@ -173,7 +173,7 @@ def _group_by_noun(instances: Sequence[Instance], unclear: Iterable[str]) -> dic
 
 
 def _general_facts(instances: Sequence[Instance], known: Iterable[str], unclear: set[str]) -> Iterator[Fact]:
-    """The facts about all animals, all vehicles and so on, where all of their categories are annotated."""
+    """The facts about animals, vehicles and so on, if all of their categories are annotated."""
     known = frozenset(known)
     for general, categories in GENERAL_NAMES.items():
         if not known.issuperset(categories) or unclear & set(categories):
@@ -184,11 +184,8 @@ def _general_facts(instances: Sequence[Instance], known: Iterable[str], unclear:
                 yield Fact(*statement, noun=general)
 
 
-# --- Colours ----------------------------------------------------------------------------------------------------------
-
-
 def name_colors(pixels: np.ndarray) -> np.ndarray:
-    """The index in `COLORS` of each pixel (pixels, 3) uint8, or -1 where people may disagree."""
+    """Find the index in `COLORS` of each pixel (pixels, 3) uint8, or -1 if people may disagree."""
     rgb = pixels.astype(np.float32) / 255
     value, low = rgb.max(1), rgb.min(1)
     spread = value - low
@@ -223,8 +220,8 @@ def name_colors(pixels: np.ndarray) -> np.ndarray:
 
 def _color_shares(scene: PhotoScene, index: int) -> np.ndarray:
     """
-    The share of each of `COLORS` in an instance. For a person only the part counts that is most likely clothing. Where
-    the head is hidden, the clothing cannot be located: all shares are then between having and not having a colour.
+    The share of each of `COLORS` in an instance. For a person only the part counts that is most likely clothing. If the
+    head is hidden, the clothing cannot be located: all shares are then between having and not having a colour.
     """
     mask = scene.masks[index]
     if scene.categories[index] == "person":
@@ -241,7 +238,7 @@ def _color_shares(scene: PhotoScene, index: int) -> np.ndarray:
 
 
 def _color_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
-    """What tells apart the instances of a noun that share a colour; often there is only one of them."""
+    """The facts that distinguish the instances of a noun with the same colour. Often there is only one of them."""
     for noun, members in groups.items():
         if len(members) > 12:
             continue
@@ -254,12 +251,9 @@ def _color_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]],
             for statement in find_statements([instances[index] for index in colored]):
                 if scene.is_clothing and statement.kind == "place":
                     continue
-                # The colour alone identifies an only one, whatever else is said.
+                # If only one has the colour, the colour alone identifies it, whatever else is said.
                 kind = "color" if len(colored) == 1 else statement.kind
                 yield Fact(kind, statement.name, colored[statement.target], statement.rank, noun, color=name)
-
-
-# --- Depth ------------------------------------------------------------------------------------------------------------
 
 
 def _depth_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene) -> Iterator[Fact]:
@@ -279,9 +273,6 @@ def _depth_facts(instances: Sequence[Instance], groups: Mapping[str, list[int]],
 def _is_nearer(first: Instance, second: Instance) -> bool:
     heights = first.extent[1] / second.extent[1]
     return first.area > CLEAR_DEPTH * second.area and heights > 1.1 and first.box[3] > second.box[3] + 0.05
-
-
-# --- Relations --------------------------------------------------------------------------------------------------------
 
 
 def _relation_facts(
@@ -324,13 +315,13 @@ def _relations(
 
 
 def _gap(first: Instance, second: Instance) -> float:
-    """The distance between two boxes, 0 where they overlap."""
+    """The distance between two boxes, 0 if they overlap."""
     gaps = [max(first.box[i] - second.box[i + 2], second.box[i] - first.box[i + 2], 0.0) for i in (0, 1)]
     return float(np.hypot(gaps[0], gaps[1]))
 
 
 def _inside(inner: Instance, outer: Instance) -> float:
-    """The share of one box that lies in another, which is widened by a tenth on each side."""
+    """The share of a box inside another box, widened by a tenth on each side."""
     sides = []
     for axis in (0, 1):
         margin = 0.1 * outer.extent[axis]
@@ -339,11 +330,8 @@ def _inside(inner: Instance, outer: Instance) -> float:
     return sides[0] * sides[1] / max(inner.extent[0] * inner.extent[1], 1e-9)
 
 
-# --- Words ------------------------------------------------------------------------------------------------------------
-
-
 class _Names:
-    """The names of each category that no other category of the scene has."""
+    """The names of each category that no other category of the scene shares."""
 
     def __init__(self, scene: PhotoScene):
         present = set(scene.categories) | set(scene.unclear_categories)
@@ -362,7 +350,7 @@ class _Names:
         return names[rng.integers(len(names))]
 
     def draw_for(self, rng: np.random.Generator, fact: Fact) -> str:
-        """A name for what the sentence is about; it may be left out where the scene has one category only."""
+        """Draw a name for the sentence's target. It may be empty or "one" if the scene has one category only."""
         if self.needs_none and fact.kind in ("place", "order", "size", "color") and rng.random() < 0.3:
             return NO_NAMES[rng.integers(len(NO_NAMES))]
         return self.draw(rng, fact.noun)
@@ -398,7 +386,7 @@ def _say_colored(rng: np.random.Generator, fact: Fact, noun: str, has_garments: 
 
 
 def mistype(text: str, rng: np.random.Generator) -> str:
-    """The sentence with two letters of a longer word swapped, or with a letter left out or doubled."""
+    """Swap two letters of a longer word, or leave out or double a letter."""
     words = text.split()
     long = [index for index, word in enumerate(words) if len(word) > 3]
     if not long:
@@ -411,7 +399,7 @@ def mistype(text: str, rng: np.random.Generator) -> str:
 
 
 def absent_categories(scene: PhotoScene, names: Iterable[str]) -> list[str]:
-    """Those of `names` that the scene certainly does not show under any of their synonyms."""
+    """List those of `names` that the scene certainly does not show, under any of their synonyms."""
     shown = set(scene.categories) | set(scene.unclear_categories)
     shown_names = shown.union(*(SYNONYMS.get(category, ()) for category in shown))
     shown_words = {word for name in shown_names for word in name.split()}
@@ -428,7 +416,7 @@ ABSENT_STATEMENTS = ("only", "only", "left of all", "right of all", "on the left
 
 
 def say_absent(scene: PhotoScene, names: Sequence[str], rng: np.random.Generator) -> str | None:
-    """A sentence about something that the scene does not show, or None where nothing is known to be absent."""
+    """Generate a sentence about something that the scene does not show, or None if nothing is known to be absent."""
     absent = [] if scene.is_clothing else absent_categories(scene, names)
     if not absent:
         return None
@@ -439,7 +427,7 @@ def say_absent(scene: PhotoScene, names: Sequence[str], rng: np.random.Generator
 
 
 def spoken_words(categories: Iterable[str]) -> set[str]:
-    """Every word that a sentence about these categories may have."""
+    """List every word that a sentence about these categories may have."""
     nouns = [*categories, *itertools.chain(*SYNONYMS.values()), *GENERAL_NAMES, *NO_NAMES]
     by_name = (PHRASES, DEPTH_PHRASES, RELATION_PHRASES, SPELLINGS)
     phrases = itertools.chain(
@@ -456,9 +444,9 @@ class NoiseWords:
     standing there on left").
 
     Args:
-        words: Most frequent first, as in GloVe's files, and drawn as often as texts have them. Words that the
-            generator uses are left out.
-        categories: What the generator may name.
+        words: Words, the most frequent first, as in GloVe's files. They are drawn as often as texts have them. Words
+            that the generator uses are left out.
+        categories: Categories that the generator may name.
     """
 
     def __init__(self, words: Iterable[str], categories: Iterable[str]):
@@ -466,7 +454,7 @@ class NoiseWords:
         self.words = [word for word in words if word not in used and word.isalpha()]
 
     def insert(self, text: str, rng: np.random.Generator) -> str:
-        """The sentence with one or two of these words somewhere."""
+        """Insert one or two of these words somewhere in the sentence."""
         words = text.split()
         for _ in range(rng.integers(1, 3)):
             rank = int((len(self.words) + 1) ** rng.random()) - 1  # Zipf's law

@@ -55,7 +55,7 @@ EVALUATION_SEED = 7
 
 @dataclass
 class MiniArguments:
-    """Data, sizes of the model, and what the training adds to the paper's loss."""
+    """Data, sizes of the model, and changes to the paper's loss and sentences."""
 
     photos: list[str] = field(metadata={"help": "Folders with instances.json and images/."})
     vision_encoder: str = field(metadata={"help": "Folder or Hub id of the pretrained vision encoder."})
@@ -94,7 +94,7 @@ class MiniTrainingArguments(TrainingArguments):
     vision_learning_rate: float = option(6e-5, "Learning rate of the vision encoder's last block.")
     vision_layer_decay: float = option(0.85, "Factor of that learning rate from each block to the one below.")
     position_learning_rate: float = option(3e-4, "Learning rate of the vision encoder's positions.")
-    word_learning_rate: float = option(3e-5, "Learning rate of the words that sentences have.")
+    word_learning_rate: float = option(3e-5, "Learning rate of the words that occur in sentences.")
     warmup_steps: float = option(150, "Steps of linear warm-up of all new parameters.")
     vision_warmup_steps: int = option(800, "Steps of linear warm-up of the vision encoder.")
     weight_decay: float = option(0.05, "Weight decay of matrices.")
@@ -110,11 +110,8 @@ class MiniTrainingArguments(TrainingArguments):
     report_to: str | None = option("none", "Integrations that get the log.")
 
     def __post_init__(self):
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 on a CPU has to be asked for
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # otherwise bf16 fails on a CPU
         super().__post_init__()
-
-
-# --- Scenes and sentences ---------------------------------------------------------------------------------------------
 
 
 class SceneDataset(Dataset):
@@ -143,7 +140,7 @@ class SceneDataset(Dataset):
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An item as [`ReferringCollator`] takes it. Its ids are the scene's number and its sentences' numbers."""
+        """An item for [`ReferringCollator`]. Its ids are the scene's number and its sentences' numbers."""
         for attempt in range(50):
             scene = self.scenes.draw(index, attempt)
             rng = np.random.default_rng((self.scenes.seed, index, attempt, 1))
@@ -151,7 +148,7 @@ class SceneDataset(Dataset):
             if expressions:
                 break
         else:
-            raise ValueError("Nothing can be said about 50 scenes in a row: are the masks those of the images?")
+            raise ValueError("Nothing can be said about 50 scenes in a row: do the masks belong to the images?")
         texts = [expression.text for expression in expressions]
         masks = scene.masks[[expression.target for expression in expressions]]
         if self.args is not None:
@@ -176,7 +173,7 @@ class SceneDataset(Dataset):
 def create_datasets(
     args: MiniArguments, training_args: MiniTrainingArguments
 ) -> tuple[SceneDataset, SceneDataset, list[str]]:
-    """The scenes to train on, the validation's photographs as they are, and the categories to train on."""
+    """Create the scenes to train on, the unchanged validation photographs, and the categories to train on."""
     folders = [Path(folder) for folder in args.photos]
     train, validation = (Photographs.load(folders, part) for part in ("train", "validation"))
     categories = sorted({name for photograph in train for name in photograph.categories})
@@ -192,9 +189,6 @@ def create_datasets(
     )
 
 
-# --- The model --------------------------------------------------------------------------------------------------------
-
-
 def read_words(args: MiniArguments) -> list[str]:
     lines = Path(args.word_vectors).read_text(encoding="utf-8").splitlines()
     words = (line.split(" ", 1)[0] for line in lines)
@@ -202,7 +196,7 @@ def read_words(args: MiniArguments) -> list[str]:
 
 
 def find_unrelated_words(args: MiniArguments, spoken: set[str], similarity: float = 0.7) -> list[str]:
-    """Words whose vectors are not near that of any word of the sentences, so that they may say nothing."""
+    """Words with vectors far from all words of the sentences, so that they say nothing about the photograph."""
     vocabulary = vocabulary_from_expressions(sorted({*spoken, *read_words(args)}))
     vectors = F.normalize(load_word_vectors(args.word_vectors, vocabulary).matrix, dim=1)
     rows = [vocabulary[word] for word in spoken if word in vocabulary]
@@ -211,7 +205,7 @@ def find_unrelated_words(args: MiniArguments, spoken: set[str], similarity: floa
 
 
 def create_processor(args: MiniArguments, spoken: set[str]) -> tuple[ReSTRProcessor, torch.Tensor]:
-    """A processor with the words of the word vectors and of the sentences, and the vectors (words, dimensions)."""
+    """Create a processor with the words of the vectors and of the sentences, and the vectors (words, dimensions)."""
     vocabulary = vocabulary_from_expressions(sorted({*spoken, *read_words(args)}))
     size = {"height": args.image_size, "width": args.image_size}
     image_processor = ReSTRImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
@@ -220,7 +214,7 @@ def create_processor(args: MiniArguments, spoken: set[str]) -> tuple[ReSTRProces
 
 
 def create_model(args: MiniArguments, vectors: torch.Tensor) -> ReSTRForImageSegmentation:
-    """A model with a pretrained vision encoder and word vectors. All else is random."""
+    """Create a model with a pretrained vision encoder and word vectors. The rest is random."""
     text_config = ReSTRTextConfig(
         vocab_size=len(vectors),
         hidden_size=args.text_hidden_size,
@@ -313,7 +307,7 @@ _VISION_LAYER = re.compile(r"vision_model.*\blayers?\.(\d+)\.")
 
 
 def create_groups(model: nn.Module, args: MiniTrainingArguments) -> list[dict[str, Any]]:
-    """Parameter groups by learning rate and weight decay. The matrices of new blocks are marked with `muon`."""
+    """Create parameter groups by learning rate and weight decay. The matrices of new blocks are marked with `muon`."""
     layers = [int(found[1]) for name, _ in model.named_parameters() if (found := _VISION_LAYER.search(name))]
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -329,7 +323,7 @@ def create_groups(model: nn.Module, args: MiniTrainingArguments) -> list[dict[st
 def choose_group(
     name: str, parameter: nn.Parameter, last_layer: int, args: MiniTrainingArguments
 ) -> tuple[str, float]:
-    """A parameter's group and learning rate. The vision encoder's blocks learn slower towards the pixels."""
+    """Choose a parameter's group and learning rate. Blocks of the vision encoder near the pixels learn more slowly."""
     if "position_embeddings" in name and "vision_model" in name:
         return "positions", args.position_learning_rate
     if "vision_model" in name:
@@ -341,9 +335,6 @@ def choose_group(
     if parameter.ndim == 2 and "layers." in name and "pixel_decoder" not in name:
         return "muon", args.learning_rate
     return "new", args.adamw_learning_rate
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 class MiniTrainer(ReferringTrainer):
@@ -398,7 +389,7 @@ def soft_dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def parse_args(arguments: list[str]) -> tuple[MiniArguments, MiniTrainingArguments]:
-    """Read the options. The command line wins over a `--config` file, which HfArgumentParser ignores if missing."""
+    """Parse the options. The command line overrides a `--config` file, which HfArgumentParser ignores if missing."""
     parser = HfArgumentParser([MiniArguments, MiniTrainingArguments])  # type: ignore[list-item]
     for flag, value in itertools.pairwise(arguments):
         if flag == "--config" and not Path(value).is_file():

@@ -98,7 +98,7 @@ def refuse(message: str) -> gr.Error:
 
 
 def read_sentences(text: Any) -> list[str]:
-    """The sentences of a text with one per line. Blank lines are ignored."""
+    """Split a text into sentences, one per line. Blank lines are ignored."""
     lines = unicodedata.normalize("NFC", text).splitlines() if isinstance(text, str) else []
     sentences = [" ".join(line.split()) for line in lines if line.strip()]
     if not sentences:
@@ -120,7 +120,7 @@ def check_threshold(threshold: Any) -> float:
 
 
 def get_path(photo: dict[str, Any] | None) -> str:
-    """The path in gr.Image's data. Gradio's own code to read it has errors that users cannot understand."""
+    """Read the path in gr.Image's data. The errors of Gradio's own code would not help users."""
     if not photo or not photo["path"]:
         raise refuse("There is no photo yet: upload one, take one, paste one, or choose an example.")
     return photo["path"]
@@ -137,8 +137,8 @@ def check_input(read: Callable[[Any], Any], value: Any) -> dict[str, Any]:
 
 def read_photo(path: str | os.PathLike, image_processor: Any) -> np.ndarray:
     """
-    The photo as the model sees it before it is resized: upright, 8-bit RGB, transparency on white. It is an array of
-    uint8 (height, width, 3) with no side longer than `MAX_SIDE`. Its size is checked before the pixels are decoded.
+    Read a photo as the model sees it before resizing: upright, 8-bit RGB, transparency on white. The result is an array
+    of uint8 (height, width, 3) with no side longer than `MAX_SIDE`. The size is checked before the pixels are decoded.
     """
     too_large = refuse(f"This image has more than {MAX_MEGAPIXELS} megapixels: make it smaller first.")
     try:
@@ -166,7 +166,7 @@ class Word(NamedTuple):
 
 @dataclass
 class Answer:
-    """The model's outputs for N sentences about a photo, from which masks at any threshold are made."""
+    """The model's outputs for N sentences about a photo. They give masks at any threshold."""
 
     photo: np.ndarray  # (height, width, 3)
     sentences: list[str]
@@ -186,7 +186,7 @@ def average_seed_attention(
     attentions: Sequence[torch.Tensor], num_layers: int, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    The attention of the class seed to each of T word slots, averaged over all heads and layers of the seed encoder:
+    Average the attention of the class seed to each of T word slots over all heads and layers of the seed encoder:
     (N, T), 0 for padding. The seed encoder's layers come last in the model's attentions. In each, the seed is the last
     token, after the words. This also holds for the single encoder of the variant "vanilla".
     """
@@ -219,7 +219,7 @@ class Segmenter:
         return cls(model.to(device), AutoProcessor.from_pretrained(model_id, **options))
 
     def encode(self, photo: np.ndarray) -> torch.Tensor:
-        """The image features (1, h, w, vision_hidden_size). The cache is shared by all users."""
+        """Compute the image features (1, h, w, vision_hidden_size), with a cache that all users share."""
         key = f"{photo.shape}{hashlib.sha256(photo.data).hexdigest()}"
         kept = self._features.get(key)
         if kept is None:
@@ -255,7 +255,7 @@ class Segmenter:
         return words + [Word(text, True, None) for text in sentence[end:].split() if re.search(r"\w", text)]
 
     def segment(self, answer: Answer, threshold: float) -> list[Segmentation]:
-        """Masks of the photo's own size. This does not run the model."""
+        """Compute masks of the photo's own size, without running the model."""
         results = self._resize_to(answer.logits, answer.photo.shape[:2], threshold)
         return [Segmentation(result["mask"].numpy(), result["score"]) for result in results]
 
@@ -282,7 +282,7 @@ def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def draw_overlay(answer: Answer, segmentations: list[Segmentation]) -> tuple[np.ndarray, list[tuple[np.ndarray, str]]]:
-    """The photo and one translucent layer with an outline per sentence, as gr.AnnotatedImage takes them."""
+    """Draw the photo and one translucent layer with an outline per sentence, for gr.AnnotatedImage."""
     photo = Image.fromarray(answer.photo)
     scale = PREVIEW_SIDE / max(photo.size)
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
@@ -296,18 +296,18 @@ def draw_overlay(answer: Answer, segmentations: list[Segmentation]) -> tuple[np.
 
 
 def make_labels(sentences: list[str]) -> list[str]:
-    """The sentences with their numbers, so that equal sentences differ."""
+    """Number the sentences, so that equal sentences differ."""
     return [f"{number}  {sentence}" for number, sentence in enumerate(sentences, start=1)]
 
 
 def draw_cutout(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The photo inside the mask, and a pale grey version outside."""
+    """Draw the photo inside the mask, and a pale grey version outside."""
     grey = np.asarray(Image.fromarray(photo).convert("L"))[..., None]
     return np.where(mask[..., None], photo, 190 + grey // 5).astype(np.uint8)
 
 
 def draw_patch_map(photo: np.ndarray, probabilities: np.ndarray, color: str) -> np.ndarray:
-    """Probabilities (height, width) as shades of a colour on the grey photo."""
+    """Draw probabilities (height, width) as shades of a colour on the grey photo."""
     grey = np.asarray(Image.fromarray(photo).convert("L"))[..., None] * 0.4 + 120
     rgb = np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)])
     opacity = 0.9 * probabilities[..., None]
@@ -321,7 +321,7 @@ def to_data_url(pixels: np.ndarray) -> str:
 
 
 def make_cards(segmenter: Segmenter, answer: Answer, segmentations: list[Segmentation]) -> str:
-    """HTML with the words, mask and patch map of each sentence."""
+    """Make HTML with the words, mask and patch map of each sentence."""
     photo = shrink(answer.photo, THUMBNAIL_SIDE)
     patch_maps = segmenter.get_patch_maps(answer, photo.shape[:2])
     grid = " x ".join(map(str, answer.patch_logits.shape[1:]))
@@ -344,7 +344,7 @@ def make_cards(segmenter: Segmenter, answer: Answer, segmentations: list[Segment
 
 
 def make_words(words: list[Word]) -> str:
-    """HTML with the words shaded by attention. The most attended word has the full colour."""
+    """Make HTML with the words shaded by attention. The most attended word has the full colour."""
     most = max((word.attention or 0.0 for word in words), default=0.0) or 1.0
     parts = []
     for word in words:
@@ -359,20 +359,20 @@ def make_words(words: list[Word]) -> str:
 
 
 def name_masks(sentences: list[str]) -> list[str]:
-    """One file name per sentence."""
+    """Make one file name per sentence."""
     words = [re.sub(r"\W+", "-", sentence.lower()).strip("-")[:40] for sentence in sentences]
     return [f"{number}_{text}.png" for number, text in enumerate(words, start=1)]
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """PNG, 255 inside and 0 outside."""
+    """Encode a mask as PNG, 255 inside and 0 outside."""
     buffer = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def pack_masks(answer: Answer, segmentations: list[Segmentation]) -> bytes:
-    """A ZIP file with one PNG per sentence."""
+    """Make a ZIP file with one PNG per sentence."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, segmentation in zip(name_masks(answer.sentences), segmentations):
@@ -381,7 +381,7 @@ def pack_masks(answer: Answer, segmentations: list[Segmentation]) -> bytes:
 
 
 def make_records(answer: Answer, segmentations: list[Segmentation]) -> list[dict[str, Any]]:
-    """What the API returns for each sentence besides its mask."""
+    """Make the API's results for each sentence, apart from the mask."""
     return [
         {
             "label": sentence,
@@ -396,7 +396,7 @@ def make_records(answer: Answer, segmentations: list[Segmentation]) -> list[dict
 
 
 def describe_model(segmenter: Segmenter, model_id: str) -> str:
-    """Markdown about the model and the limits of the demo."""
+    """Make Markdown about the model and the limits of the demo."""
     name = Path(model_id).name if Path(model_id).exists() else f"[{model_id}](https://huggingface.co/{model_id})"
     size = segmenter.model.num_parameters() / 1e6
     height, width = segmenter.input_size
@@ -427,9 +427,9 @@ def ask(segmenter: Segmenter, path: str, text: str) -> Answer:
 
 
 class View(NamedTuple):
-    """What the page shows for an answer at a threshold."""
+    """The page's content for an answer at a threshold."""
 
-    overlay: Any = None  # (photo, [(mask, label), ...]) as gr.AnnotatedImage takes it
+    overlay: Any = None  # (photo, [(mask, label), ...]) for gr.AnnotatedImage
     colors: dict[str, str] | None = None
     cards: str = ""
     archive: str | None = None  # path of a ZIP file
@@ -479,7 +479,7 @@ def add_vocabulary(segmenter: Segmenter) -> None:
 
 
 def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
-    """The page, which shows the first example with its masks at the start, and the API."""
+    """Build the page, which initially shows the first example with its masks, and the API."""
     samples = list_examples()
     first_answer = ask(segmenter, *samples[0]) if samples else None
     first_photo, first_text = samples[0] if samples else (None, None)
@@ -509,7 +509,7 @@ def build_demo(segmenter: Segmenter, model_id: str) -> gr.Blocks:
 
         page = Page(photo, sentences, threshold, answer, overlay, cards, download)
         add_events(segmenter, page, button, examples)
-        # As the state's initial value it would replace a user's own answer when that expires.
+        # As the state's initial value, this answer would replace a user's own answer when that expires.
         demo.load(lambda: first_answer, None, answer, api_visibility="private")
     return demo.queue(max_size=MAX_WAITING)
 
@@ -542,7 +542,7 @@ def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: An
             raise refuse("There is no answer yet, or it has expired: press Segment.")
         return make_view(segmenter, answer, threshold).update()
 
-    # Everything that runs the model shares one queue. Two runs at a time would each take twice as long.
+    # All events that run the model share one queue. Two runs at a time would each take twice as long.
     model_run: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
     inputs = [page.photo, page.sentences, page.threshold]
     outputs = [page.overlay, page.cards, page.download]

@@ -342,11 +342,11 @@ def _warn_of_flattened_polygons(dataset: datasets.Dataset, split: str, path_or_i
         )
 
 
-def _spans_box(polygon: Any, box: Any, tolerance: float = 1.0) -> bool:
-    """Whether [x0, y0, x1, y1, ...] reaches all edges of the box [x, y, width, height], within `tolerance` pixels."""
+def _spans_box(polygon: Any, box: Any) -> bool:
+    """Whether [x0, y0, x1, y1, ...] reaches all edges of the box [x, y, width, height], within one pixel."""
     if not are_numbers(polygon) or len(polygon) < 2 or not are_numbers(box) or len(box) != 4:
         return False
     x, y, width, height = box
     horizontal, vertical = polygon[0::2], polygon[1::2]
     edges = [min(horizontal), min(vertical), max(horizontal), max(vertical)]
-    return np.allclose(edges, [x, y, x + width, y + height], rtol=0, atol=tolerance)
+    return np.allclose(edges, [x, y, x + width, y + height], rtol=0, atol=1)

@@ -1,4 +1,4 @@
-"""Rows of images and sentences in Parquet files of any layout and place, read by their row groups."""
+"""Rows of images and sentences in Parquet files of any layout and place, read by row group."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ MASK = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
 
 class RowGroup(NamedTuple):
-    """A row group of a file, whose rows are numbered from `first_row` on over all files."""
+    """A row group of a file. Its rows are numbered across all files, from `first_row` on."""
 
     file: str
     number: int  # in the file
@@ -45,20 +45,20 @@ def open_source(
     revision: str | None = None,
     image_dir: str | None = None,
     max_images: int | None = None,
-    sentences_as: Path | None = None,
+    sentences_path: Path | None = None,
 ) -> Source:
     """
     Find the rows of a folder, Hub id or URL of Parquet files, or of a .csv or .jsonl file of sentences.
 
     Args:
-        sentences_as: Path of the Parquet file that a file of sentences is converted to.
+        sentences_path: Parquet file that a file of sentences is converted to.
 
     Raises:
         ValueError: There is no such split, or its files are not Parquet.
     """
     if data.lower().endswith(SUFFIXES):
-        pq.write_table(load_sentences(data, image_dir).data.table, sentences_as, row_group_size=1000)
-        splits = {"sentences": [str(sentences_as)]}
+        pq.write_table(load_sentences(data, image_dir).data.table, sentences_path, row_group_size=1000)
+        splits = {"sentences": [str(sentences_path)]}
     elif "://" in data:
         filesystem, path = fsspec.url_to_fs(data)
         found = [path] if path.endswith(".parquet") else sorted(filesystem.glob(f"{path.rstrip('/')}/**/*.parquet"))
@@ -98,7 +98,7 @@ def _read_footers(split: str, files: list[str], max_images: int | None) -> Sourc
 
 
 def read_row_group(group: RowGroup, columns: list[str]) -> list[pa.Table]:
-    """A row group as one table, with the column `row` that numbers the rows of all files."""
+    """Read a row group as a list of one table, as Ray expects it, with the column `row` that numbers all rows."""
     with fsspec.open(group.file, "rb") as opened:
         table = pq.ParquetFile(opened).read_row_group(group.number, columns).slice(0, group.num_rows)
     rows = np.arange(group.first_row, group.first_row + group.num_rows)
@@ -132,6 +132,8 @@ class Columns(NamedTuple):
 
 def find_columns(schema: pa.Schema, image_column: str = "image", text_column: str | None = None) -> Columns:
     """
+    Find the columns of images, ids and sentences in a schema.
+
     Raises:
         ValueError: A column is missing, or the texts are of another kind.
     """

@@ -26,7 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _DATA_URI = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 # The Hub's API says mask_threshold.
-_THRESHOLDS = ("threshold", "mask_threshold")
+_THRESHOLD_NAMES = ("threshold", "mask_threshold")
 
 
 class RequestError(ValueError):
@@ -121,7 +121,7 @@ class EndpointHandler:
         if data.get("inputs") is None:
             raise RequestError("Expected an image as 'inputs', got none.")
         parameters = {} if data.get("parameters") is None else data["parameters"]
-        _check_names(parameters, ("text", *_THRESHOLDS), "'parameters'")
+        _check_names(parameters, ("text", *_THRESHOLD_NAMES), "'parameters'")
         texts = [part["text"] for part in (data, parameters) if part.get("text") is not None]
         if len(texts) != 1:
             raise RequestError(f"Expected 'text' next to 'inputs' or in 'parameters', got it {len(texts)} times.")
@@ -211,7 +211,7 @@ def _check_names(values: Any, names: tuple[str, ...], where: str) -> None:
 
 
 def _read_options(parameters: Mapping[str, Any]) -> dict[str, float]:
-    given = [parameters[name] for name in _THRESHOLDS if parameters.get(name) is not None]
+    given = [parameters[name] for name in _THRESHOLD_NAMES if parameters.get(name) is not None]
     if not given:
         return {}
     try:

@@ -82,8 +82,8 @@ def predict(
     data_dir, summary_path = output_dir / "data", output_dir / SUMMARY_NAME
     with hold_folder(output_dir, "prediction"):
         where = {"config_name": config_name, "revision": data_revision, "image_dir": image_dir}
-        sentences_as = output_dir / ".sentences.parquet"
-        source = open_source(data, split, **where, max_images=max_images, sentences_as=sentences_as)
+        sentences_path = output_dir / ".sentences.parquet"
+        source = open_source(data, split, **where, max_images=max_images, sentences_path=sentences_path)
         columns = find_columns(source.schema, image_column, text_column)
         num_rows = sum(group.num_rows for group in source.groups)
         commit_or_files = find_revision(model, revision)

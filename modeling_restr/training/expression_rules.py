@@ -98,7 +98,7 @@ _HANDED_WORDS = _word_set(
     east eastern eastward ne northeast northwest nw se southeast southwest sw west western westward
     """
 )
-_UNMIRRORED = re.compile(
+_UNMIRRORABLE = re.compile(
     r"[\"`#<>\\|]|(?<!\w)'\w"  # quotes and arrows
     r"|\d(?!\d*(?:st|nd|rd|th)\b)"
     # Letters that look different in a mirror, and "s" unless it is a remnant of "'s".
@@ -171,7 +171,7 @@ def mirror_expression(text: str) -> str | None:
     lowered = _CLOCK_POSITION.sub(lambda position: "~" * len(position[0]), lowered)
     words = list(_WORD.finditer(lowered))
     sides = [word for word in words if word[0] in _OTHER_SIDE]
-    if _is_unmirrored(lowered, {word[0] for word in words}, has_hour=bool(hours)):
+    if _is_unmirrorable(lowered, {word[0] for word in words}, has_hour=bool(hours)):
         return None
     meanings = [_means_side(lowered, *word.span()) for word in sides]
     if None in meanings:
@@ -206,10 +206,10 @@ def _may_quote(text: str) -> bool:
     return not text.isupper() and not capitals <= _UNPRINTED_CAPITALS
 
 
-def _is_unmirrored(text: str, words: set[str], has_hour: bool) -> bool:
+def _is_unmirrorable(text: str, words: set[str], has_hour: bool) -> bool:
     """Whether a sentence (in lower case, clock positions replaced by "~") cannot be mirrored, apart from its sides."""
     return bool(
-        _UNMIRRORED.search(text)
+        _UNMIRRORABLE.search(text)
         or words & (_TEXT_WORDS | _HANDED_WORDS)
         or (has_hour and words & _CLOCK_WORDS)
         or not (_READING_ORDER.search(text) or all(_COUNTED.match(text, o.end()) for o in _ORDINAL.finditer(text)))
