@@ -635,9 +635,9 @@ def sentences(
         Path, DataOption(help="CSV or JSONL file: image, sentence and a mask, polygon, rle or box per line.")
     ],
     image_dir: Annotated[
-        Path | None, DataOption(help="Folder of the photos.", show_default="that of the file")
+        Path | None, DataOption(help="Folder of the photos.", show_default="the file's folder")
     ] = None,
-    mask_dir: Annotated[Path | None, DataOption(help="Folder of the masks.", show_default="that of the file")] = None,
+    mask_dir: Annotated[Path | None, DataOption(help="Folder of the masks.", show_default="the file's folder")] = None,
     name: DataName = "own",
     val_share: ValShare = 0.1,
     boxes_as_masks: Annotated[bool, DataOption("--boxes-as-masks", help="Use a box's rectangle as the mask.")] = False,
@@ -657,7 +657,7 @@ def combine(
         list[str] | None,
         DataOption(
             help="Names such as a,b, one per folder. Evaluation splits become NAME_SPLIT.",
-            show_default="those of the sources",
+            show_default="the names of the sources",
             callback=_split_at_commas,
         ),
     ] = None,

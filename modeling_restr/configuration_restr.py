@@ -236,7 +236,7 @@ class ReSTRTextConfig(ReSTRBaseConfig):
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
         attention_dropout (`float`, defaults to 0.0): Dropout on the attention weights.
         max_position_embeddings (`int`, defaults to 20): Number of word slots of an expression.
-        pad_token_id (`int`, defaults to 0): Id of the padding word, whose vector is zero.
+        pad_token_id (`int`, defaults to 0): Id of the padding word. Its vector is zero.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
 
     Example:
@@ -275,8 +275,8 @@ class ReSTRTextConfig(ReSTRBaseConfig):
 @strict
 class ReSTRConfig(ReSTRBaseConfig):
     r"""
-    Configuration of [`ReSTRModel`] and [`ReSTRForImageSegmentation`]. The defaults are those of the published model
-    (ReSTR, CVPR 2022, arXiv 2203.16768).
+    Configuration of [`ReSTRModel`] and [`ReSTRForImageSegmentation`]. The defaults give the published model (ReSTR,
+    CVPR 2022, arXiv 2203.16768).
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):

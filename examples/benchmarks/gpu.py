@@ -314,7 +314,7 @@ def measure_memory(setup: Setup) -> None:
             model.eval()
             with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16):
                 memory["answers", num_pairs] = peak_memory(lambda: model(**batch), setup.device)  # noqa: B023
-        per_pair = {what: (memory[what, 16] - memory[what, 8]) / 8 * 1024 for what in ("training", "answers")}
+        per_pair = {kind: (memory[kind, 16] - memory[kind, 8]) / 8 * 1024 for kind in ("training", "answers")}
         setup.report.add(
             "memory per pair, eager, bfloat16 by autocast",
             f"sentences per image: {sentences}",

@@ -8,7 +8,7 @@ PHOTOS are folders with `instances.json` (COCO's layout) and `images/`. The repo
 
 - mean IoU, overall IoU and precision@0.5 for each kind of sentence, next to three controls: the sentence of another
   photograph, the bare category, and the best constant box for the words left, right, middle, top and bottom;
-- how often the mask lies on the right one of several instances of a category, next to chance;
+- how often the mask is on the right one of several instances of a category, compared with chance;
 - how often a sentence about something absent gets a mask, and how well the score tells present from absent, with the
   threshold that separates them best on the validation's photographs;
 - names that no sentence of the training has;
@@ -258,7 +258,7 @@ def summarize_absent(scores: Scores, threshold: float) -> dict[str, float]:
 
 
 def evaluate_wordings(model: Any, processor: Any, photographs: Photographs, path: Path) -> dict[str, Any]:
-    """The IoU of each wording's mask with its target, and the share of masks that lie on the target."""
+    """Measure the IoU of each wording's mask with its target, and the share of masks on the target."""
     by_id = {photograph.image_id: photograph for photograph in photographs}
     things, ious, is_nearest = [], [], []
     for entry in read_json(path):
@@ -302,7 +302,7 @@ def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 def draw_sheet(
     folders: list[Path], photographs: Photographs, model: Any, processor: Any, num_photos: int = 12
 ) -> tuple[Image.Image, list[str]]:
-    """The first photographs whose licence allows to show them, with their first two sentences; and their credits."""
+    """Draw the first photographs with a free licence and their first two sentences. Returns the sheet and credits."""
     credit_of = {
         image["id"]: f"{image['flickr_url']} ({image['license']})"
         for folder in folders

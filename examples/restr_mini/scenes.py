@@ -354,7 +354,7 @@ class PhotoScenes:
 
 
 def find_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a mask that is not empty. Right and bottom lie just outside."""
+    """(left, top, right, bottom) of a mask that is not empty. Right and bottom are exclusive."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 

@@ -84,7 +84,8 @@ REQUESTS = (
     *("find {0}", "show me {0}", "where is {0}", "{0} please", "segment {0}", "i mean {0}", "can you see {0}"),
     *("select {0}", "this is {0}", "look at {0}", "{0} in this photo", "{0} in the picture", "mark {0}", "only {0}"),
 )
-_VERTICAL = re.compile("top|bottom|above|below")  # drawn more often, since people ask for it more than photographs do
+# Drawn more often: people say these words more often than photographs give reason to.
+_VERTICAL = re.compile("top|bottom|above|below")
 
 
 class Expression(NamedTuple):

@@ -1,8 +1,8 @@
 """
 Data for training and evaluation; never imported by the model files.
 
-The readers need `datasets` and `pycocotools` (`pip install "modeling-restr[train]"`). What this package exports is
-imported on first use, so that the modules that need neither work without them.
+The readers need `datasets` and `pycocotools` (`pip install "modeling-restr[train]"`). Exported names are imported on
+first use, so that modules that need neither work without them.
 """
 
 from importlib import import_module

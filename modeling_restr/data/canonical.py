@@ -96,8 +96,8 @@ class AnnotatedReference:
 @dataclass(frozen=True)
 class AnnotatedImage:
     """
-    An image as its annotations describe it. `size` is (height, width) if they state it. A file must lie in
-    `image_dir` if that is given.
+    An image as its annotations describe it. `size` is (height, width) if they state it. A file must be in `image_dir`
+    if that is given.
     """
 
     image_id: int

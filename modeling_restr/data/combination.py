@@ -35,7 +35,7 @@ _LARGEST_DIFFERENCE = 8  # of 255, mean over a thumbnail's pixels: recompression
 
 @dataclass(frozen=True)
 class Combination:
-    """What to prepare. `notes` say what was dropped and united."""
+    """The combined data to prepare. `notes` say which images were dropped and united."""
 
     source: Source
     splits: Mapping[str, Sequence[AnnotatedImage]]

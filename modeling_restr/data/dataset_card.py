@@ -41,7 +41,7 @@ _CONTEXT_CITATION = "Yu, Poirson, Yang, Berg, Berg: Modeling Context in Referrin
 
 @dataclass(frozen=True)
 class Origin:
-    """What a card says about the annotations of one dataset. `images` is a key of `IMAGE_TERMS`, if it has one."""
+    """A card's facts about the annotations of one dataset. `images` is a key of `IMAGE_TERMS`, if it has one."""
 
     title: str
     images: str
@@ -63,7 +63,7 @@ ORIGINS = {
     "referit": Origin(
         "ReferIt",
         "iapr",
-        "The expressions are those of ReferItGame. Their terms are stated where you got the annotations from.",
+        "The expressions come from ReferItGame. Their terms are stated where you got the annotations from.",
         (_REFERIT_CITATION, _IAPR_CITATION),
     ),
     "grefcoco": Origin(
@@ -75,7 +75,7 @@ ORIGINS = {
     OTHER: Origin(
         "Other data",
         OTHER,
-        "Its terms are those of the photographs and annotations that it was made from, which this card does not know.",
+        "Its terms depend on the photographs and annotations that it was made from, which this card does not know.",
         (),
     ),
 }
@@ -86,7 +86,7 @@ IMAGE_TERMS = {
         "(https://cocodataset.org/#termsofuse), and each has its own licence, which COCO's annotation files name. Some "
         "licences are non-commercial. COCO's own annotations, including the masks, are under CC BY 4.0."
     ),
-    "iapr": "The photographs are those of IAPR TC-12; its terms are at https://www.imageclef.org/photodata.",
+    "iapr": "The photographs come from IAPR TC-12; its terms are at https://www.imageclef.org/photodata.",
 }
 IMAGE_CITATIONS = {"coco": "Lin and others: Microsoft COCO: Common Objects in Context, ECCV 2014"}
 
@@ -121,7 +121,7 @@ class Source:
 
 
 def build_card(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str] = ()) -> DatasetCard:
-    """The card of a folder whose Parquet files are data/SPLIT-*.parquet."""
+    """Build the card of a folder with the Parquet files data/SPLIT-*.parquet."""
     return DatasetCard(f"---\n{_build_card_data(source, splits)}\n---\n\n{_build_text(source, splits, notes)}\n")
 
 
@@ -175,7 +175,7 @@ def _size_category(num_rows: int) -> str:
 def _build_text(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str]) -> str:
     sections = [
         f"# {source.title}, one row per image",
-        "Referring expressions, each with the mask of what it refers to. " + source.description,
+        "Referring expressions, each with the mask of its object. " + source.description,
         "## Use",
         _USE.format(split=next(iter(splits))),
         "## Splits",

@@ -87,7 +87,7 @@ CLEAR_EDGE = 0.01  # between their edges on either side
 CLEAR_OVERLAP = 0.4  # of the narrower one's extent, that the centres must also be apart
 CLEAR_RATIO = 2.0  # between areas, of instances that size tells apart
 FRAME = 0.012  # an instance this close to the image's edge may continue beyond it
-HALF_MARGIN = 0.06  # from the image's middle, on either side of which two halves are told apart
+HALF_MARGIN = 0.06  # from the image's middle: closer to it, an instance is in neither half
 OWN_PLACE = 0.3  # from the image's edge: the only instance of its category is on that side if it is closer
 COUNTED_RATIO = 0.2  # of the largest area of its category, below which some would not count an instance
 
@@ -285,7 +285,7 @@ def _end_statements(group: Group, axis: int, end: str, from_start: bool) -> Iter
     if not all(_is_nearer(group[target], other, axis, from_start) for other in others):
         return
     if axis == 1 and not _is_counted(group[target], group):
-        return  # something far away is small and lies high in the image, but is not high up
+        return  # a small instance may be far away: it is high in the image, but not high up
     yield Statement("place", f"{end}most", target)
     # "On the left" also refers to the picture: the target must be there, the others must not.
     offset = _offsets(group[target], axis, from_start)[1]

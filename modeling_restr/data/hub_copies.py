@@ -101,7 +101,7 @@ def read_hub_copy(
 
 
 def _folder_of_copy(path_or_id: str | Path) -> Path:
-    """The folder itself, or that of a Hub id in the Hub's cache."""
+    """The folder itself, or the folder of a Hub id in the Hub's cache."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     return Path(HF_HUB_CACHE, repo_folder_name(repo_id=str(path_or_id), repo_type="dataset"))
@@ -133,7 +133,7 @@ ImageSource = Callable[[int, dict[str, Any]], Path | ImageInDataset]  # finds th
 def _find_images(
     dataset: datasets.Dataset, image_dir: str | Path | None, path_or_id: str | Path
 ) -> tuple[ImageSource, Path]:
-    """A function that finds the image of a row, and the folder in which image files must lie."""
+    """Make a function that finds the image of a row, and choose the folder that must contain the image files."""
     if "image" in dataset.column_names:
         try:
             images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 
-# Where images lie below the given folder, as in COCO's archives and REFER's own instructions.
+# Folders of images below the given one, as in COCO's archives and REFER's own instructions.
 IMAGE_FOLDERS = (
     ".",
     "train2014",
@@ -32,7 +32,7 @@ def image_finder(image_dir: str | Path) -> Callable[[str], Path]:
     Make a function that finds an image by its name in `image_dir` or a usual folder below it (`IMAGE_FOLDERS`).
 
     Folders in a name that do not exist are dropped one by one: "C:/work/photos/a.jpg" is photos/a.jpg or a.jpg.
-    Backslashes may stand for slashes, "%20" for a space, and COCO 2014's names for those of 2017. If an image does not
+    Backslashes may stand for slashes, "%20" for a space, and COCO 2014's names for COCO 2017's. If an image does not
     exist, the function returns the path where it was expected.
 
     Raises:
@@ -61,7 +61,7 @@ def _names_below(file_name: str) -> Iterator[str]:
 
 
 def _parts_of(file_name: str, separators: str = r"[/\\]|\?d=") -> list[str]:
-    """The parts of a name without drives and dots. "?d=" separates those of Label Studio's local files."""
+    """The parts of a name without drives and dots. Label Studio's local files have "?d=" as a separator."""
     return [part for part in re.split(separators, file_name) if part.strip(".") and not part.endswith(":")]
 
 
@@ -79,7 +79,7 @@ def resolve_image(path: Path, image_dir: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: There is none.
-        OSError, ValueError: It is not a regular file, is too large, or lies outside `image_dir`. In the Hub's cache,
+        OSError, ValueError: It is not a regular file, is too large, or is outside `image_dir`. In the Hub's cache,
             links from the folder to the cache's blobs are allowed.
     """
     resolved = Path(os.path.realpath(path, strict=True))

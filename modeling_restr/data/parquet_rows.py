@@ -90,7 +90,7 @@ def _read_footers(split: str, files: list[str], max_images: int | None) -> Sourc
             group = metadata.row_group(index)
             groups.append(RowGroup(name, index, row, group.num_rows, group.total_byte_size))
             row += group.num_rows
-    described = json.dumps([[Path(group.file).name, *group[1:]] for group in groups])  # wherever the folder lies
+    described = json.dumps([[Path(group.file).name, *group[1:]] for group in groups])  # the same in any folder
     limit = row if max_images is None else max_images
     kept = [group._replace(num_rows=min(group.num_rows, limit - group.first_row)) for group in groups]
     fingerprint = hashlib.sha256(described.encode()).hexdigest()

@@ -58,10 +58,10 @@ def prepare(
         notes: Paragraphs for the card on how the data was made.
 
     Returns:
-        What each split in the folder holds, counted in its files, and what it lacks.
+        The content of each split in the folder, counted in its files, and the images that it lacks.
 
     Raises:
-        BadImage: There are bad images and `skip_bad` is `False` (the message lists those of all shards that were
+        BadImage: There are bad images and `skip_bad` is `False` (the message lists them, for all shards that were
             started), or a split has no image that can be used.
         ValueError: The folder holds something else, an argument is out of its range, or two images share a file.
     """
@@ -214,7 +214,7 @@ def list_shards(folder: str | Path) -> dict[str, list[Path]]:
 
 
 def read_prepared_splits(folder: str | Path) -> dict[str, PreparedSplit]:
-    """What each finished split of a prepared folder holds, counted in its files."""
+    """Count the content of each finished split of a prepared folder, in its files."""
     return {name: read_split(paths) for name, paths in list_shards(folder).items()}
 
 

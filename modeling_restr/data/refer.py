@@ -139,7 +139,7 @@ def load_plain_pickle(path: Path) -> Any:
     and what is not UTF-8 in it as Windows-1252.
 
     Raises:
-        ValueError: The pickle asks for anything else (the message says for what), or is damaged.
+        ValueError: The pickle asks for anything else (the message names it), or is damaged.
     """
     with open(path, "rb") as file:
         try:
@@ -163,7 +163,7 @@ def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Pat
 
 
 def find_file(folder: Path, pattern: str, key: str) -> Path:
-    """The file of a folder whose name is `pattern` with `key` in place of {}; `ValueError` if there is none."""
+    """Find the file named `pattern`, with `key` in place of {}, in a folder; `ValueError` if there is none."""
     path = folder / pattern.format(key)
     if not path.is_file():
         present = ", ".join(sorted(file.name for file in folder.glob(pattern.format("*")))) or "none"

@@ -31,8 +31,8 @@ def save_onnx(
     programs: bool = False,
 ) -> Path:
     """
-    Save the two graphs of a model (see `graphs.py`), with the settings, the tokenizer and `restr_onnx.py`, whose
-    `ReSTROnnxPipeline` runs them.
+    Save the two graphs of a model (see `graphs.py`), with the settings, the tokenizer and `restr_onnx.py`, which has
+    `ReSTROnnxPipeline` to run them.
 
     The graphs of an earlier export in the folder are replaced. Other files are kept. An export that fails changes
     nothing.
@@ -42,8 +42,8 @@ def save_onnx(
         processor ([`ReSTRProcessor`]): Its processor.
         folder (`str` or `os.PathLike`): Folder to write to. Parent folders are created as needed.
         int8 (`bool`, defaults to `False`):
-            Whether to add graphs whose linear maps have 8-bit weights, with one scale per channel, and 8-bit inputs,
-            with scales computed at run time.
+            Whether to add graphs with 8-bit weights in linear maps, with one scale per channel, and 8-bit inputs, with
+            scales computed at run time.
         programs (`bool`, defaults to `False`):
             Whether to add the `torch.export` programs, `image_encoder.pt2` and `sentence_query.pt2`.
 

@@ -1,7 +1,7 @@
 """
 Referring image segmentation with an exported ReSTR: photographs and sentences in, a mask per sentence out.
 
-This file lies next to the graphs that it runs. It needs NumPy, Pillow, onnxruntime and tokenizers only:
+This file is next to the graphs that it runs. It needs only NumPy, Pillow, onnxruntime and tokenizers:
 
     import sys
 
@@ -12,7 +12,7 @@ This file lies next to the graphs that it runs. It needs NumPy, Pillow, onnxrunt
     pipe("photo.jpg", text="the dog on the left")
 
 Images and masks are read and prepared exactly as in `image_reading_restr.py` and `image_processing_restr.py`, which
-explain why. Inputs and results are those of `pipeline_restr.py`.
+explain why. Inputs and results are the same as in `pipeline_restr.py`.
 """
 
 import base64

@@ -147,7 +147,7 @@ class EndpointHandler:
                 raise RequestError(f"Expected sentences with at least one word, got {sentence!r}.")
 
     def _open_image(self, inputs: Any) -> Image.Image:
-        """The image, whose pixels are not decoded yet."""
+        """Open the image without decoding its pixels."""
         if isinstance(inputs, str):
             inputs = self._decode_base64(inputs)
         elif callable(getattr(inputs, "read", None)):
@@ -168,7 +168,7 @@ class EndpointHandler:
         """Read an image's header."""
         try:
             image = Image.open(BytesIO(content), formats=_FORMATS)
-            # Many cameras write MPO files, named .jpg, whose first image is the photo.
+            # Many cameras write MPO files, named .jpg. Their first image is the photo.
             is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
         except Image.DecompressionBombError:
             raise RequestError(f"Expected an image of 1 to {self.max_pixels} pixels, got a larger one.") from None

@@ -308,7 +308,7 @@ def _check_same_weights(folder: Path, path: Path, model: Mapping[str, Any]) -> N
 
 
 def _read_result(evaluation: Mapping[str, Any]) -> _Result:
-    """The result of `restr evaluate`, whose metrics are fractions."""
+    """Read the result of `restr evaluate`. Its metrics are fractions."""
     data, metrics, split = evaluation["data"], evaluation["metrics"], evaluation["split"]
     height, width = evaluation["image_size"]
     name = _without_folders(data["name"])

@@ -1,6 +1,6 @@
 """
 An HTTP server that answers on this machine as an Inference Endpoint does (`restr serve`). It is for trials: it has
-neither TLS nor authentication. docs/serving.md has requests and answers.
+neither TLS nor authentication. docs/serving.md shows requests and answers.
 """
 
 import io
@@ -121,7 +121,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"Expected JSON, or an image with its own Content-Type: {error}") from None
         query = dict(parse_qsl(self.path.partition("?")[2]))
-        # An Inference Endpoint, too, ignores the query if the body has parameters.
+        # As in an Inference Endpoint, the query is ignored if the body has parameters.
         if query and isinstance(request, dict) and "parameters" not in request:
             request["parameters"] = query
         return request

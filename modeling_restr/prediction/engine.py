@@ -72,7 +72,7 @@ def predict(
         output_dir: Folder on a disk that all machines share.
         raise_errors: Whether a bad image or sentence stops the run instead of becoming a row with its error.
         coco: Whether to write `instances.json` as well.
-        (all others): See `restr predict --help`; `options` are those of [`run_pipeline`].
+        (all others): See `restr predict --help`; `options` go to [`run_pipeline`].
 
     Raises:
         ValueError: The data cannot be used, the folder was begun with other settings or is in use, or a row has an

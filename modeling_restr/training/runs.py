@@ -107,7 +107,7 @@ def start_run(
 
     Args:
         images_per_step: Number of images per optimizer step, over all processes and accumulated batches.
-        by_trainer: Whether Trainer runs the steps. Its checkpoints have other files than those of the loop without it.
+        by_trainer: Whether Trainer runs the steps. The loop without it writes other files to checkpoints.
         recipe_fields: Fields of [`Recipe`] that follow neither from the options nor from data and model.
 
     Raises:
@@ -398,7 +398,7 @@ def _write_card(folder: Path, recipe: Recipe, args: DataArguments, evaluations: 
         folder,
         training=recipe.describe(),
         evaluations=evaluations,
-        data=f"The split `{recipe.split}` of `{recipe.dataset}`, {size}. Its terms are those of its own card.",
+        data=f"The split `{recipe.split}` of `{recipe.dataset}`, {size}. Its own card states the terms.",
         datasets=[] if Path(args.dataset_name).exists() else [args.dataset_name],
         base_model=recipe.base_model,
     )

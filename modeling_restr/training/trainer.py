@@ -41,7 +41,7 @@ def use_one_device(args: TrainingArguments) -> None:
 
 class ReferringTrainer(Trainer):
     """
-    transformers' Trainer with what referring image segmentation needs:
+    transformers' Trainer with additions for referring image segmentation:
 
     - Two learning rates, and weight decay on every parameter.
     - The loss of a step is the mean over its (image, expression) pairs, however they are spread over accumulated

@@ -206,7 +206,7 @@ def _check_length(name: str, values: Sequence[Any], num_expressions: int) -> np.
 
 
 def _to_arrays(predictions: list[dict[str, int]]) -> dict[str, np.ndarray]:
-    """Arrays (N,) of the counts by name. They hold Python integers, whose sums do not overflow."""
+    """Arrays (N,) of the counts by name. They hold Python integers, so that sums do not overflow."""
     if not predictions:
         raise ValueError("Expected the counts of at least one expression, got none.")
     num_with_areas = sum(counts["target"] is not None for counts in predictions)
