@@ -201,7 +201,7 @@ def _match_sentences(text: Any, num_images: int | None) -> tuple[list[str], list
         raise ValueError(f"Expected text as a sentence, a list of sentences or a list of lists of them, got {text!r}.")
     num_lists = sum(isinstance(row, (list, tuple)) for row in rows)
     if num_lists not in (0, len(rows)) or not all(rows[:num_lists]):
-        raise ValueError(f"Expected sentences, or non-empty lists of sentences, got {text!r}.")
+        raise ValueError(f"Expected only sentences, or only non-empty lists of sentences, got {text!r}.")
     if num_images is not None and num_images != len(rows) and (num_lists or num_images != 1):
         raise ValueError(
             "Expected one image with any number of sentences, as many sentences as images, or one list of sentences"

@@ -321,7 +321,7 @@ CHAIR = annotate(1, 7, LEFT)
 @pytest.mark.parametrize(
     ("annotations", "options", "message"),
     [
-        ([CHAIR, CHAIR], {}, "ids of annotations must be unique, 1 is there twice"),
+        ([CHAIR, CHAIR], {}, "ids of annotations must be unique, got 1 twice"),
         ([CHAIR | {"id": [1]}], {}, r"record 0 of the annotations: expected id to be a whole number .*, got \[1\]"),
         ([CHAIR | {"id": -1}], {}, "ids of annotations must be from 0 to 92233720368547757, got -1"),
         ([CHAIR | {"id": 10**17}], {}, f"ids of annotations must be from 0 to 92233720368547757, got {10**17}"),

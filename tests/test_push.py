@@ -97,7 +97,7 @@ def test_card_of_other_weights_is_not_pushed(hub, folder):
 @pytest.mark.parametrize(
     ("repo_id", "options", "card", "message"),
     [
-        ("restr", {}, "---\nlicense: All mine!\n---\n", 'the Hub takes, but it says: "license" must be one of'),
+        ("restr", {}, "---\nlicense: All mine!\n---\n", 'the Hub accepts, but it says: "license" must be one of'),
         ("restr", {}, "---\nlicense: [mit\n---\n", "with metadata that the Hub accepts, but it says: while parsing"),
         ("tester/no name", {}, None, "Repo id must use alphanumeric"),
         ("a/b/c", {}, None, "Repo id must be in the form"),
