@@ -226,7 +226,7 @@ def test_own_sentences(model_dir, rows, tmp_path, expected):
         row["image"].save(tmp_path / f"{index}.png")
         lines += [f"{index}.png,{text}" for text in texts_of(row)]
     (tmp_path / "own.csv").write_text("\n".join([*lines, "absent.png,red thing"]))
-    found = run_stages(model_dir, tmp_path / "own.csv", sentences_as=tmp_path / "sentences.parquet")
+    found = run_stages(model_dir, tmp_path / "own.csv", sentences_path=tmp_path / "sentences.parquet")
     wanted = [{name: result[name] for name in ("text", "score", "mask")} for result in expected]
     assert_same(found[:-1], wanted, tolerance=0.005)
     assert found[-1]["file_name"] == "absent.png" and "missing" in found[-1]["error"]
