@@ -1,4 +1,4 @@
-"""Small annotated images for the tests of what prepares them: noise, so that no two files are alike."""
+"""Small annotated images for tests of data preparation. They are noise, so that no two files are equal."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def write_photo(path: Path, seed: int, size: tuple[int, int] = (40, 50)) -> Path
 
 
 def make_image(folder: Path, image_id: int, name: str | None = None, first_id: int = 0) -> AnnotatedImage:
-    """Two references: to two boxes in two expressions, and to nothing in one. Its size is its id's own."""
+    """Two references: one to two boxes with two expressions, one to nothing. The size depends on the id."""
     name = name or coco_name(image_id)
     size = (40 + image_id % 7, 50)
     path = folder / name if (folder / name).exists() else write_photo(folder / name, image_id, size)
@@ -46,7 +46,7 @@ def make_images(folder: Path, image_ids) -> list[AnnotatedImage]:
 
 
 def read_rows(folder: Path, split: str, cache: Path) -> list[dict]:
-    """The rows as a user loads them, each checked: masks are of the decoded image's size."""
+    """The rows as a user loads them. Checks that each mask has the size of its decoded image."""
     rows = list(datasets.load_dataset(str(folder), split=split, cache_dir=str(cache)))
     for row in rows:
         height, width = np.asarray(row["image"]).shape[:2]

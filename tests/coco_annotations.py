@@ -1,4 +1,4 @@
-"""Small COCO annotations for the tests of what reads them."""
+"""Small COCO annotations for tests of their readers."""
 
 import numpy as np
 from pictures import make_exif
@@ -23,7 +23,7 @@ def compress(mask):
 
 
 def run_lengths(mask):
-    """COCO's uncompressed RLE by its definition: run lengths in column order, the first of them outside."""
+    """COCO's uncompressed RLE by its definition: run lengths in column order, starting outside of the mask."""
     pixels = mask.flatten(order="F")
     starts = np.flatnonzero(np.diff(pixels)) + 1
     counts = np.diff([0, *starts, pixels.size]).tolist()
@@ -49,6 +49,6 @@ LEFT_OUTLINE = [10, 30, 41, 30, 41, 61, 10, 61]  # of the pixels of LEFT
 
 
 def save_image(path, size=(WIDTH, HEIGHT), orientation=None):
-    """A file of `size` (width, height) as it is stored."""
+    """Write a file with the stored `size` (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "teal").save(path, exif=make_exif(orientation))

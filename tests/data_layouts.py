@@ -22,7 +22,7 @@ def write_refer(
     first_ref_id: int = 0,
     split_by: str = "unc",
 ) -> list[dict]:
-    """REFER's layout: two expressions about one object of two parts in each image. Returns the references."""
+    """REFER's layout: in each image, two expressions about one object that has two parts. Returns the references."""
     image_ids = [image_id for ids in splits.values() for image_id in ids]
     for image_id in image_ids:
         write_photo(images / coco_name(image_id), image_id, SIZE)

@@ -1,4 +1,4 @@
-"""Runs what a page of the documentation shows."""
+"""Runs the commands and code of a page of the documentation."""
 
 import re
 import runpy
@@ -22,8 +22,8 @@ LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.comm
 
 def run_page(name: str, folder: Path) -> str:
     """
-    Run the commands and the Python code of docs/NAME in `folder`, in their order. Commands of `pip` are left out, and
-    only processes of a launcher are started, since imports take longest. Returns what is printed.
+    Run the commands and the Python code of docs/NAME in `folder`, in their order. Leaves out commands of `pip`, and
+    starts processes only for launchers, because imports take longest. Returns the output.
     """
     page = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
     names: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def run_page(name: str, folder: Path) -> str:
                 continue
             for command in code.strip().split("\n"):
                 run_command(shlex.split(command), patch)
-    torch.set_num_threads(num_threads)  # commands set them
+    torch.set_num_threads(num_threads)  # which the commands change
     return printed.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What folders hold."""
+"""The content of folders."""
 
 from pathlib import Path
 

@@ -26,7 +26,7 @@ sys.meta_path[:] = map(Hiding, sys.meta_path)
 
 
 def run_python(code: str, *arguments: object, cwd: Path, hidden: str = "", **environment: str) -> str:
-    """Run code with the packages `hidden` out of sight. Returns what it printed."""
+    """Run code in a process without the packages `hidden`. Returns its output."""
     command = [sys.executable, "-c", HIDE + code, *map(str, arguments)]
     variables = os.environ | environment | {"HIDDEN": hidden}
     done = subprocess.run(command, check=False, cwd=cwd, env=variables, capture_output=True, text=True)

@@ -36,7 +36,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 
 class Refusal(Exception):
-    """An error answer of the Hub: a status, and a code for clients."""
+    """An error of the Hub: a status, and a code for clients."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)

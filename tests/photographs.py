@@ -1,4 +1,4 @@
-"""A few photographs in COCO's layout, for tests of scenes and training. Every pixel says where it is."""
+"""A few photographs in COCO's layout, for tests of scenes and training. Each pixel encodes its position."""
 
 import json
 from pathlib import Path

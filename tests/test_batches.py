@@ -85,7 +85,7 @@ def test_an_item_depends_on_the_seed_and_its_position_alone(dataset):
     assert epochs[0] != epochs[1]
     assert {item for item in epochs[0] if item[0] == 3} != {
         item for item in epochs[1] if item[0] == 3
-    }  # other company
+    }  # in other batches
 
 
 def test_augmentation_differs_between_epochs_and_is_reproducible(dataset):

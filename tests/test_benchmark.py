@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, rehearsed on a CPU with a tiny model."""
+"""The benchmark for a GPU, run on a CPU with a tiny model."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from modeling_restr import ReSTRConfig
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# Runs the script argv[1] and says which of these it imported; a machine with a GPU need not have them.
+# Runs the script argv[1] and prints which of these it imported. A machine with a GPU may lack them.
 FRESH_PROCESS = """
 import os, runpy, sys
 script = sys.argv.pop(1)

@@ -1,4 +1,4 @@
-"""The canonical form compared with Pillow and NumPy."""
+"""Rows of the canonical format, compared with Pillow and NumPy."""
 
 import logging
 from dataclasses import replace
@@ -98,7 +98,7 @@ def test_grey_palette_and_other_images_are_kept(tmp_path, name, mode):
     [("a.jpg", "RGB", 5), ("a.jpg", "L", 6), ("a.jpg", "CMYK", 7), ("a.png", "P", 8), ("a.webp", "RGB", 6)],
 )
 def test_annotations_of_a_rotated_photo_as_stored(tmp_path, name, mode, orientation):
-    """A program that ignores EXIF made them, so users get the image as it is stored, exactly."""
+    """The annotation program ignored EXIF, so users get exactly the stored image."""
     path = write_image(tmp_path / name, mode=mode, orientation=orientation)
     mask = random_mask()
     for embed in (True, False):
@@ -163,7 +163,7 @@ def test_truncated_images_never_pass(tmp_path, extension):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_images_are_bad_or_decode_to_their_size(tmp_path):
-    """Whatever Pillow raises on a damaged file, a run over many images continues."""
+    """No error of Pillow on a damaged file stops a run over many images."""
     rng = np.random.default_rng(0)
     path = tmp_path / "a.tiff"
     num_bad = 0
@@ -253,7 +253,7 @@ def test_images_in_a_dataset(tmp_path):
 
 @pytest.fixture
 def warnings(caplog):
-    """Records what `datasets`, which keeps its records from the root logger, warns about."""
+    """Records the warnings of `datasets`, whose logger does not propagate."""
     logger = logging.getLogger("datasets")
     logger.addHandler(caplog.handler)
     yield caplog

@@ -1,4 +1,4 @@
-"""Checkpoints whose writing is killed at every moment, the stop signal, and checks of losses and weights."""
+"""Checkpoints when the process is killed at any moment, the stop signal, and checks of losses and weights."""
 
 import json
 import multiprocessing

@@ -32,7 +32,7 @@ def run(program, *arguments):
 
 
 def build_script() -> str:
-    """All blocks but the one for machines without the package, as one script."""
+    """All blocks except the one for machines without the package, as one script."""
     parts = [RUN]
     for language, text in BLOCKS:
         if language == "bash":

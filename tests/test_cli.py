@@ -1,4 +1,4 @@
-"""The console command `restr`: its help, its errors, and `restr segment` on the checkpoint that ships."""
+"""The console command `restr`: its help, its errors, and `restr segment` on the shipped checkpoint."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_segment_names_the_words_that_are_lost(restr, tmp_path, monkeypatch, cap
 
 
 def test_segment_shows_the_photo_as_the_model_sees_it(restr, tmp_path):
-    """A 16-bit picture is scaled in the overlay, too, not clipped."""
+    """The overlay scales a 16-bit picture instead of clipping it."""
     ramp = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     options = ["--threshold", 0.999999, "--output-dir", tmp_path]

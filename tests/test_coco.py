@@ -1,4 +1,4 @@
-"""Generated expressions for COCO files: an independent reader finds each true of one instance only."""
+"""Generated expressions for COCO files: an independent reader checks that each is true of one instance only."""
 
 import json
 import random
@@ -75,7 +75,7 @@ KNOWN = [
 
 
 class Reader:
-    """Compares a sentence with the masks of an image. In doubt, it returns all instances that could be meant."""
+    """Compares a sentence with the masks of an image. If several instances could be meant, it returns all of them."""
 
     def __init__(self, masks: dict[int, np.ndarray], nouns: dict[int, str]):
         self.nouns = nouns
@@ -85,7 +85,7 @@ class Reader:
         self.areas = {index: int(mask.sum()) for index, mask in masks.items()}
 
     def measure(self, mask):
-        """Where a mask is along x and y, by each measure that people could use, as shares of the side."""
+        """The position of a mask along x and y by each measure that people could use, as shares of the side."""
         rows, columns = np.nonzero(mask)
         return {
             axis: {
@@ -98,7 +98,7 @@ class Reader:
         }
 
     def places(self, index, end):
-        """By each measure, the distance from one end of the image."""
+        """The distance from one end of the image by each measure."""
         measures = self.measures[index]["x" if end in ("left", "right") else "y"]
         if end in ("left", "top"):
             return measures
@@ -131,7 +131,7 @@ class Reader:
         return {i for i in self.matches(found[1]) if self.places(i, END[found[2]])["centroid"] < 0.53}
 
     def pair(self, text):
-        """One of two, by the end that it is nearer to; both where that is open."""
+        """The one of two instances that is nearer to an end. Both if that is ambiguous."""
         relations = "|".join(sorted(RELATIONS, key=len, reverse=True))
         found = re.fullmatch(rf"(?P<noun>.+?) (?P<relation>{relations}) the other (?P<other>.+)", text)
         if found:
@@ -243,7 +243,7 @@ class Reader:
 
 
 def random_masks(rng):
-    """Scattered, close together, in a row or a column; of like or mixed sizes; some reach beyond the image."""
+    """Masks that are scattered, close together, in a row or in a column, some of them cut off by the frame."""
     layout = rng.choice(["scattered", "scattered", "close", "row", "column"])
     corner = [rng.uniform(0.1, 0.7), rng.uniform(0.1, 0.7)]
     count = rng.choice([1, 1, 2, 2, 3, 3, 4, 5])
@@ -400,7 +400,7 @@ def test_disputable_statements_are_not_made(instances, disputable):
 
 
 def test_clear_statements_are_made():
-    """Without the reason that a case above names, its statement is made."""
+    """The statements of the cases above are made when the reason against them is removed."""
     assert "leftmost" in names_of([box(0.40, 0.4, 0.43, 0.5), box(0.50, 0.4, 0.53, 0.5)])[0]
     assert "leftmost" in names_of([box(0.1, 0.4, 0.5, 0.6), box(0.4, 0.4, 0.8, 0.6)])[0]
     assert "topmost" in names_of([box(0.4, 0.1, 0.5, 0.2), box(0.5, 0.8, 0.6, 0.9)])[0]

@@ -1,4 +1,4 @@
-"""Predicted masks as a COCO instances file: exact outlines, and the structure that its readers ask for."""
+"""Predicted masks as a COCO instances file: exact outlines, and the structure that other tools require."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def rasterize(polygons, size):
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.7, 0.95])
 def test_polygons_are_exactly_the_mask(share):
-    """Noise has everything: holes, holes in parts within holes, pixels that touch at corners, and the borders."""
+    """Noise has holes, parts within holes, pixels that touch at corners, and pixels at the borders."""
     rng = np.random.default_rng(int(100 * share))
     for _ in range(40):
         mask = rng.random(rng.integers(1, 20, size=2)) < share

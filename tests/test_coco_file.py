@@ -1,4 +1,4 @@
-"""COCO files of any tool: what is read, what is left out and counted, and errors that name the place."""
+"""COCO files of any tool: the rows, counts of what is left out, and errors that name the record."""
 
 import json
 import logging
@@ -290,7 +290,7 @@ def test_a_huge_size_without_a_file_is_not_decoded(write):
     ids=str,
 )
 def test_two_images_of_one_file_are_refused(write, tmp_path, names):
-    """As exports of several videos have them; the masks of one would lie on a frame of the other."""
+    """Exports of several videos have such names. The masks of one video would be drawn on a frame of another."""
     save_image(tmp_path / "frame.png")
     images = [{"id": n, "file_name": name, "height": HEIGHT, "width": WIDTH} for n, name in enumerate(names)]
     with pytest.raises(ValueError, match=r"found .*frame\.png for image 0 \(.*\) and for image 1 \(.*frame\.png\)"):

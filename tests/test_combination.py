@@ -1,4 +1,4 @@
-"""Combining: no image of an evaluation split is trained on, whatever its file name."""
+"""Combined datasets: no evaluation image is in a training split, under any file name."""
 
 import dataclasses
 import shutil

@@ -50,7 +50,7 @@ def options_of(settings: dict) -> dict:
 
 
 def run_case(name: str, attn_implementation: str = "eager") -> tuple[ReSTRForImageSegmentation, dict, dict]:
-    """Run in float64, so that every difference is the original's own rounding, the same on every machine."""
+    """Run in float64, so that all differences come from the original's rounding and are equal on every machine."""
     settings, state_dict, tensors = read_case(name)
     model = model_from_original_state_dict(state_dict, **options_of(settings)).double()
     model.set_attn_implementation(attn_implementation)

@@ -37,7 +37,7 @@ def write_inputs(folder: Path) -> None:
 
 @pytest.fixture
 def followed(restr, tmp_path, monkeypatch, own_cache):
-    """The page followed in a folder: the folder, the Hub, and what was printed."""
+    """The folder, the Hub and the output after all commands and code of the page have run."""
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     printed, names = [], {}

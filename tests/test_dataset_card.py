@@ -1,4 +1,4 @@
-"""The card, as the Hub's own classes read it."""
+"""Dataset cards as the Hub's own classes read them."""
 
 import pytest
 from huggingface_hub import DatasetCard

@@ -1,4 +1,4 @@
-"""`restr evaluate`: whole evaluations, on one process and on two, killed and resumed, and what they write."""
+"""`restr evaluate`: whole evaluations with one and two processes, killed and resumed evaluations, and their files."""
 
 import hashlib
 import io
@@ -33,7 +33,7 @@ SPLITS = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: val\n
 
 
 def write_data(folder: Path, rows: list[dict], num_shards: int = 1) -> Path:
-    """Rows as they are prepared."""
+    """Write rows as a prepared folder."""
     (folder / "data").mkdir(parents=True)
     for index in range(num_shards):
         shard = make_dataset(rows).shard(num_shards, index, contiguous=True)
@@ -111,7 +111,7 @@ def evaluated(monkeypatch):
     return seen
 
 
-# What is counted and written
+# Results
 
 
 def test_overall_iou_is_that_of_the_pipelines_masks(model_folder, rows, results):
@@ -234,7 +234,7 @@ def test_a_model_on_the_hub_is_pinned_to_its_commit(tmp_path, model_folder, monk
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert run.find_revision("me/restr") == run.find_revision("me/restr", "main") == commit
-    (repository / "refs" / "main").write_text("f" * 40)  # somebody pushes in the meantime
+    (repository / "refs" / "main").write_text("f" * 40)  # as if a push came in between
     model, processor = run.load_model("me/restr", commit, "float32", torch.device("cpu"))
     assert len(model(**processor(images=Image.new("RGB", (9, 9)), text="the dog", return_tensors="pt")).logits) == 1
 
@@ -244,7 +244,7 @@ def test_a_model_on_the_hub_is_pinned_to_its_commit(tmp_path, model_folder, monk
 
 @pytest.mark.slow
 def test_everything_on_the_page_runs(tmp_path, model_folder, data_folder):
-    """With a small model in the place of restr-mini. One process and two, of either launcher, count the same pixels."""
+    """With a small model instead of restr-mini. One process and two processes of either launcher count the same pixels."""
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "restr_mini").symlink_to(model_folder)
     for name in ("examples/photos", "examples/accelerate_configs", "modeling_restr"):

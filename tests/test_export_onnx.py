@@ -1,4 +1,4 @@
-"""Exported graphs answer as the model does, and run where neither PyTorch nor Transformers is."""
+"""Exported graphs compute what the model computes, and run without PyTorch and Transformers."""
 
 import base64
 import copy
@@ -176,7 +176,7 @@ def test_graphs_give_the_models_logits(pipe, folder, num_images, num_sentences, 
 def test_the_shipped_checkpoint_gives_the_same_logits_on_photographs(tmp_path):
     model, processor = (kind.from_pretrained(MINI) for kind in (ReSTRForImageSegmentation, ReSTRProcessor))
     save_onnx(model.eval(), processor, tmp_path / "restr-onnx")
-    photos = sorted((MINI.parent / "photos").rglob("*.jpg"))[:3]  # float64, to compare with, takes its time
+    photos = sorted((MINI.parent / "photos").rglob("*.jpg"))[:3]  # float64 is slow
     sentences = ["the guy on the left", "biggest dog"]
     inputs = processor(images=[Image.open(photo) for photo in photos], text=[sentences] * len(photos))
     inputs = {
@@ -321,7 +321,7 @@ def png_of_16_bits(values, transparent):
 
 
 def make_odd_images():
-    """Images of every kind that the image processor reads in a way of its own."""
+    """Images of every kind for which the image processor has code of its own."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (37, 90, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
@@ -582,7 +582,7 @@ def test_export_explains_what_it_cannot_do(pipe, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_everything_on_the_page_runs(folder, tmp_path, own_cache):
-    """With the small model in the place of restr-mini."""
+    """With a small model instead of restr-mini."""
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "restr_mini").symlink_to(folder.parent / "model")
     for name in ("benchmark.py", "benchmarks", "photos"):

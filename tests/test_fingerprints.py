@@ -1,4 +1,4 @@
-"""The fingerprint of data: equal for equal rows wherever they are, different for any other rows."""
+"""The fingerprint of data: equal for equal rows in any folder, different for any other rows."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Copies of the RefCOCO family in each layout on the Hub, written to Parquet and JSON as they are there."""
+"""Copies of the RefCOCO family in each layout on the Hub, written to Parquet and JSON as on the Hub."""
 
 import io
 import json
@@ -185,7 +185,7 @@ def mask_row(image_id):
 
 
 def check_images(images, with_refer=True):
-    """Compare the two images and their references, in the order of `REFERENCES`, with what they were made from."""
+    """Compare the two images and their references, in the order of `REFERENCES`, with their sources."""
     assert [(image.image_id, image.file_name) for image in images] == list(NAMES.items())
     rows = [build_row(image) for image in images]
     assert [[reference["ref_id"] for reference in row["references"]] for row in rows] == [[7, 9], [3]]
@@ -275,7 +275,7 @@ def test_mixed_val_splits_cause_a_warning(copy, caplog, monkeypatch):
 
 
 def test_flattened_polygons_are_filled_as_their_decimals(copy):
-    """float32 moves points that lie between two of the fifths of a pixel on which polygons are filled."""
+    """Polygons are filled on a grid of fifths of a pixel, and float32 moves points across its lines."""
     rng = np.random.default_rng(0)
     polygons = [np.round(rng.integers(0, 30, 8) + rng.choice([0.1, 0.3, 0.7, 0.9], 8), 2).tolist() for _ in range(40)]
 

@@ -1,4 +1,4 @@
-"""What is pushed to a Hub loads from it without the package: over real HTTP, in fresh processes."""
+"""Pushed models and data load without the package, over real HTTP, in fresh processes."""
 
 import json
 from pathlib import Path

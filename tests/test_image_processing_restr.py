@@ -33,7 +33,7 @@ def pixels_of(processor, image, **kwargs):
 
 
 def gradient(height=40, width=60, seed=0):
-    """A smooth colour picture: its corners differ, so a flip or a swap of the axes shows."""
+    """A smooth colour picture: its corners differ, so that flipped or swapped axes are noticed."""
     rows, columns = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return np.stack([255 * rows, 255 * columns, 255 * (1 - rows) * columns], axis=-1).round().astype(np.uint8)
 
@@ -85,7 +85,7 @@ def peak_memory(function):
 
 def test_photos_are_resized_before_they_become_arrays(processor):
     photos = [Image.new(mode, (2000, 1500)) for mode in ("RGB", "L", "CMYK")]
-    processor(photos)  # what is imported on the way does not count
+    processor(photos)  # so that imports are not counted
     assert peak_memory(lambda: processor(photos)) < 2_000_000
 
 

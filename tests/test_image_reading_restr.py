@@ -194,7 +194,7 @@ def test_urls_that_cannot_be_read_are_named(processor):
 
 def test_ghostscript_is_never_started(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("Ghostscript was started"))
-    path = tmp_path / "drawing.png"  # whatever it is called
+    path = tmp_path / "drawing.png"  # under another name
     path.write_bytes(encode(IMAGE, "EPS"))
     for source in (path, path.read_bytes(), Image.open(path)):
         with pytest.raises(UnreadableImageError, match="EPS"):

@@ -1,4 +1,4 @@
-"""Prepared data from folders, always as their files are now, and from a Hub, in any version."""
+"""Prepared data from changed folders, and from any version on a Hub."""
 
 import io
 import shutil
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_data(folder, num_images, seed):
-    """Two files and a card that says nothing about their rows: it is the same whatever is in them."""
+    """Two files, and a card that does not depend on their rows."""
     (folder / "data").mkdir(parents=True)
     (folder / "README.md").write_text(CARD)
     rows = make_dataset(num_images, seed=seed)

@@ -1,4 +1,4 @@
-"""The results and pictures in a model card are those of its weights."""
+"""Model cards show the results and pictures of their weights."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def folder(saved, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluation(saved, tmp_path_factory) -> dict:
-    """What `restr evaluate` writes of the model."""
+    """The results that `restr evaluate` writes for the model."""
     root = tmp_path_factory.mktemp("evaluation")
     (root / "squares" / "data").mkdir(parents=True)
     make_dataset(4).to_parquet(root / "squares" / "data" / "val-00000-of-00001.parquet")

@@ -200,7 +200,7 @@ def test_attended_padding_changes_the_answer(fusion_type):
     torch.testing.assert_close(given.logits, outputs.logits, rtol=0, atol=0)
     one_word_less = model(**inputs, attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1]]))
     assert (one_word_less.logits - outputs.logits).abs().max() > 1e-2
-    # The language encoder attends to every slot, whatever the mask says.
+    # The language encoder attends to every slot, regardless of the mask.
     torch.testing.assert_close(one_word_less.text_embeds, outputs.text_embeds, rtol=0, atol=0)
     model.get_input_embeddings().weight[0] += 1.0
     assert (model(**inputs).text_embeds[:, 2:] - outputs.text_embeds[:, 2:]).abs().max() > 1e-2
@@ -777,7 +777,7 @@ def test_new_pixel_decoders_keep_the_scale_of_their_input(width):
 @algebra
 @torch.no_grad()
 def test_linear_layers_can_be_replaced():
-    """Adapters and quantisers do so, and call every `nn.Linear` as one."""
+    """Adapters and quantisers replace them, and rely on the model to call each `nn.Linear` as a module."""
 
     class Replaced(torch.nn.Module):
         def __init__(self, linear):
@@ -909,7 +909,7 @@ def test_evaluation_gathers_the_logits_alone():
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("attend_to_padding", [True, False])
 def test_forward_and_backward_never_read_a_value(attend_to_padding, attn_implementation):
-    """A program that reads one has to wait until the device has computed it."""
+    """Reading a value makes the program wait for the device."""
     model = tiny_model({"drop_path_rate": 0.2}, attend_to_padding=attend_to_padding).train()
     model.set_attn_implementation(attn_implementation)
     inputs = {"input_ids": words(3), "image_indices": torch.tensor([1, 0, 1]), "labels": masks(3)}

@@ -1,4 +1,4 @@
-"""The bound for float32: its own rounding stays within it, coarser rounding does not."""
+"""The bound for float32 admits the rounding of float32, and no coarser rounding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What setup.py declares is what the code imports, and the built package works from an empty folder."""
+"""setup.py declares all imports, and the built package works from an empty folder."""
 
 import ast
 import os

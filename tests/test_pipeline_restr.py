@@ -55,7 +55,7 @@ def seen(pipe):
 
 
 def by_hand(pipe, image, sentence):
-    """Mask and score by processor and model, without the pipeline."""
+    """Mask and score from processor and model, without the pipeline."""
     inputs = pipe.processor(images=image, text=sentence, return_tensors="pt")
     with torch.no_grad():
         outputs = pipe.model(**inputs)

@@ -1,4 +1,4 @@
-"""Prepared folders: what they hold, what may be added to them, and how they are pushed."""
+"""Prepared folders: their content, adding splits, refusing other data, and pushing."""
 
 import dataclasses
 import json

@@ -20,7 +20,7 @@ from modeling_restr.data import preparation
 
 @pytest.fixture
 def prepare(restr, monkeypatch, tmp_path):
-    """Runs `restr prepare` and returns what it printed. What `datasets` caches goes to a temporary folder."""
+    """Runs `restr prepare` with a temporary cache of `datasets`, and returns its output."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
 
     def run(*words):
@@ -33,7 +33,7 @@ def prepare(restr, monkeypatch, tmp_path):
 
 @pytest.fixture
 def error_of(restr, prepare):
-    """Runs `restr prepare`, which has to fail, and returns its error message."""
+    """Runs `restr prepare`, which must fail, and returns its error message."""
 
     def run(*words):
         done = restr("prepare", *words)
@@ -97,8 +97,8 @@ def test_bad_images_stop_the_preparation_or_are_left_out_and_listed(prepare, err
     assert read_files(output) == first
 
 
-# One worker stops at an image and says so through a pipe. The process that waits for the workers listens to the pipe
-# when this is the last one, and is killed.
+# One worker stops at an image and opens a pipe. When only this worker is left, the main process waits for the pipe and
+# kills itself.
 BLOCKING_SCRIPT = """
 import os
 import signal
@@ -151,7 +151,7 @@ def test_preparation_killed_within_a_shard_resumes_to_the_same_files(prepare, tm
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 def test_hostile_annotations_are_left_out_or_named(prepare, error_of, tmp_path):
-    """Each image of a split but the last is bad in another way."""
+    """Each image of a split except the last is bad in a different way."""
     words = [*write_refer(tmp_path / "refer"), "--output-dir", tmp_path / "output", "--splits", "train"]
     path = tmp_path / "refer" / "refcoco" / "instances.json"
     instances = json.loads(path.read_text())

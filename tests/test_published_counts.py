@@ -1,4 +1,4 @@
-"""Counts next to the published ones, and every difference in words."""
+"""Counts compared with the published ones, with a description of every difference."""
 
 import re
 

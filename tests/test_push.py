@@ -1,4 +1,4 @@
-"""Pushing a model to a local Hub: what is checked before, what is uploaded, and what is kept."""
+"""Pushing a model to a local Hub: its checks, the uploaded files, and the files that are kept."""
 
 from pathlib import Path
 

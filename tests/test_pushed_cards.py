@@ -1,4 +1,4 @@
-"""Which card each kind of push writes, and that edited cards are kept."""
+"""The card that each kind of push writes. Edited cards are kept."""
 
 from pathlib import Path
 

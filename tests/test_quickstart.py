@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom and does what it says."""
+"""The notebook runs from top to bottom, and its results are as described."""
 
 import io
 import re

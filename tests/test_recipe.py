@@ -1,4 +1,4 @@
-"""The recipe: the paper's formulas, and what it says about a run."""
+"""The recipe follows the paper's formulas, and identifies a run."""
 
 import copy
 from dataclasses import dataclass

@@ -343,7 +343,7 @@ def test_invalid_references_are_named(data, changes, message):
 
 
 def change(table, number, **fields):
-    """The default instances with other fields in one record, or with one record more."""
+    """The default instances with changed fields in one record, or with another record."""
     instances = default_instances()
     records = instances[table]
     if number == len(records):

@@ -1,4 +1,4 @@
-"""Own photos and sentences in JSONL and CSV: rows with the right masks, and errors that name the line."""
+"""Photos and sentences in JSONL and CSV files: rows with the right masks, and errors that name the line."""
 
 import json
 

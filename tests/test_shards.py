@@ -1,4 +1,4 @@
-"""Shards: their rows, what they lack, and which are made again."""
+"""Shards: their rows, the images they lack, and which shards are made again."""
 
 import dataclasses
 import json

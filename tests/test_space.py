@@ -1,4 +1,4 @@
-"""The demo: its parts, its API, its page in a browser, and a Space that has only its own files."""
+"""The demo: its parts, its API, its page in a browser, and a Space without other files."""
 
 import base64
 import hashlib
