@@ -181,25 +181,6 @@ polygons of one or two points, dropped: 1 ({coco_name(7)}: ref_id 7)
     )
 
 
-def test_grefcoco(prepare, tmp_path):
-    data_layouts.write_grefcoco(tmp_path / "grefcoco", tmp_path / "images")
-    folders = ["--annotation-dir", tmp_path, "--image-dir", tmp_path / "images"]
-    out = prepare("grefcoco", *folders, "--output-dir", tmp_path / "output")
-    assert re.search(r"\ntrain +7 +8 +16  no published counts\n", out)
-    rows = read_rows(tmp_path / "output", "train", tmp_path / "cache")
-    assert [reference["ann_id"] for reference in rows[0]["references"]] == [101, -1]
-
-
-def test_referit(prepare, tmp_path):
-    data_layouts.write_referit(tmp_path / "referit")
-    names = {"--annotation-dir": "", "--mask-dir": "mask", "--image-dir": "images"}
-    folders = [word for option, name in names.items() for word in (option, tmp_path / "referit" / name)]
-    out = prepare("referit", *folders, "--output-dir", tmp_path / "output")
-    assert re.search(r"\ntest +1 +1 +2  no published counts\n?", out)
-    (row,) = read_rows(tmp_path / "output", "test", tmp_path / "cache")
-    assert row["references"][0]["bbox"] == [0, 0, 50, 7]
-
-
 def test_hub_copy_takes_the_usual_names_of_its_splits(prepare, tmp_path):
     copy = tmp_path / "refcocoplus"
     data_layouts.write_hub_copy(copy, tmp_path / "train2014")

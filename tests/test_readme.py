@@ -1,11 +1,10 @@
 """The snippets of the README run and print what it shows."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import run_python
 from numerics import assert_same_text
 
 
@@ -14,24 +13,17 @@ README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run_python(code: str) -> str:
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.numerics
 def test_first_snippet_prints_the_output_shown():
     index = next(number for number, (language, _) in enumerate(BLOCKS) if language == "python")
     language, printed = BLOCKS[index + 1]
     assert language == "text"
-    assert_same_text(run_python(BLOCKS[index][1]), printed)
+    assert_same_text(run_python(BLOCKS[index][1], cwd=REPOSITORY), printed)
 
 
 def test_snippet_that_keeps_image_features_runs():
     code = next(code for language, code in BLOCKS if language == "python" and "vision_embeds" in code)
-    out = run_python(code + "\nprint(len(masks), tuple(masks[0]['mask'].shape))")
+    out = run_python(code + "\nprint(len(masks), tuple(masks[0]['mask'].shape))", cwd=REPOSITORY)
     assert out.split("\n")[-2] == "1 (264, 352)"
 
 

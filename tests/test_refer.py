@@ -3,12 +3,11 @@
 import json
 import pickle
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from coco_annotations import compress
+from fresh_process import run_python
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -470,7 +469,7 @@ def test_damaged_annotations_make_bad_images(data, field, value):
     assert load_refer(data / "data", data / "train2014", skip_bad=True)["image_id"][:] == [581857]
 
 
-def test_readers_are_imported_on_first_use():
+def test_readers_are_imported_on_first_use(tmp_path):
     code = """
 import sys
 import modeling_restr.data
@@ -492,7 +491,6 @@ del sys.modules["pycocotools"]
 from modeling_restr.data import load_refer
 assert load_refer is modeling_restr.data.refer.load_refer
 """
-    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_python(code, cwd=tmp_path)
     with pytest.raises(ImportError, match="cannot import name 'load_reefer'"):
         from modeling_restr.data import load_reefer  # noqa: F401

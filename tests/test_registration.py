@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_python
 from PIL import Image
+from tiny_training import make_model, make_processor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,11 +33,8 @@ from modeling_restr import (
     ReSTRModel,
     ReSTRPipeline,
     ReSTRProcessor,
-    ReSTRTextConfig,
     ReSTRTextModel,
-    ReSTRVisionConfig,
     ReSTRVisionModel,
-    build_tokenizer,
 )
 from modeling_restr.hub import save_bundle
 
@@ -43,9 +42,7 @@ from modeling_restr.hub import save_bundle
 TASK = "referring-image-segmentation"
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-ENCODER = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-VISION = {**ENCODER, "image_size": 32, "patch_size": 8}
-TEXT = {**ENCODER, "vocab_size": 6, "projection_dim": 16}
+SENTENCE = "the red square"
 
 # Compares what transformers and huggingface_hub define before and after the package is imported, and the answers of
 # another model's pipeline. Names that a module gets later do not count: transformers loads its own lazily.
@@ -123,15 +120,13 @@ REGISTERED = {
 
 
 @pytest.fixture(scope="module")
-def model() -> ReSTRForImageSegmentation:
-    torch.manual_seed(0)
-    return ReSTRForImageSegmentation(ReSTRConfig(vision_config=VISION, text_config=TEXT, num_attention_heads=2)).eval()
+def processor() -> ReSTRProcessor:
+    return make_processor()
 
 
 @pytest.fixture(scope="module")
-def processor() -> ReSTRProcessor:
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<go>", "<eos>", "<unk>", "dog", "left"])}
-    return ReSTRProcessor(ReSTRImageProcessor(size={"height": 32, "width": 32}), build_tokenizer(vocabulary))
+def model(processor) -> ReSTRForImageSegmentation:
+    return make_model(processor).eval()
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +145,7 @@ def image() -> Image.Image:
 
 
 def test_importing_the_package_changes_nothing_but_registries():
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", FRESH_PROCESS]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(run_python(FRESH_PROCESS, cwd=ROOT, HF_HUB_OFFLINE="1"))
     assert found["changed"] == []
     assert {tuple(path[-2:]) for path in found["added"]} == REGISTERED
     assert found["answer"][0] == "ImageSegmentationPipeline" and len(found["answer"][1]) > 0
@@ -168,7 +159,7 @@ def test_auto_classes_need_no_remote_code(folders, model, processor, image):
     assert type(AutoImageProcessor.from_pretrained(folder)) is ReSTRImageProcessor
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == processor.tokenizer.get_vocab()
 
-    inputs = processor(images=image, text="dog", return_tensors="pt")
+    inputs = processor(images=image, text=SENTENCE, return_tensors="pt")
     expected = model(**inputs)
     loaded = AutoModelForImageSegmentation.from_pretrained(folder)
     assert type(loaded) is ReSTRForImageSegmentation
@@ -178,22 +169,22 @@ def test_auto_classes_need_no_remote_code(folders, model, processor, image):
     assert torch.equal(loaded(**inputs).patch_logits, expected.patch_logits)
 
 
-def test_encoders_are_registered_too(tmp_path):
+def test_encoders_are_registered_too(model, tmp_path):
     for config, model_class in (
-        (ReSTRVisionConfig(**VISION), ReSTRVisionModel),
-        (ReSTRTextConfig(**TEXT), ReSTRTextModel),
+        (model.config.vision_config, ReSTRVisionModel),
+        (model.config.text_config, ReSTRTextModel),
     ):
-        model = AutoModel.from_config(config)
-        assert type(model) is model_class
-        model.save_pretrained(tmp_path / config.model_type)
+        encoder = AutoModel.from_config(config)
+        assert type(encoder) is model_class
+        encoder.save_pretrained(tmp_path / config.model_type)
         assert type(AutoModel.from_pretrained(tmp_path / config.model_type)) is model_class
 
 
 def check_pipeline(pipe, model, processor, image) -> None:
     assert type(pipe).__name__ == "ReSTRPipeline"
     assert type(pipe.model) is ReSTRForImageSegmentation and type(pipe.processor) is ReSTRProcessor
-    (answer,) = pipe(image, text="dog left")
-    (expected,) = ReSTRPipeline(model=model, processor=processor)(image, text="dog left")
+    (answer,) = pipe(image, text=SENTENCE)
+    (expected,) = ReSTRPipeline(model=model, processor=processor)(image, text=SENTENCE)
     assert answer["score"] == expected["score"]
     assert np.array_equal(np.array(answer["mask"]), np.array(expected["mask"]))
 
@@ -226,7 +217,7 @@ def test_the_hub_s_task_works_with_the_saved_code(folders, saved, task, model, p
 def test_the_hub_s_task_names_the_other_one_without_saved_code(folders, model, processor, image):
     pipe = pipeline("image-segmentation", model=folders["without code"])
     with pytest.raises(ValueError, match=f'pipeline\\("{TASK}", model=...\\)'):
-        pipe(image, text="dog")
+        pipe(image, text=SENTENCE)
     parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
     with pytest.raises(ValueError, match=f'pipeline\\("{TASK}", model=...\\)'):
         pipeline("image-segmentation", model=model, **parts)(image)
