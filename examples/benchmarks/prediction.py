@@ -1,8 +1,8 @@
 """
-`restr predict` compared with a plain loop over the pipeline, in turns within one run, and its memory.
+`restr predict` next to a plain loop over the pipeline, which take turns in one run, and its memory.
 
-Times are from the first to the last result, without Ray's start of about ten seconds. The busy share of a model is the
-CPU time of its actor, with one thread, per second.
+Rates count from the first to the last result, so that Ray's start, about ten seconds, makes no difference. On a machine
+with other work, CPU seconds tell more than rates: those of all processes together, Ray's own included.
 """
 
 import os
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -43,14 +43,17 @@ MIB = 2**20
 
 
 def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_sentences: int = 4) -> None:
-    """Measure images per second at the paper's size with random weights: the loop, one actor and two actors."""
+    """Pairs per second at the paper's size with random weights: the loop, one actor and two actors."""
     with tempfile.TemporaryDirectory() as folder:
         model, data, output = (Path(folder, name) for name in ("model", "data", "output"))
         _save_model(model, ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size)))
         write_photos(data, num_images, num_sentences)
         rates: dict[str, list[float]] = {"loop": [], "one actor": [], "two actors": []}
+        costs: dict[str, list[float]] = {name: [] for name in rates}
         for _ in range(runs):
-            rates["loop"].append(_time_loop(model, data))
+            rate, cost = _time_loop(model, data)
+            rates["loop"].append(rate)
+            costs["loop"].append(cost)
             for num_actors, name in ((1, "one actor"), (2, "two actors")):
                 shutil.rmtree(output, ignore_errors=True)
                 with sample_processes() as samples:
@@ -58,15 +61,21 @@ def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_se
                     predict(str(model), str(data), output, **options)
                 times = sorted(path.stat().st_mtime for path in (output / "data").glob("*.parquet"))
                 times = times[num_actors - 1 :]  # each actor has finished an image
+                within = [sample for sample in samples if times[0] <= sample.when <= times[-1]]
                 rates[name].append((len(times) - 1) / (times[-1] - times[0]))
-                print(f"{name}: {rates[name][-1]:.4f} images/s, busy {_busy_share(samples, times[0], times[-1]):.1%}")
-    loop = statistics.median(rates["loop"])
-    for name, values in rates.items():
-        print(f"{name}: {statistics.median(values):.4f} images/s, {statistics.median(values) / loop:.3f} of the loop")
+                costs[name].append((within[-1].cpu_seconds - within[0].cpu_seconds) / (len(times) - 1))
+                busy = statistics.mean(sample.num_busy for sample in within) / num_actors
+                print(
+                    f"{name}: {rates[name][-1]:.4f} images/s, {costs[name][-1]:.2f} CPU s, busy {busy:.1%}", flush=True
+                )
+    for name in rates:
+        rate, cost = (statistics.median(values[name]) for values in (rates, costs))
+        shares = rate / statistics.median(rates["loop"]), cost / statistics.median(costs["loop"])
+        print(f"{name}: {rate:.4f} images/s and {cost:.2f} CPU s, {shares[0]:.3f} and {shares[1]:.3f} of the loop")
 
 
 def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> None:
-    """Measure the peak memory of all processes together (PSS, with the object store), with a small model at 240x240."""
+    """The largest memory of all processes together (PSS, with the object store), with a small model at 240x240."""
     for number in numbers_of_images:
         with tempfile.TemporaryDirectory() as folder:
             model, data = Path(folder, "model"), Path(folder, "data")
@@ -76,7 +85,7 @@ def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> Non
                 start = time.perf_counter()
                 predict(str(model), str(data), Path(folder, "output"), pairs_per_file=200)
             seconds = time.perf_counter() - start
-            peak = max(memory for _, _, memory in samples)
+            peak = max(sample.memory for sample in samples)
             print(f"{number} images: at most {peak / MIB:.0f} MiB, {seconds:.0f} s", flush=True)
 
 
@@ -102,7 +111,7 @@ def _save_model(folder: Path, config: ReSTRConfig) -> None:
 
 
 def write_photos(folder: Path, num_images: int, num_sentences: int) -> None:
-    """Write a Parquet file with JPEG images of smooth noise, 100 rows per row group."""
+    """Parquet with JPEG files of smooth noise, 100 rows per row group."""
     rng = np.random.default_rng(0)
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "texts": datasets.List(text)})
@@ -117,7 +126,8 @@ def write_photos(folder: Path, num_images: int, num_sentences: int) -> None:
     datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "val.parquet", batch_size=100)
 
 
-def _time_loop(model: Path, data: Path) -> float:
+def _time_loop(model: Path, data: Path) -> tuple[float, float]:
+    """Images per second, and CPU seconds per image."""
     torch.set_num_threads(1)
     task: Any = "referring-image-segmentation"
     pipe: Any = pipeline(task, model=str(model), device="cpu")
@@ -125,25 +135,31 @@ def _time_loop(model: Path, data: Path) -> float:
     times = []
     for row in rows:
         pipe(row["image"], text=row["texts"])
-        times.append(time.perf_counter())
-    rate = (len(times) - 1) / (times[-1] - times[0])
-    print(f"loop: {rate:.4f} images/s")
-    return rate
+        times.append((time.perf_counter(), time.process_time()))
+    rate = (len(times) - 1) / (times[-1][0] - times[0][0])
+    cost = (times[-1][1] - times[0][1]) / (len(times) - 1)
+    print(f"loop: {rate:.4f} images/s, {cost:.2f} CPU s", flush=True)
+    return rate, cost
 
 
-Sample = tuple[float, dict[int, float], int]  # time, CPU seconds of each actor, memory of all processes in bytes
+class Sample(NamedTuple):
+    """What all processes use at a time; `num_busy` actors have something to do."""
+
+    when: float
+    cpu_seconds: float
+    num_busy: int
+    memory: int  # bytes
 
 
 @contextmanager
 def sample_processes(interval: float = 0.5) -> Iterator[list[Sample]]:
-    """Sample this process and its children at intervals while the body runs."""
+    """Look at this process and its children again and again while the body runs."""
     samples: list[Sample] = []
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(interval):
-            processes = [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]
-            samples.append((time.time(), *_measure(processes)))
+            samples.append(_take_sample())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -154,21 +170,15 @@ def sample_processes(interval: float = 0.5) -> Iterator[list[Sample]]:
         thread.join()
 
 
-def _measure(processes: list[psutil.Process]) -> tuple[dict[int, float], int]:
-    actors, memory = {}, 0
-    for process in processes:
+def _take_sample() -> Sample:
+    own = psutil.Process(os.getpid())
+    cpu_seconds, num_busy, memory = 0.0, 0, 0
+    for process in [own, *own.children(recursive=True)]:
         try:
+            cpu_seconds += sum(process.cpu_times()[:2])
             memory += process.memory_full_info().pss
-            if "Predictor" in " ".join(process.cmdline()):
-                actors[process.pid] = sum(process.cpu_times()[:2])
+            title = " ".join(process.cmdline()).strip()  # Ray writes what it runs into it
         except psutil.NoSuchProcess:
             continue
-    return actors, memory
-
-
-def _busy_share(samples: list[Sample], start: float, end: float) -> float:
-    """CPU seconds of all actors, divided by the elapsed seconds and the number of actors."""
-    within = [(when, actors) for when, actors, _ in samples if start <= when <= end and actors]
-    (first, before), (last, after) = within[0], within[-1]
-    used = [after[pid] - before[pid] for pid in before.keys() & after.keys()]
-    return sum(used) / (last - first) / len(used)
+        num_busy += "Predictor" in title and title.endswith(".submit")
+    return Sample(time.time(), cpu_seconds, num_busy, memory)
