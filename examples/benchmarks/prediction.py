@@ -131,7 +131,7 @@ def _time_loop(model: Path, data: Path) -> tuple[float, float]:
     torch.set_num_threads(1)
     task: Any = "referring-image-segmentation"
     pipe: Any = pipeline(task, model=str(model), device="cpu")
-    rows = datasets.Dataset.from_parquet(str(data / "val.parquet"), cache_dir=str(data / "cache"))
+    rows = datasets.Dataset.from_parquet(str(data / "val.parquet"), cache_dir=str(model.parent / "cache"))
     times = []
     for row in rows:
         pipe(row["image"], text=row["texts"])
