@@ -81,7 +81,7 @@ def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> Non
             model, data = Path(folder, "model"), Path(folder, "data")
             _save_model(model, _small_config())
             write_photos(data, number, num_sentences=1)
-            with sample_processes() as samples:
+            with sample_processes(with_memory=True) as samples:
                 start = time.perf_counter()
                 predict(str(model), str(data), Path(folder, "output"), pairs_per_file=200)
             seconds = time.perf_counter() - start
@@ -148,18 +148,18 @@ class Sample(NamedTuple):
     when: float
     cpu_seconds: float
     num_busy: int
-    memory: int  # bytes
+    memory: int  # bytes; 0 if it is not asked for, which takes much time
 
 
 @contextmanager
-def sample_processes(interval: float = 0.5) -> Iterator[list[Sample]]:
+def sample_processes(with_memory: bool = False) -> Iterator[list[Sample]]:
     """Look at this process and its children again and again while the body runs."""
     samples: list[Sample] = []
     stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(interval):
-            samples.append(_take_sample())
+        while not stop.wait(0.5):
+            samples.append(_take_sample(with_memory))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -170,13 +170,13 @@ def sample_processes(interval: float = 0.5) -> Iterator[list[Sample]]:
         thread.join()
 
 
-def _take_sample() -> Sample:
+def _take_sample(with_memory: bool) -> Sample:
     own = psutil.Process(os.getpid())
     cpu_seconds, num_busy, memory = 0.0, 0, 0
     for process in [own, *own.children(recursive=True)]:
         try:
             cpu_seconds += sum(process.cpu_times()[:2])
-            memory += process.memory_full_info().pss
+            memory += process.memory_full_info().pss if with_memory else 0
             title = " ".join(process.cmdline()).strip()  # Ray writes what it runs into it
         except psutil.NoSuchProcess:
             continue
