@@ -1,5 +1,5 @@
 """
-`restr predict` next to a plain loop over the pipeline, which take turns in one run, and its memory.
+`restr predict` compared with a plain loop over the pipeline, in turns within one run, and its memory.
 
 Rates count from the first to the last result, so that Ray's start, about ten seconds, makes no difference. On a machine
 with other work, CPU seconds tell more than rates: those of all processes together, Ray's own included.
