@@ -20,11 +20,20 @@ PAGES = [
 COMMAND = get_command(app)
 
 
+def find_anchors(page):
+    """The names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_links_lead_to_files(page):
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    absent = [link for link in links if "://" not in link and not (page.parent / link).exists()]
-    assert not absent
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in find_anchors(target), link
 
 
 def read_commands():

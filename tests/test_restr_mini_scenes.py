@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from coco_annotations import compress
 from photographs import write_photographs
-from PIL import ExifTags, Image
-from pycocotools import mask as coco_mask
+from pictures import make_exif
+from PIL import Image
 from scenes import SHOWN, Photographs, PhotoScenes, part_of
 
 
@@ -101,15 +102,12 @@ def test_categories_that_are_not_annotated_are_unclear(tmp_path):
 def test_photographs_are_upright_and_empty_masks_count_as_crowds(tmp_path):
     path = write_photographs(tmp_path / "data")
     content = json.loads(path.read_text())
-    mask = coco_mask.encode(np.zeros((96, 128), np.uint8, order="F"))
     category = content["annotations"][0]["category_id"]
-    content["annotations"][0]["segmentation"] = {"size": [96, 128], "counts": mask["counts"].decode()}
+    content["annotations"][0]["segmentation"] = compress(np.zeros((96, 128), bool))
     path.write_text(json.dumps(content))
     file = path.parent / "images" / content["images"][1]["file_name"]
     upright = np.asarray(Image.open(file))
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # lies on its left side
-    Image.fromarray(np.rot90(upright)).save(file, exif=exif)
+    Image.fromarray(np.rot90(upright)).save(file, exif=make_exif(6))
     photographs = Photographs.load([path.parent], "train", progress=False)
     name = next(kind["name"] for kind in content["categories"] if kind["id"] == category)
     assert photographs[0].crowds == {name}
