@@ -4,6 +4,8 @@
 Kills at random moments, RESTR_KILLS of them (6 by default), from the seed RESTR_KILL_SEED:
 
     RESTR_KILLS=50 RESTR_KILL_SEED=1 pytest -m slow tests/test_prediction.py -k random_moments
+
+On 2026-11-28 (Ray 2.60.0), these 50 killed 32 drivers and 18 workers in 4 predictions of 2,500 pairs.
 """
 
 import io

@@ -90,8 +90,7 @@ def _check_sentence(sentence: dict[str, Any], processor: Any) -> dict[str, Any]:
 def _read_image(image: dict[str, Any], image_dir: str | None) -> bytes:
     if image["bytes"] is not None:
         return image["bytes"]
-    path = image["path"]
-    if not path:
+    if not (path := image["path"]):
         raise UnreadableImageError("The row has no image.")
     if image_dir is not None and "://" not in path and not Path(path).is_absolute():
         path = f"{image_dir.rstrip('/')}/{path}"
