@@ -18,6 +18,7 @@ import torch
 from doc_pages import run_page
 from PIL import Image
 from test_evaluation import make_dataset, make_model_and_processor, make_rows
+from tiny_training import write_prepared
 from transformers import pipeline
 
 from modeling_restr.data.canonical import decode_mask, encode_mask
@@ -29,17 +30,10 @@ from modeling_restr.metrics import ReferringIoU
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SPLITS = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: val\n    path: data/val-*.parquet\n---\n"
 
 
-def write_data(folder: Path, rows: list[dict], num_shards: int = 1) -> Path:
-    """Write rows as a prepared folder."""
-    (folder / "data").mkdir(parents=True)
-    for index in range(num_shards):
-        shard = make_dataset(rows).shard(num_shards, index, contiguous=True)
-        shard.to_parquet(folder / "data" / f"val-{index:05d}-of-{num_shards:05d}.parquet")
-    (folder / "README.md").write_text(SPLITS)
-    return folder
+def write_data(folder: Path, rows: list[dict]) -> Path:
+    return write_prepared(folder, {"val": make_dataset(rows)})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,7 @@ import shutil
 import datasets
 import pytest
 from hub_server import Repository, serve
-from tiny_training import make_dataset
+from tiny_training import make_dataset, write_prepared
 
 from modeling_restr.data import load_prepared
 from modeling_restr.data.loading import find_data_files, name_rows
@@ -20,12 +20,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 def write_data(folder, num_images, seed):
     """Two files, and a card that does not depend on their rows."""
-    (folder / "data").mkdir(parents=True)
-    (folder / "README.md").write_text(CARD)
     rows = make_dataset(num_images, seed=seed)
-    for number in range(2):
-        part = rows.shard(2, number, contiguous=True)
-        part.to_parquet(folder / "data" / f"val-{number:05d}-of-00002.parquet")
+    write_prepared(folder, {"val": rows}, num_files=2)
     return list(rows)
 
 

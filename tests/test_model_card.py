@@ -11,7 +11,7 @@ import pytest
 from hub_server import serve
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
-from tiny_training import make_dataset, make_model, make_processor
+from tiny_training import make_dataset, make_model, make_processor, write_prepared
 
 from modeling_restr import ReSTRPipeline
 from modeling_restr.evaluation.run import run_evaluation
@@ -42,8 +42,7 @@ def folder(saved, tmp_path) -> Path:
 def evaluation(saved, tmp_path_factory) -> dict:
     """The results that `restr evaluate` writes for the model."""
     root = tmp_path_factory.mktemp("evaluation")
-    (root / "squares" / "data").mkdir(parents=True)
-    make_dataset(4).to_parquet(root / "squares" / "data" / "val-00000-of-00001.parquet")
+    write_prepared(root / "squares", {"val": make_dataset(4)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(root / "cache"))
         patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")

@@ -8,7 +8,6 @@ Kills at random moments, RESTR_KILLS of them (6 by default), from the seed RESTR
 On 2026-11-28 (Ray 2.60.0), these 50 killed 32 drivers and 18 workers in 4 predictions of 2,500 pairs.
 """
 
-import io
 import json
 import os
 import random
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from filelock import FileLock
+from pictures import encode
 from tiny_models import randomize
 from tiny_training import make_model, make_processor, make_rows
 from transformers import AutoModelForImageSegmentation, AutoProcessor
@@ -123,7 +123,7 @@ def assert_same(found, expected, tolerance):
         assert {name: result[name] for name in names} == {name: wanted[name] for name in names}
 
 
-# --- Both stages, without Ray -----------------------------------------------------------------------------------------
+# Both stages, without Ray
 
 
 def run_stages(model_dir, data, *, text_column=None, image_dir=None, raise_errors=False, encoded=None, **options):
@@ -148,19 +148,13 @@ def test_masks_scores_and_ids_are_the_pipelines(model_dir, data_dir, expected):
     assert encoded == [10]  # each image once, and not the one without sentences
 
 
-def to_bytes(image):
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize("kind", ["binary", "string", "datasets.Image"])
 def test_sentences_with_embedded_images_or_paths(model_dir, rows, tmp_path, expected, kind):
     plain = []
     for index, row in enumerate(rows):
         path = tmp_path / "photos" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(to_bytes(row["image"]))
+        path.write_bytes(encode(row["image"]))
         images = {"binary": path.read_bytes(), "string": path.name, "datasets.Image": row["image"]}
         plain.append({"image": images[kind], "question": texts_of(row)[0] if row["references"] else None})
     feature = datasets.Image() if kind == "datasets.Image" else datasets.Value(kind)
@@ -177,7 +171,7 @@ def test_sentences_with_embedded_images_or_paths(model_dir, rows, tmp_path, expe
 @pytest.fixture(scope="module")
 def bad_data_dir(tmp_path_factory, rows):
     features = datasets.Features({"image": datasets.Image(), "texts": datasets.List(datasets.Value("string"))})
-    plain = [{"image": {"bytes": to_bytes(row["image"]), "path": None}, "texts": texts_of(row)} for row in rows]
+    plain = [{"image": {"bytes": encode(row["image"]), "path": None}, "texts": texts_of(row)} for row in rows]
     plain[1]["image"]["bytes"] = plain[1]["image"]["bytes"][:-60]
     plain[4]["image"]["bytes"] = b"no image"
     plain[5]["image"] = None
@@ -209,7 +203,7 @@ def test_bad_rows_stop_a_run_that_raises_errors(model_dir, bad_data_dir):
         run_stages(model_dir, bad_data_dir, raise_errors=True)
 
 
-def test_a_disk_that_fails_is_no_bad_image(model_dir, data_dir, monkeypatch):
+def test_a_failing_disk_is_not_reported_as_a_bad_image(model_dir, data_dir, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(5, "Input/output error")
 
@@ -272,7 +266,7 @@ def test_sentences_of_every_layout():
     assert list_sentences("a dog") == list_sentences(["a dog"]) == [{"text": "a dog", "text_index": 0}]
 
 
-# --- The folder of results --------------------------------------------------------------------------------------------
+# The folder of results
 
 
 def write_results(path, rows):
@@ -291,7 +285,7 @@ def test_finished_rows_are_read_from_the_results_and_repeated_ones_removed(tmp_p
         assert rows == [[0, 0, 2], [5, 5], []]
 
 
-def test_other_settings_never_mix(model_dir, data_dir, tmp_path, monkeypatch):
+def test_other_settings_are_refused(model_dir, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "run_pipeline", lambda *args, **options: None)
     engine.predict(str(model_dir), str(data_dir), tmp_path)
     with pytest.raises(ValueError, match=r"threshold: then 0\.5, now 0\.4"):
@@ -303,7 +297,7 @@ def test_other_settings_never_mix(model_dir, data_dir, tmp_path, monkeypatch):
     engine.predict(str(save_model(tmp_path / "moved", seed=1)), str(data_dir), tmp_path)
 
 
-def test_folders_in_use_and_of_others_are_left_alone(model_dir, data_dir, tmp_path):
+def test_folders_that_are_in_use_or_hold_other_files_are_refused(model_dir, data_dir, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "other.parquet").touch()
     with pytest.raises(ValueError, match="empty folder"):
@@ -312,7 +306,7 @@ def test_folders_in_use_and_of_others_are_left_alone(model_dir, data_dir, tmp_pa
         engine.predict(str(model_dir), str(data_dir), tmp_path)
 
 
-# --- On Ray -----------------------------------------------------------------------------------------------------------
+# On Ray
 
 
 def read_results(output_dir):
@@ -339,7 +333,7 @@ def test_command(restr, local_ray, model_dir, data_dir, tmp_path, expected):
 
 
 @pytest.mark.slow
-def test_a_run_continues_with_what_is_missing(local_ray, model_dir, data_dir, tmp_path, expected):
+def test_a_run_resumes_with_the_missing_images(local_ray, model_dir, data_dir, tmp_path, expected):
     run = {"batch_size": 2, "pairs_per_file": 5, "num_actors": 1}
     engine.predict(str(model_dir), str(data_dir), tmp_path, **run)
     first, second, *others = sorted((tmp_path / "data").iterdir())
@@ -355,7 +349,7 @@ def test_a_run_continues_with_what_is_missing(local_ray, model_dir, data_dir, tm
 
 
 @pytest.mark.slow
-def test_errors_in_tasks_and_actors_are_told_as_they_are(local_ray, model_dir, bad_data_dir, tmp_path):
+def test_errors_in_tasks_and_actors_are_raised_unchanged(local_ray, model_dir, bad_data_dir, tmp_path):
     with pytest.raises(ValueError, match=r"row 1: .*truncated"):
         engine.predict(str(model_dir), str(bad_data_dir), tmp_path, raise_errors=True, num_actors=1)
     summary = engine.predict(str(model_dir), str(bad_data_dir), tmp_path, num_actors=1)
@@ -372,7 +366,7 @@ def test_a_missing_extra_is_named(restr, model_dir, data_dir, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_page_s_commands_run(restr, local_ray, model_dir, data_dir, tmp_path, monkeypatch):
+def test_the_commands_of_the_page_run(restr, local_ray, model_dir, data_dir, tmp_path, monkeypatch):
     """All but those that install the package and start Ray on other machines."""
     monkeypatch.chdir(tmp_path)
     page = (REPOSITORY / "docs" / "prediction_at_scale.md").read_text(encoding="utf-8")
@@ -390,7 +384,7 @@ def test_the_page_s_commands_run(restr, local_ray, model_dir, data_dir, tmp_path
     assert (tmp_path / "runs" / "masks" / "instances.json").exists()
 
 
-# --- Kills ------------------------------------------------------------------------------------------------------------
+# Kills
 
 
 def write_many(folder, num_images):
@@ -434,7 +428,7 @@ def wait_for_a_file(run, output_dir):
 
 
 @pytest.mark.slow
-def test_every_pair_is_there_once_after_kills_at_random_moments(model_dir, tmp_path):
+def test_every_pair_is_written_once_after_kills_at_random_moments(model_dir, tmp_path):
     """Workers and drivers are killed. The next run starts at once, while processes of the old one may still end."""
     num_kills, seed = int(os.environ.get("RESTR_KILLS", "6")), int(os.environ.get("RESTR_KILL_SEED", "0"))
     randomness, kills, trial = random.Random(seed), [], 0
@@ -462,7 +456,7 @@ def test_every_pair_is_there_once_after_kills_at_random_moments(model_dir, tmp_p
 
 
 @pytest.mark.slow
-def test_two_nodes_of_which_one_is_killed_half_way(model_dir, tmp_path):
+def test_a_run_on_two_nodes_survives_the_loss_of_one(model_dir, tmp_path):
     from ray.cluster_utils import Cluster
 
     expected = write_many(tmp_path / "many", 2000)

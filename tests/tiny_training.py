@@ -64,6 +64,19 @@ def make_dataset(num_images, **kwargs):
     return Dataset.from_list(make_rows(num_images, **kwargs), features=FEATURES)
 
 
+def write_prepared(folder, splits, num_files=1):
+    """Write {split: dataset} as `restr prepare` lays out a folder: Parquet files, and a card that names them."""
+    (folder / "data").mkdir(parents=True)
+    files = ""
+    for split, dataset in splits.items():
+        files += f"  - split: {split}\n    path: data/{split}-*.parquet\n"
+        for number in range(num_files):
+            path = folder / "data" / f"{split}-{number:05d}-of-{num_files:05d}.parquet"
+            dataset.shard(num_files, number, contiguous=True).to_parquet(path)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    return folder
+
+
 def make_processor():
     sentences = [text.format(color) for text in SENTENCES for color in COLORS]
     tokenizer = build_tokenizer(vocabulary_from_expressions(sentences), max_length=6)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file
-from tiny_training import make_dataset, make_model, make_processor
+from tiny_training import make_dataset, make_model, make_processor, write_prepared
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTModel, pipeline
@@ -123,13 +123,9 @@ def make_inputs(folder, seed=0):
     A folder of data with two tiny models, `drop_path` with a high rate of drop path and `plain` without any, a tiny ViT
     `vit`, and word vectors `vectors.txt`.
     """
-    for split, num_images in {"train": 9, "val": 5}.items():
-        for shard in range(2):
-            rows = make_dataset(num_images, seed=seed + len(split)).shard(2, shard)
-            (folder / "data").mkdir(exist_ok=True)
-            rows.to_parquet(folder / "data" / f"{split}-{shard:05d}-of-00002.parquet")
-    files = "".join(f"  - split: {split}\n    path: data/{split}-*.parquet\n" for split in ("train", "val"))
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    sizes = {"train": 9, "val": 5}
+    splits = {split: make_dataset(number, seed=seed + len(split)) for split, number in sizes.items()}
+    write_prepared(folder, splits, num_files=2)
     processor = make_processor()
     for name, rate in {"drop_path": 0.5, "plain": 0.0}.items():
         save_bundle(make_model(processor, rate), processor, folder / name)
