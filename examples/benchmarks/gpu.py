@@ -23,12 +23,20 @@ import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation
 from modeling_restr.convert_restr_original_to_hf import model_from_original_state_dict
 from modeling_restr.files import write_json, write_text
 from modeling_restr.training.recipe import create_parameter_groups
 
-from .measuring import create_batch, create_model, describe_machine, peak_memory, synchronize, time_calls
+from .measuring import (
+    create_batch,
+    create_model,
+    describe_machine,
+    peak_memory,
+    synchronize,
+    time_calls,
+    tiny_config,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -101,21 +109,6 @@ class Setup:
         time_calls(function, self.device, 2)
         num_calls = max(1, int(self.seconds / 5 / time_calls(function, self.device)))
         return statistics.median(time_calls(function, self.device, num_calls) for _ in range(5))
-
-
-def tiny_config(**values: Any) -> ReSTRConfig:
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return ReSTRConfig(
-        vision_config=ReSTRVisionConfig(**sizes, image_size=64),
-        text_config=ReSTRTextConfig(**sizes, vocab_size=50, projection_dim=32),
-        num_attention_heads=2,
-        **values,
-    )
 
 
 def describe(num_images: int, sentences_per_image: int) -> str:

@@ -13,7 +13,22 @@ from typing import Any
 import torch
 import transformers
 
-from modeling_restr import ReSTRForImageSegmentation
+from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+
+
+def tiny_config(image_size: int = 64, **values: Any) -> ReSTRConfig:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return ReSTRConfig(
+        vision_config=ReSTRVisionConfig(**sizes, image_size=image_size),
+        text_config=ReSTRTextConfig(**sizes, vocab_size=50, projection_dim=32),
+        num_attention_heads=2,
+        **values,
+    )
 
 
 def create_model(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> ReSTRForImageSegmentation:

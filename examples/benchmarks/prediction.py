@@ -1,8 +1,8 @@
 """
 `restr predict` compared with a plain loop over the pipeline, in turns within one run, and its memory.
 
-Rates count from the first to the last result, so that Ray's start, about ten seconds, makes no difference. On a machine
-with other work, CPU seconds tell more than rates: those of all processes together, Ray's own included.
+Rates are measured from the first to the last result, without Ray's start of about ten seconds. On a busy machine, CPU
+seconds are more reliable than rates. They include all processes, also Ray's own.
 """
 
 import os
@@ -23,18 +23,11 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import pipeline
 
-from modeling_restr import (
-    ReSTRConfig,
-    ReSTRImageProcessor,
-    ReSTRProcessor,
-    ReSTRTextConfig,
-    ReSTRVisionConfig,
-    build_tokenizer,
-)
+from modeling_restr import ReSTRConfig, ReSTRImageProcessor, ReSTRProcessor, ReSTRVisionConfig, build_tokenizer
 from modeling_restr.prediction.engine import predict
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
-from .measuring import create_model
+from .measuring import create_model, tiny_config
 
 
 WORDS = ("the", "left", "right", "upper", "big", "small", "red", "green", "blue", "dog", "cat", "bowl", "car", "man")
@@ -43,7 +36,7 @@ MIB = 2**20
 
 
 def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_sentences: int = 4) -> None:
-    """Pairs per second at the paper's size with random weights: the loop, one actor and two actors."""
+    """Measure images per second at the paper's size with random weights: the loop, one actor and two actors."""
     with tempfile.TemporaryDirectory() as folder:
         model, data, output = (Path(folder, name) for name in ("model", "data", "output"))
         _save_model(model, ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size)))
@@ -75,11 +68,11 @@ def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_se
 
 
 def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> None:
-    """The largest memory of all processes together (PSS, with the object store), with a small model at 240x240."""
+    """Measure the peak memory of all processes together (PSS, with the object store), with a tiny model at 240x240."""
     for number in numbers_of_images:
         with tempfile.TemporaryDirectory() as folder:
             model, data = Path(folder, "model"), Path(folder, "data")
-            _save_model(model, _small_config())
+            _save_model(model, tiny_config(image_size=240))
             write_photos(data, number, num_sentences=1)
             with sample_processes(with_memory=True) as samples:
                 start = time.perf_counter()
@@ -87,20 +80,6 @@ def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> Non
             seconds = time.perf_counter() - start
             peak = max(sample.memory for sample in samples)
             print(f"{number} images: at most {peak / MIB:.0f} MiB, {seconds:.0f} s", flush=True)
-
-
-def _small_config() -> ReSTRConfig:
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    vision_config = ReSTRVisionConfig(image_size=240, **sizes)
-    text_config = ReSTRTextConfig(projection_dim=32, **sizes)
-    return ReSTRConfig(
-        vision_config=vision_config, text_config=text_config, num_fusion_layers=1, num_attention_heads=2
-    )
 
 
 def _save_model(folder: Path, config: ReSTRConfig) -> None:
@@ -111,7 +90,7 @@ def _save_model(folder: Path, config: ReSTRConfig) -> None:
 
 
 def write_photos(folder: Path, num_images: int, num_sentences: int) -> None:
-    """Parquet with JPEG files of smooth noise, 100 rows per row group."""
+    """Write a Parquet file with JPEG images of smooth noise, 100 rows per row group."""
     rng = np.random.default_rng(0)
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "texts": datasets.List(text)})
@@ -127,7 +106,7 @@ def write_photos(folder: Path, num_images: int, num_sentences: int) -> None:
 
 
 def _time_loop(model: Path, data: Path) -> tuple[float, float]:
-    """Images per second, and CPU seconds per image."""
+    """Measure images per second, and CPU seconds per image."""
     torch.set_num_threads(1)
     task: Any = "referring-image-segmentation"
     pipe: Any = pipeline(task, model=str(model), device="cpu")
@@ -143,17 +122,17 @@ def _time_loop(model: Path, data: Path) -> tuple[float, float]:
 
 
 class Sample(NamedTuple):
-    """What all processes use at a time; `num_busy` actors have something to do."""
+    """CPU and memory of all processes at one time, and the number of actors that are working."""
 
     when: float
     cpu_seconds: float
     num_busy: int
-    memory: int  # bytes; 0 if it is not asked for, which takes much time
+    memory: int  # bytes; 0 if not measured, which is slow
 
 
 @contextmanager
 def sample_processes(with_memory: bool = False) -> Iterator[list[Sample]]:
-    """Look at this process and its children again and again while the body runs."""
+    """Sample this process and its children at intervals while the body runs."""
     samples: list[Sample] = []
     stop = threading.Event()
 
@@ -177,7 +156,7 @@ def _take_sample(with_memory: bool) -> Sample:
         try:
             cpu_seconds += sum(process.cpu_times()[:2])
             memory += process.memory_full_info().pss if with_memory else 0
-            title = " ".join(process.cmdline()).strip()  # Ray writes what it runs into it
+            title = " ".join(process.cmdline()).strip()  # Ray writes its current task into it
         except psutil.NoSuchProcess:
             continue
         num_busy += "Predictor" in title and title.endswith(".submit")
