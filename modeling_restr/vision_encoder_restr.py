@@ -72,7 +72,7 @@ def unused_parameters(config: Any) -> frozenset[str]:
         `ValueError`: The model does not make one token per patch, in the last places, from a batch of images.
     """
     if type(config) not in MODEL_MAPPING:
-        refuse_vision_config(config, "`AutoModel` knows no model for it")
+        refuse_vision_config(config, "`AutoModel` has no model for it")
     with torch.inference_mode(False), torch.enable_grad():
         with torch.device("meta"):  # with eager attention, which every device has
             model = AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager")

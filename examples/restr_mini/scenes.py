@@ -32,7 +32,7 @@ CATEGORIES = read_json(Path(__file__).with_name("categories.json"))
 # not annotated in a photograph, nothing is said about it.
 UNMISTAKABLE = frozenset(CATEGORIES["unmistakable"])
 PARTS_SOURCES = {"clothing-co-parsing", "car-parts"}  # annotate parts and clothing of one person or car
-REGIONS_SOURCE = "labelme-facade"  # sky, road and walls as regions: two pieces of a building need not be two buildings
+REGIONS_SOURCE = "labelme-facade"  # sky, road and walls as regions: two pieces may belong to one building
 PER_IMAGE_SOURCE = "coco2017-lvis"  # its images differ in the categories that were annotated
 # How often a source's images are drawn, relative to their number.
 SOURCE_WEIGHTS = {
@@ -46,7 +46,7 @@ SOURCE_WEIGHTS = {
     "labelme-facade": 0.3,
     "car-parts": 0.15,
 }
-SEEN_SHARE = 0.65  # an instance is asked for if at least this share of its pixels is visible
+SEEN_SHARE = 0.65  # an instance gets sentences if at least this share of its pixels is visible
 CUT_SHARE = 0.04  # an instance is dropped if at most this share is visible
 HELD_OUT = 10  # every tenth image, by its id
 # Held-out photographs that the project shows. They are always part of the test.

@@ -6,7 +6,7 @@ size, colour or relation to another instance, or two of these at once ("left guy
         print(expression.text, scene.masks[expression.target].sum())
 
 By construction each sentence is true of one instance only, as far as the annotation goes. Words for people ("guy",
-"woman", "kid") tell nobody apart, because the annotation does not.
+"woman", "kid") do not tell people apart, because the annotation does not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SYNONYMS: dict[str, list[str]] = CATEGORIES["synonyms"]
 GENERAL_NAMES: dict[str, list[str]] = CATEGORIES["general_names"]  # they tell instances of several categories apart
 HELD, RIDDEN, SAT_ON = (frozenset(CATEGORIES[name]) for name in ("held", "ridden", "sat_on"))
 NO_NAMES = ("one", "one", "")  # if all instances are of one category: "left one", "far right"
-NEVER_SAID = {"skin", "accessories"}  # categories that nobody asks for by this name
+NEVER_SAID = {"skin", "accessories"}  # category names that people do not use in requests
 
 MIN_AREA_SHARE = 0.006  # of the picture, the smallest instance to ask for
 KIND_WEIGHTS = {"category": 0.2, "place": 0.36, "order": 0.14, "size": 0.08, "color": 0.12, "relation": 0.1}

@@ -212,7 +212,7 @@ class Segmenter:
         if is_installed:
             importlib.import_module("modeling_restr")  # registers the model with the Auto classes
         options: dict[str, Any] = {} if is_installed else {"trust_remote_code": True}
-        # Eager attention returns its weights. The vision encoder, which takes most of the time, need not.
+        # Eager attention returns its weights. The vision encoder takes most of the time, and its weights are not needed.
         attention = {"": "eager", "text_config": "eager", "vision_config": "sdpa"}
         model = AutoModelForImageSegmentation.from_pretrained(model_id, attn_implementation=attention, **options)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

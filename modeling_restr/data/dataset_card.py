@@ -175,7 +175,7 @@ def _size_category(num_rows: int) -> str:
 def _build_text(source: Source, splits: Mapping[str, PreparedSplit], notes: Sequence[str]) -> str:
     sections = [
         f"# {source.title}, one row per image",
-        "Referring expressions, each with the mask of its object. " + source.description,
+        "Referring expressions, each with its mask. " + source.description,
         "## Use",
         _USE.format(split=next(iter(splits))),
         "## Splits",

@@ -78,7 +78,7 @@ def load_word_vectors(path: str | Path, vocabulary: Mapping[str, int], *, seed: 
     """
     words = sorted(vocabulary.keys() - SPECIAL_TOKENS.keys(), key=vocabulary.__getitem__)
     if not words:
-        raise ValueError("Expected a vocabulary with words, got none besides the special tokens.")
+        raise ValueError("Expected a vocabulary with words, got only special tokens.")
     rows: dict[str, np.ndarray] = {}
     for word, row in _read_rows(Path(path), {word.encode() for word in words}):
         rows.setdefault(word, row)

@@ -72,7 +72,7 @@ class EndpointHandler:
         # Pillow warns above its limit and refuses images of twice that size.
         Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        # The package's own task, where it is imported, loads models with and without code.
+        # If the package is imported, its own task loads models with and without code.
         task: Any = _TASK if _TASK in PIPELINE_REGISTRY.get_supported_tasks() else "image-segmentation"
         pipe: Any = pipeline(task, model=path, revision=revision, device=device, trust_remote_code=True)
         self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer

@@ -144,7 +144,7 @@ class ReferringStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         num_workers = 1 if info is None else info.num_workers
-        # A DataLoader asks its workers in turn and starts with the first: give it the share that was due next.
+        # A DataLoader cycles through its workers from the first one on: give the first one the share that is due next.
         worker = (self.first_batch + (0 if info is None else info.id)) % num_workers
         num_done = len(range(worker, self.first_batch, num_workers))
         num_all = len(range(worker, self.num_batches, num_workers))

@@ -143,7 +143,7 @@ def find_checkpoint(output_dir: str | Path, resume_from: str | Path | None = Non
     none. Unfinished checkpoints of a killed run are removed.
 
     Args:
-        output_dir: Folder of the run. It need not exist.
+        output_dir: Folder of the run. It may not exist yet.
         resume_from: Folder of a checkpoint, of this run or another.
 
     Raises:

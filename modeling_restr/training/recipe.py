@@ -87,7 +87,7 @@ class Recipe:
         return {name: (papers[name], ours[name]) for name in papers if name in names and papers[name] != ours[name]}
 
     def describe(self) -> dict[str, Any]:
-        """Fields and values for a model card, with the paper's value where it differs."""
+        """Fields and values for a model card, with the paper's value if it differs."""
         deviations = self.deviations()
         return {
             name: f"{value} (the paper: {deviations[name][0]})" if name in deviations else value
