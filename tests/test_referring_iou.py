@@ -90,7 +90,7 @@ def add_share(cache_dir: str, process_id: int, shares: list, results) -> None:
 
 def test_processes_are_joined(tmp_path, metric):
     counts = count(make_masks(60), areas=True)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     queue = context.Queue()
     workers = [
         context.Process(target=add_share, args=(str(tmp_path), rank, [counts[:15], counts[15:]], queue))
