@@ -1,7 +1,7 @@
 """
 `restr predict`: its masks against the pipeline's, bad rows, and runs that are killed.
 
-Kills at random moments, RESTR_KILLS of them (6 by default), from the seed RESTR_KILL_SEED:
+Kills at random moments, RESTR_KILLS of them (3 by default), from the seed RESTR_KILL_SEED:
 
     RESTR_KILLS=50 RESTR_KILL_SEED=1 pytest -m slow tests/test_prediction.py -k random_moments
 
@@ -430,7 +430,7 @@ def wait_for_a_file(run, output_dir):
 @pytest.mark.slow
 def test_every_pair_is_written_once_after_kills_at_random_moments(model_dir, tmp_path):
     """Workers and drivers are killed. The next run starts at once, while processes of the old one may still end."""
-    num_kills, seed = int(os.environ.get("RESTR_KILLS", "6")), int(os.environ.get("RESTR_KILL_SEED", "0"))
+    num_kills, seed = int(os.environ.get("RESTR_KILLS", "3")), int(os.environ.get("RESTR_KILL_SEED", "0"))
     randomness, kills, trial = random.Random(seed), [], 0
     expected = write_many(tmp_path / "many", 1000)
     while len(kills) < num_kills:
