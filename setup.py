@@ -43,6 +43,7 @@ EXTRAS["test"] = [
     "peft>=0.18",
     "psutil>=5.9",
     "pytest>=8.0",
+    "pytest-xdist>=3.6",
     "pyyaml>=6.0",
     "setuptools>=77",
     "tensorboard>=2.17",

@@ -128,7 +128,7 @@ def assert_same(found, expected, tolerance):
 
 def run_stages(model_dir, data, *, text_column=None, image_dir=None, raise_errors=False, encoded=None, **options):
     """The results of a prediction, all rows in one batch. The sizes of encoded batches are appended to `encoded`."""
-    source = open_source(str(data), **options)
+    source = open_source(str(data), image_dir=image_dir, **options)
     columns = find_columns(source.schema, text_column=text_column)
     names = [columns.image, columns.text, *(name for name in columns.ids if name in source.schema.names)]
     blocks = [block for task in RowGroupDatasource(source.groups, names).get_read_tasks(1) for block in task()]
@@ -216,13 +216,15 @@ def test_a_failing_disk_is_not_reported_as_a_bad_image(model_dir, data_dir, monk
         decode(pa.Table.from_pylist([row]), AutoProcessor.from_pretrained(model_dir), columns)
 
 
-def test_own_sentences(model_dir, rows, tmp_path, expected):
+def test_own_sentences_with_a_relative_folder_of_images(model_dir, rows, tmp_path, expected, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
     lines = ["image,sentence"]
     for index, row in enumerate(row for row in rows if row["references"]):
         row["image"].save(tmp_path / f"{index}.png")
         lines += [f"{index}.png,{text}" for text in texts_of(row)]
     (tmp_path / "own.csv").write_text("\n".join([*lines, "absent.png,red thing"]))
-    found = run_stages(model_dir, tmp_path / "own.csv", sentences_path=tmp_path / "sentences.parquet")
+    options = {"image_dir": tmp_path.name, "sentences_path": tmp_path / "sentences.parquet"}
+    found = run_stages(model_dir, tmp_path / "own.csv", **options)
     wanted = [{name: result[name] for name in ("text", "score", "mask")} for result in expected]
     assert_same(found[:-1], wanted, tolerance=0.005)
     assert found[-1]["file_name"] == "absent.png" and "missing" in found[-1]["error"]

@@ -16,6 +16,8 @@ from transformers import Dinov2Config, Dinov2Model
 from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
 
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+
 WORDS = ["person", "man", "dog", "puppy", "elephant", "animal", "left", "right", "top", "bottom", "middle"]
 WORDS += ["the", "on", "in", "from", "second", "big", "small", "blue"]
 

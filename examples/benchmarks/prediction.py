@@ -54,10 +54,12 @@ def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_se
                     predict(str(model), str(data), output, **options)
                 times = sorted(path.stat().st_mtime for path in (output / "data").glob("*.parquet"))
                 times = times[num_actors - 1 :]  # each actor has finished an image
-                within = [sample for sample in samples if times[0] <= sample.when <= times[-1]]
                 rates[name].append((len(times) - 1) / (times[-1] - times[0]))
-                costs[name].append((within[-1].cpu_seconds - within[0].cpu_seconds) / (len(times) - 1))
-                busy = statistics.mean(sample.num_busy for sample in within) / num_actors
+                when, cpu_seconds = zip(*((sample.when, sample.cpu_seconds) for sample in samples))
+                first, last = np.interp([times[0], times[-1]], when, cpu_seconds)
+                costs[name].append(float(last - first) / (len(times) - 1))
+                within = [sample for sample in samples if times[0] <= sample.when <= times[-1]]
+                busy = statistics.mean(sample.num_busy for sample in within or samples) / num_actors
                 print(
                     f"{name}: {rates[name][-1]:.4f} images/s, {costs[name][-1]:.2f} CPU s, busy {busy:.1%}", flush=True
                 )
@@ -137,7 +139,7 @@ def sample_processes(with_memory: bool = False) -> Iterator[list[Sample]]:
     stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.5):
+        while not stop.wait(0.5 if with_memory else 0.1):
             samples.append(_take_sample(with_memory))
 
     thread = threading.Thread(target=watch)

@@ -60,7 +60,7 @@ def open_source(
         pq.write_table(load_sentences(data, image_dir).data.table, sentences_path, row_group_size=1000)
         splits = {"sentences": [str(sentences_path)]}
     elif "://" in data:
-        filesystem, path = fsspec.url_to_fs(data)
+        filesystem, path = fsspec.core.url_to_fs(data)
         found = [path] if path.endswith(".parquet") else sorted(filesystem.glob(f"{path.rstrip('/')}/**/*.parquet"))
         splits = {"all": [filesystem.unstrip_protocol(file) for file in found]}
     else:

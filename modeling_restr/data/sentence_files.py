@@ -116,7 +116,7 @@ def load_sentences(path: str | Path, image_dir: str | Path | None = None) -> dat
     texts: dict[str, list[str]] = {}
     for line in _read_lines(path):
         texts.setdefault(line.image, []).append(line.sentence)
-    paths = _find_files(path, texts, Path(image_dir or path.parent))
+    paths = _find_files(path, texts, Path(image_dir or path.parent).absolute())  # read by processes elsewhere, too
     columns = {
         "image": [{"bytes": None, "path": str(found)} for found in paths.values()],
         "file_name": list(texts),
