@@ -69,7 +69,7 @@ def test_contributors_are_told_the_test_commands_that_exist():
     assert "not slow" in settings["addopts"]
     linked = re.findall(r"\]\(([^)#]+)\)", GUIDE)
     assert linked and all((REPOSITORY / path).exists() for path in linked if "://" not in path)
-    for command in ("python -m pytest", "python -m pytest -n 2 -m slow"):
+    for command in ("python -m pytest -n 2", "python -m pytest -n 2 -m slow"):
         assert f"\n{command}\n" in GUIDE
 
 
