@@ -16,7 +16,7 @@ def read_constant(name: str, file: str) -> str:
 
 EXTRAS = {
     "train": [
-        "accelerate>=1.3",
+        "accelerate>=1.6",
         "datasets>=4.1",
         "evaluate>=0.4",
         "fsspec>=2023.10",
@@ -86,9 +86,9 @@ setup(
         "jinja2>=3.0",
         "numpy>=1.26",
         "packaging>=24.2",
-        "pillow>=11.3",
+        "pillow>=12.0",
         "safetensors>=0.5",
-        "tokenizers>=0.22",
+        "tokenizers>=0.23.3",
         "torch>=2.8",
         "tqdm>=4.60",
         read_constant("TRANSFORMERS", "requirements_restr.py"),

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -135,7 +136,7 @@ def test_conditions_are_recorded(model_folder, rows, results):
     assert (results["split"], results["threshold"], results["dtype"]) == ("val", 0.5, "float32")
     assert results["image_size"] == [64, 64] and results["expressions_per_batch"] == 16
     assert {"torch", "transformers", "datasets"} <= {*results["versions"]}
-    assert "pytest" in results["command"]
+    assert results["command"] == shlex.join(sys.argv)
 
 
 def test_groups_and_intervals_are_those_of_the_metric(results):
