@@ -19,11 +19,12 @@ from .measuring import create_batch, create_model, peak_memory, time_alternately
 NUM_EXPRESSIONS = 8
 
 
-def upsample_then_map(self: Any, visual_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
+def upsample_then_map(self: Any, projected_vision_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
     """Decode as the paper draws it: each expression's features are upsampled before each channel map."""
     grid = patch_logits.shape[1:]
     masked = patch_embeds * patch_logits.flatten(1)[..., None]
-    hidden_states = torch.cat([visual_embeds[image_indices], masked], dim=2).transpose(1, 2).unflatten(2, grid)
+    hidden_states = torch.cat([projected_vision_embeds[image_indices], masked], dim=2)  # (N, P, 2 * hidden)
+    hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)
     for block, layer in enumerate(self.layers):
         hidden_states = self._upsample(hidden_states, block, grid)
         hidden_states = self.activation_fn(F.conv2d(hidden_states, layer.weight[..., None, None]))
