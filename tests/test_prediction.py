@@ -5,7 +5,9 @@ Kills at random moments, RESTR_KILLS of them (3 by default), from the seed RESTR
 
     RESTR_KILLS=50 RESTR_KILL_SEED=1 pytest -m slow tests/test_prediction.py -k random_moments
 
-On 2026-11-28 (Ray 2.60.0), these 50 killed 32 drivers and 18 workers in 4 predictions of 2,500 pairs.
+RESTR_CLUSTER_IMAGES=2000 (400 by default) has two nodes share 5,000 pairs.
+
+On 2026-11-28 (Ray 2.60.0), 50 kills ended 32 drivers and 18 workers in 4 predictions of 1,000 images.
 """
 
 import json
@@ -434,7 +436,7 @@ def test_every_pair_is_written_once_after_kills_at_random_moments(model_dir, tmp
     """Workers and drivers are killed. The next run starts at once, while processes of the old one may still end."""
     num_kills, seed = int(os.environ.get("RESTR_KILLS", "3")), int(os.environ.get("RESTR_KILL_SEED", "0"))
     randomness, kills, trial = random.Random(seed), [], 0
-    expected = write_many(tmp_path / "many", 1000)
+    expected = write_many(tmp_path / "many", 500)
     while len(kills) < num_kills:
         trial += 1
         start = partial(start_command, model_dir, tmp_path / "many", tmp_path / f"out{trial}", "--num-actors", 1)
@@ -461,15 +463,15 @@ def test_every_pair_is_written_once_after_kills_at_random_moments(model_dir, tmp
 def test_a_run_on_two_nodes_survives_the_loss_of_one(model_dir, tmp_path):
     from ray.cluster_utils import Cluster
 
-    expected = write_many(tmp_path / "many", 2000)
-    assert sum(expected.values()) == 5000
+    expected = write_many(tmp_path / "many", int(os.environ.get("RESTR_CLUSTER_IMAGES", "400")))
+    half = sum(expected.values()) // 50  # files of at least 20 results
     options = {"num_cpus": 2, "object_store_memory": 200e6}
     cluster = Cluster(initialize_head=True, head_node_args=options)
     try:
         worker = cluster.add_node(**options)
         run = start_command(model_dir, tmp_path / "many", tmp_path / "out", "--address", cluster.address)
         deadline = time.monotonic() + 600
-        while len([*(tmp_path / "out" / "data").glob("*.parquet")]) < 100:
+        while len([*(tmp_path / "out" / "data").glob("*.parquet")]) < half:
             assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "out.log").read_text()[-3000:]
             time.sleep(0.2)
         cluster.remove_node(worker, allow_graceful=False)
