@@ -116,11 +116,12 @@ def _write_instances(photo: Path, results: list[dict[str, Any]], path: Path) -> 
 
     from .files import write_json
 
-    masks = (encode_mask(np.asarray(result["mask"])) for result in results)
-    found = (
-        {"row": 0, "file_name": photo.name, "text": result["label"], "score": result["score"], "mask": mask}
-        for result, mask in zip(results, masks)
-    )
+    found = []
+    for result in results:
+        mask = encode_mask(np.asarray(result["mask"]))
+        found.append(
+            {"row": 0, "file_name": photo.name, "text": result["label"], "score": result["score"], "mask": mask}
+        )
     write_json(path, build_instances(found), indent=None)
     return path
 

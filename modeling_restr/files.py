@@ -38,6 +38,19 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def record_settings(path: Path, settings: dict[str, Any], is_new: bool) -> dict[str, tuple[Any, Any]]:
+    """
+    Compare what the results in a folder depend on with the JSON file that records it, which a new folder gets first.
+
+    Returns:
+        {name: (recorded value, value now)} of each setting that differs. A value that was not recorded is None.
+    """
+    if is_new:
+        write_json(path, settings)
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: (earlier.get(name), value) for name, value in settings.items() if earlier.get(name) != value}
+
+
 @contextmanager
 def replace_files(folder: Path, essential: Iterable[str]) -> Iterator[Path]:
     """

@@ -28,7 +28,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 from .. import __version__
 from ..data.loading import load_prepared, name_rows
 from ..data.published_counts import Counts, compare_counts, published_counts
-from ..files import hash_file, hold_folder, write_json, write_text
+from ..files import hash_file, hold_folder, record_settings, write_json, write_text
 from ..metrics import ReferringIoU
 from ..options import start_processes
 from ..visualization import save_image
@@ -169,13 +169,12 @@ class Parts:
             ValueError: The folder has results of other settings.
         """
         path = self.output_dir / "settings.json"
-        if not path.exists() and not self.folder.exists():
+        is_new = not path.exists() and not self.folder.exists()
+        if is_new:
             self.folder.mkdir(parents=True)
-            write_json(path, settings)
-        earlier = json.loads(path.read_text()) if path.exists() else {}
-        different = [name for name, value in settings.items() if earlier.get(name) != value]
+        different = record_settings(path, settings, is_new)
         if different:
-            listing = "\n".join(f"  {name}: {earlier.get(name)} there, {settings[name]} now" for name in different)
+            listing = "\n".join(f"  {name}: {earlier} there, {now} now" for name, (earlier, now) in different.items())
             raise ValueError(
                 f"{self.output_dir} holds an evaluation with other settings. Choose another --output-dir, or remove"
                 f" this folder:\n{listing}"

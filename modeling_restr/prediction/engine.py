@@ -27,7 +27,7 @@ from transformers import AutoProcessor
 from ..data.coco_export import build_instances
 from ..data.parquet_rows import find_columns, open_source
 from ..evaluation.run import find_revision
-from ..files import hold_folder, replace_file, write_json
+from ..files import hold_folder, record_settings, replace_file, write_json
 from .stages import Predictor, RowGroupDatasource, decode
 
 
@@ -223,12 +223,9 @@ def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
     """Record the settings of the folder, or check that they are the same as before."""
     path, data_dir = output_dir / SETTINGS_NAME, output_dir / "data"
     data_dir.mkdir(exist_ok=True)
-    if not path.exists() and not any(data_dir.glob("*.parquet")):
-        write_json(path, settings)
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    changed = [key for key, value in settings.items() if earlier.get(key) != value]
+    changed = record_settings(path, settings, is_new=not path.exists() and not any(data_dir.glob("*.parquet")))
     if changed:
-        listing = "".join(f"\n  {key}: then {earlier.get(key)}, now {settings[key]}" for key in changed)
+        listing = "".join(f"\n  {name}: then {earlier}, now {now}" for name, (earlier, now) in changed.items())
         raise ValueError(f"Expected the settings that {output_dir} was begun with, or an empty folder, got:{listing}")
 
 
