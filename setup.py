@@ -16,7 +16,7 @@ def read_constant(name: str, file: str) -> str:
 
 EXTRAS = {
     "train": [
-        "accelerate>=1.6",
+        "accelerate>=1.13",
         "datasets>=4.1",
         "evaluate>=0.4",
         "fsspec>=2023.10",
