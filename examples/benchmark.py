@@ -1,7 +1,8 @@
 """
 Measure ReSTR:
 
-    python examples/benchmark.py                    # answers at the paper's size next to a bare ViT-B/16
+    python examples/benchmark.py --output_dir runs/speed   # one table of all that a CPU can show, in 15 minutes
+    python examples/benchmark.py --what answers     # answers at the paper's size next to a bare ViT-B/16
     python examples/benchmark.py --what training    # steps with 1, 4 and 8 sentences per image
     python examples/benchmark.py --what gpu --output_dir runs/gpu
     python examples/benchmark.py --what prediction  # restr predict compared with a loop over the pipeline
@@ -12,8 +13,10 @@ All variants run alternately in one process, so that a noisy machine slows all o
 """
 
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args
 
 
 try:
@@ -34,34 +37,33 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"The benchmark needs {error.name}: pip install {error.name}")
 
+Part = Literal["answers", "training"]  # of the table
+
 
 def benchmark(
     what: Annotated[
-        Literal["inference", "training", "gpu", "onnx", "prediction", "prediction-memory"],
+        Literal["all", Part, "gpu", "onnx", "prediction", "prediction-memory"],
         typer.Option(
-            help="Measurement: gpu is for a GPU and takes four minutes, onnx is for an exported model, prediction"
-            " compares restr predict with a loop over the pipeline."
+            help="Measurement: all is the whole table, gpu is for a GPU and takes four minutes, onnx is for an exported"
+            " model, prediction compares restr predict with a loop over the pipeline."
         ),
-    ] = "inference",
+    ] = "all",
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder of gpu.json and gpu.md, or of results.json for onnx.")
+        Path | None,
+        typer.Option(help="Folder of the table as Markdown, JSON and chart, of gpu.*, or of results.json for onnx."),
     ] = None,
     device: Device = None,
     num_threads: NumThreads = None,
     image_size: Annotated[
-        int, typer.Option(min=16, help="Side of the image in pixels.", rich_help_panel="Inference and training")
+        int, typer.Option(min=16, help="Side of the image in pixels.", rich_help_panel="Table")
     ] = 480,
-    runs: Annotated[
-        int, typer.Option(min=1, help="Runs of each variant.", rich_help_panel="Inference and training")
-    ] = 5,
-    dtypes: Annotated[
-        list[DType], typer.Option(help="Floating-point type. Repeatable.", rich_help_panel="Inference and training")
-    ] = [DType.float32, DType.bfloat16],  # noqa: B006  (only read)
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each variant.", rich_help_panel="Table")] = 5,
+    dtype: Annotated[DType, typer.Option(help="Floating-point type.", rich_help_panel="Table")] = DType.float32,
     time_limit: Annotated[
         float, typer.Option(help="Seconds in total, without the imports.", rich_help_panel="GPU")
     ] = 220,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="Try all sections with a tiny model, even on a CPU.", rich_help_panel="GPU")
+        bool, typer.Option("--tiny", help="Try the measurements with a tiny model, on any device.")
     ] = False,
     compile_backend: Annotated[
         str, typer.Option(help="Backend of torch.compile.", rich_help_panel="GPU")
@@ -111,13 +113,38 @@ def benchmark(
             from benchmarks.prediction import benchmark_memory, benchmark_throughput
 
         return benchmark_throughput(image_size, runs) if what == "prediction" else benchmark_memory()
-    from benchmarks.measuring import describe_machine
-    from benchmarks.paper_size import benchmark_inference, benchmark_training
+    parts = get_args(Part) if what == "all" else [what]
+    with needs_extra("train"):
+        measure_parts(parts, chosen, getattr(torch, dtype), image_size, runs, tiny, output_dir)
 
-    print(", ".join(f"{name} {value}" for name, value in describe_machine(chosen).items()))
-    for dtype in dtypes:
-        function = benchmark_inference if what == "inference" else benchmark_training
-        function(getattr(torch, dtype), chosen, image_size, runs)
+
+def measure_parts(
+    parts: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    image_size: int,
+    runs: int,
+    tiny: bool,
+    output_dir: Path | None,
+) -> None:
+    """Measure parts of the table, print it, and write it to a folder."""
+    from benchmarks import paper_size
+    from benchmarks.measuring import describe_machine, tiny_config
+    from benchmarks.report import format_table, write_report
+
+    from modeling_restr import ReSTRConfig, ReSTRVisionConfig
+
+    functions = {"answers": paper_size.measure_answers, "training": paper_size.measure_training}
+    config = tiny_config() if tiny else ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size))
+    facts = describe_machine(device) | {"medians of": f"{runs} alternated runs"}
+    rows = []
+    for part in parts:
+        start = time.perf_counter()
+        rows += functions[part](config, device, dtype, runs)
+        print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(format_table(rows, facts))
+    if output_dir is not None:
+        write_report(rows, facts, output_dir)
 
 
 def main() -> NoReturn:

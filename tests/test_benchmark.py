@@ -3,12 +3,14 @@
 import contextlib
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from modeling_restr import ReSTRConfig
 
@@ -127,3 +129,39 @@ def test_prediction_is_measured_next_to_a_loop(monkeypatch, capsys):
     shares = {line.partition(":")[0]: line.split()[-6:-3] for line in lines if line.endswith("of the loop")}
     assert shares.keys() == {"loop", "one actor", "two actors"}
     assert all(float(rate) > 0 and float(cost) >= 0 for rate, _, cost in shares.values())
+
+
+def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    options = ["--what", "answers", "--device", "cpu", "--tiny", "--runs", "1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "benchmark.py"), *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert not stopped.value.code
+    table = (tmp_path / "performance.md").read_text()
+    assert table in capsys.readouterr().out
+    content = json.loads((tmp_path / "performance.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    one, vit = rows["1 sentence"], rows["bare ViT"]
+    assert one["ratio"] == pytest.approx(one["value"] / vit["value"]) and one["ratio_to"] == "bare ViT"
+    assert rows["difference of the straightforward logits"]["value"] < 1e-4
+    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| 8")] == [
+        f"| {name}" for name in rows if name.startswith("8")
+    ]
+
+
+def test_a_row_shows_its_floor_and_the_chart_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from benchmarks.measuring import Row
+    from benchmarks.report import write_report
+
+    rows = [
+        Row("stages", "decoder", 0.2, floor=0.08),
+        Row("stages", "encoder", 1234.5, "MiB", ratio=0.5, ratio_to="CLIPSeg"),
+    ]
+    write_report(rows, {"torch": "2.13"}, tmp_path)
+    table = (tmp_path / "performance.md").read_text()
+    assert "| decoder | 200 ms | 80 ms | 2.50 x the floor |" in table
+    assert "| encoder | 1,234 MiB |  | 0.50 x CLIPSeg |" in table
+    with Image.open(tmp_path / "performance.png") as chart:
+        assert min(chart.size) > 100

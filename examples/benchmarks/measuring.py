@@ -8,12 +8,24 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRTextConfig, ReSTRVisionConfig
+
+
+class Row(NamedTuple):
+    """A measured value."""
+
+    section: str
+    name: str
+    value: float
+    unit: str = "s"
+    floor: float | None = None  # the least that the value can be, in the same unit
+    ratio: float | None = None  # to what `ratio_to` names; to the floor, if there is one
+    ratio_to: str = "the floor"
 
 
 def tiny_config(image_size: int = 64, **values: Any) -> ReSTRConfig:
@@ -110,6 +122,10 @@ def describe_machine(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
+
+
+def describe_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _describe_cpu() -> str:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from modeling_restr import ReSTRConfig, ReSTRForImageSegmentation, ReSTRVisionConfig
+from modeling_restr import ReSTRForImageSegmentation
 from modeling_restr.training.recipe import create_optimizer
 
-from .measuring import create_batch, create_model, peak_memory, time_alternately
+from .measuring import Row, create_batch, create_model, describe_dtype, time_alternately
 
 
 NUM_EXPRESSIONS = 8
@@ -48,11 +48,20 @@ class StraightforwardReSTR(nn.Module):
 
 
 @torch.inference_mode()
-def benchmark_inference(dtype: torch.dtype, device: torch.device, image_size: int, runs: int) -> None:
-    """Time one sentence and eight, and print how they compare with a bare ViT and with [`StraightforwardReSTR`]."""
-    config = ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size))
+def measure_answers(config: Any, device: torch.device, dtype: torch.dtype, runs: int) -> list[Row]:
+    """Time one sentence and eight, next to a bare ViT of the same size and to [`StraightforwardReSTR`]."""
     model = create_model(config, device, dtype)
-    vit = ViTModel(ViTConfig(image_size=image_size), add_pooling_layer=False).eval().to(device, dtype)
+    vision = config.vision_config
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+    )
+    vit_config = ViTConfig(**{name: getattr(vision, name) for name in names})
+    vit = ViTModel(vit_config, add_pooling_layer=False).eval().to(device, dtype)
     straightforward = StraightforwardReSTR(model)
     batch = create_batch(config, device, 1, NUM_EXPRESSIONS, dtype)
     pixels, words = batch["pixel_values"], batch["input_ids"]
@@ -62,33 +71,33 @@ def benchmark_inference(dtype: torch.dtype, device: torch.device, image_size: in
             model(pixel_values=pixels, input_ids=words[index : index + 1])
 
     variants: dict[str, Callable[[], object]] = {
-        "bare ViT-B/16 (sdpa)": lambda: vit(pixel_values=pixels),
+        "bare ViT": lambda: vit(pixel_values=pixels),
         "1 sentence": lambda: model(pixel_values=pixels, input_ids=words[:1]),
         "8 sentences, one call": lambda: model(pixel_values=pixels, input_ids=words),
         "8 sentences, 8 calls": single_calls,
         "1 sentence, straightforward": lambda: straightforward(pixels, words[:1]),
         "8 sentences, straightforward": lambda: straightforward(pixels, words),
     }
-    memory = {name: peak_memory(function, device) for name, function in list(variants.items())[:3]}
+    baselines = {
+        "1 sentence": "bare ViT",
+        "8 sentences, 8 calls": "8 sentences, one call",
+        "1 sentence, straightforward": "1 sentence",
+        "8 sentences, straightforward": "8 sentences, one call",
+    }
     medians = time_alternately(variants, device, runs)
+    section, rows = f"answers, {describe_dtype(dtype)}", []
+    for name, seconds in medians.items():
+        baseline = baselines.get(name, "")
+        ratio = seconds / medians[baseline] if baseline else None
+        rows.append(Row(section, name, seconds, ratio=ratio, ratio_to=baseline))
     logits = model(pixel_values=pixels, input_ids=words).logits
     difference = (straightforward(pixels, words) - logits).abs().max() / logits.abs().max()
-
-    print(f"\n{str(dtype).removeprefix('torch.')}: medians of {runs} alternated runs")
-    for name, value in medians.items():
-        peak = f"   peak memory {memory[name]:.2f} GiB" if name in memory else ""
-        print(f"  {name:<30} {value * 1000:9.1f} ms{peak}")
-    one, eight = medians["1 sentence"], medians["8 sentences, one call"]
-    print(f"  1 sentence / bare ViT                          {one / medians['bare ViT-B/16 (sdpa)']:.2f}")
-    print(f"  8 sentences, 8 calls / one call                {medians['8 sentences, 8 calls'] / eight:.2f}")
-    print(f"  1 sentence, straightforward / ours             {medians['1 sentence, straightforward'] / one:.2f}")
-    print(f"  8 sentences, straightforward / ours            {medians['8 sentences, straightforward'] / eight:.2f}")
-    print(f"  largest difference of the logits, relative     {difference.item():.1e}")
+    rows.append(Row(section, "difference of the straightforward logits", difference.item(), "of the largest logit"))
+    return rows
 
 
-def benchmark_training(dtype: torch.dtype, device: torch.device, image_size: int, runs: int) -> None:
+def measure_training(config: Any, device: torch.device, dtype: torch.dtype, runs: int) -> list[Row]:
     """Time forward, backward and optimizer step of the paper's recipe, with weights in float32."""
-    config = ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size))
     model = create_model(config, device).train()
     optimizer = create_optimizer(model)
 
@@ -100,10 +109,10 @@ def benchmark_training(dtype: torch.dtype, device: torch.device, image_size: int
         optimizer.zero_grad()
 
     batches = {k: create_batch(config, device, NUM_EXPRESSIONS // k, k, labels=True) for k in (1, 4, 8)}
-    variants = {f"{k} per image": partial(step, batch) for k, batch in batches.items()}
+    variants = {f"{NUM_EXPRESSIONS} pairs, {k} per image": partial(step, batch) for k, batch in batches.items()}
     medians = time_alternately(variants, device, runs)
-    print(f"\ntraining, {str(dtype).removeprefix('torch.')}: steps of {NUM_EXPRESSIONS} pairs, medians of {runs} runs")
-    for name, value in medians.items():
-        milliseconds, ratio = value * 1000, medians["1 per image"] / value
-        per_pair = milliseconds / NUM_EXPRESSIONS
-        print(f"  {name:<12} {milliseconds:9.1f} ms per step {per_pair:9.1f} ms per pair {ratio:6.2f} x")
+    first, section = next(iter(medians)), f"training step, {describe_dtype(dtype)}"
+    return [
+        Row(section, name, seconds, ratio=seconds / medians[first], ratio_to=first)
+        for name, seconds in medians.items()
+    ]
