@@ -78,7 +78,7 @@ setup(
     ],
     cmdclass={"build_py": BuildWithModelCard},
     packages=find_packages(include=["modeling_restr", "modeling_restr.*"]),
-    package_data={"modeling_restr": ["py.typed"]},
+    package_data={"modeling_restr": ["py.typed", "export/web/*"]},
     python_requires=">=3.11",
     install_requires=[
         "filelock>=3.12",

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 USE, DATA, SHARE = "Use a model", "Prepare data", "Share a model"  # the groups of commands in `restr --help`
 CARD = "Model card"
+PAGE = "Web page"
 
 app = typer.Typer(context_settings=SETTINGS, add_completion=False, rich_markup_mode="markdown")
 
@@ -359,7 +361,9 @@ def serve(
 @app.command(rich_help_panel=SHARE)
 def export(
     model: Model,
-    output_dir: OutputDir,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder to write ONNX graphs to.", rich_help_panel="Output")
+    ] = None,
     revision: Revision = None,
     int8: Annotated[
         bool,
@@ -368,12 +372,29 @@ def export(
     programs: Annotated[
         bool, typer.Option("--programs", help="Add the torch.export programs (.pt2).", rich_help_panel="Output")
     ] = False,
+    web: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write a web page to that runs the model in the browser.", rich_help_panel=PAGE),
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of photos with sentences and credits to offer.", rich_help_panel=PAGE),
+    ] = None,
+    runtime_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the npm package onnxruntime-web.",
+            show_default="a download, kept in the cache",
+            rich_help_panel=PAGE,
+        ),
+    ] = None,
 ) -> None:
     """
-    Export a model to ONNX, to run it without PyTorch and Transformers.
+    Export a model to ONNX, to run it without PyTorch and Transformers, or to a web page.
 
-    Writes two graphs, the image encoder and the sentence query, with restr_onnx.py, which runs them. The folder needs
-    NumPy, Pillow, ONNX Runtime and Tokenizers only, and may be moved anywhere.
+    --output-dir writes two graphs, the image encoder and the sentence query, with restr_onnx.py, which runs them. The
+    folder needs NumPy, Pillow, ONNX Runtime and Tokenizers only, and may be moved anywhere. --web writes a static site
+    that runs the model in the browser, so that photos stay on the user's machine.
 
     Example: restr export examples/restr_mini --output-dir restr-onnx --int8
     """
@@ -381,15 +402,29 @@ def export(
 
     from transformers import AutoModelForImageSegmentation, AutoProcessor
 
-    from .export import save_onnx
+    from .export import export_web, save_onnx
+    from .export.web import read_examples
 
+    if not output_dir and not web:
+        raise typer.BadParameter("Expected --output-dir FOLDER for ONNX graphs, --web FOLDER for a page, or both.")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision, which nothing here uses
     restr_model = AutoModelForImageSegmentation.from_pretrained(model, revision=revision)
     processor = AutoProcessor.from_pretrained(model, revision=revision)
-    folder = save_onnx(restr_model, processor, output_dir, int8=int8, programs=programs)
+    if output_dir:
+        _list_files(save_onnx(restr_model, processor, output_dir, int8=int8, programs=programs))
+    if web:
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        shown = read_examples(examples) if examples else []
+        folder = export_web(restr_model, processor, web, name=name, examples=shown, runtime_dir=runtime_dir)
+        _list_files(folder)
+        print(f"Show the page: python -m http.server --directory {shlex.quote(str(web))}")
+
+
+def _list_files(folder: Path) -> None:
     print(f"Wrote {folder}:")
-    for path in sorted(folder.iterdir()):
-        print(f"  {path.stat().st_size / 1e6:8.1f} MB  {path.name}")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"  {path.stat().st_size / 1e6:8.1f} MB  {path.relative_to(folder)}")
 
 
 @app.command(rich_help_panel=SHARE)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -55,7 +56,7 @@ def record_settings(path: Path, settings: dict[str, Any], is_new: bool) -> dict[
 def replace_files(folder: Path, essential: Iterable[str]) -> Iterator[Path]:
     """
     Yield a temporary folder. The files that are written there are moved to `folder` unless the body raises. Other files
-    of an existing folder are kept.
+    of an existing folder are kept. A subfolder that is written replaces one with the same name.
 
     Args:
         folder: Where to move the files; parent folders are created as needed.
@@ -80,7 +81,10 @@ def replace_files(folder: Path, essential: Iterable[str]) -> Iterator[Path]:
             path.unlink()
         last = find_files(staging, essential)
         for path in (*sorted(set(staging.iterdir()) - set(last)), *last):
-            os.replace(path, folder / path.name)
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
 
 
 def find_files(folder: Path, patterns: Iterable[str]) -> list[Path]:

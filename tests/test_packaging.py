@@ -123,6 +123,7 @@ def test_the_archives_hold_the_package_and_nothing_else(built):
         licences = [name for name in archive.namelist() if name.endswith("LICENSE")]
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "modeling_restr").rglob("*.py")}
     code |= {"modeling_restr/py.typed"}
+    code |= {str(path.relative_to(ROOT)) for path in (ROOT / "modeling_restr" / "export" / "web").iterdir()}
     assert installed == code | {"modeling_restr/hub/model_card.md"} and len(licences) == 1
     folders = {str(Path(path).parent) for path in code} | {"", "."}
     assert packed - folders == code | set(PACKAGE_FILES) | {"PKG-INFO", "setup.cfg"}

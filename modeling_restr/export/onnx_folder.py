@@ -58,11 +58,9 @@ def save_onnx(
     folder = Path(folder).absolute()
     if (folder / "config.json").exists():  # the export would overwrite its tokenizer.json
         raise ValueError(f"Expected a folder without a model in it, got {folder}. Export to another folder.")
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f'The export needs {", ".join(missing)}: pip install "modeling-restr[onnx]"')
+    check_packages()
     check_pair(model, processor)
-    settings = _image_settings(processor)
+    settings = image_settings(processor)
     with replace_files(folder, essential=GRAPH_PATTERNS) as staging:
         for name in GRAPHS:
             save_graph(model, name, staging, int8=int8, program=programs)
@@ -70,6 +68,16 @@ def save_onnx(
         _padding_tokenizer(processor.tokenizer).save(os.fspath(staging / "tokenizer.json"))
         shutil.copyfile(RUNNER, staging / RUNNER.name)
     return folder
+
+
+def check_packages() -> None:
+    """
+    Raises:
+        `ImportError`: A package of the extra `onnx` is missing.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'The export needs {", ".join(missing)}: pip install "modeling-restr[onnx]"')
 
 
 def save_graph(
@@ -102,8 +110,8 @@ def quantize(path: Path, output: Path) -> None:
     )
 
 
-def _image_settings(processor: ReSTRProcessor) -> dict[str, Any]:
-    """The settings of the image processor that `restr_onnx.py` needs."""
+def image_settings(processor: ReSTRProcessor) -> dict[str, Any]:
+    """The settings of the image processor that are needed to prepare images."""
     image_processor: Any = processor.image_processor
     steps = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
     skipped = [step for step in steps if not getattr(image_processor, step)]
