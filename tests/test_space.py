@@ -522,8 +522,8 @@ def test_page_shows_masks_after_an_upload_and_follows_the_slider(url, browser, s
 def test_masks_are_downloaded_as_they_are_shown(url, browser, pipe, downloads):
     page = Page(browser, url, 1280)
     page.find(".gallery-item")[1].click()  # an example
-    photo, text = list(app.EXAMPLES.items())[1]
-    (shown,) = describe(pipe, PHOTOS / photo, [text], 0.5)
+    photo, text = app.list_examples()[1]
+    (shown,) = describe(pipe, photo, [text], 0.5)
     page.wait(lambda: shown in page.text, shown)
     next(button for button in page.find("button") if button.text == "Download the masks").click()
     page.wait(lambda: (downloads / "masks.zip").is_file(), "the download")

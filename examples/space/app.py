@@ -13,6 +13,7 @@ import hashlib
 import html
 import importlib.util
 import io
+import json
 import os
 import re
 import unicodedata
@@ -37,11 +38,7 @@ from transformers import AutoModelForImageSegmentation, AutoProcessor
 HERE = Path(__file__).resolve().parent
 SHIPPED_CHECKPOINT = HERE.parent / "restr_mini"  # in a clone; otherwise the first of `models` in README.md
 PHOTOS = HERE / "photos" if (HERE / "photos").is_dir() else HERE.parent / "photos"
-EXAMPLES = {
-    "held_out/000000173350.jpg": "the upper dog\nthe lower dog",
-    "held_out/000000551780.jpg": "the white clock",
-    "held_out/000000000370.jpg": "the kid\nthe broccoli on the right",
-}
+EXAMPLES = PHOTOS / "examples.json"  # also of `restr export --web`
 
 # One colour per sentence, as in `modeling_restr.visualization`, which a Space may lack.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#0072b2")
@@ -466,8 +463,9 @@ def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **
 
 
 def list_examples() -> list[list[str]]:
-    """[path, sentences] of the example photos that exist."""
-    return [[str(PHOTOS / name), text] for name, text in EXAMPLES.items() if (PHOTOS / name).is_file()]
+    """[path, sentences] of the example photos, if there are any."""
+    entries = json.loads(EXAMPLES.read_text(encoding="utf-8")) if EXAMPLES.is_file() else []
+    return [[str(PHOTOS / entry["photo"]), "\n".join(entry["texts"])] for entry in entries]
 
 
 def add_vocabulary(segmenter: Segmenter) -> None:

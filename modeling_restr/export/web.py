@@ -1,22 +1,23 @@
 """Write a static site that runs a ReSTR model in the browser. No server runs it, and photos stay on the user's machine."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import SpaceCardData
 
-from ..files import replace_files, write_json, write_text
+from ..files import hash_file, replace_files, write_json, write_text
 from ..hub.bundle import check_pair
 from ..hub.model_card import Example
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from ..tokenization_restr import build_tokenizer
 from ..vision_encoder_restr import as_pair
-from ..visualization import COLORS
+from ..visualization import COLORS, OPACITY
 from . import web_runtime
 from .graphs import GRAPHS
 from .onnx_folder import check_packages, image_settings, save_graph
@@ -92,6 +93,7 @@ def export_web(
         "tokenizer": _describe_tokenizer(processor.tokenizer),
         "threshold": THRESHOLD,
         "colors": ["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS],
+        "opacity": OPACITY,
     }
     with replace_files(folder, essential=[SETTINGS]) as staging:
         web_runtime.copy_runtime(staging / "runtime", runtime_dir)
@@ -104,11 +106,9 @@ def export_web(
         processor.tokenizer.backend_tokenizer.save(os.fspath(staging / "tokenizer.json"))
         settings["examples"] = _copy_examples(examples, staging / "examples")
         write_text(staging / "README.md", _make_readme(name))
-        settings["files"] = {
-            path.relative_to(staging).as_posix(): path.stat().st_size
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        }
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        settings["files"] = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
+        settings["version"] = _hash_files(path for path in files if path.suffix in (".onnx", ".wasm"))
         write_json(staging / SETTINGS, settings)
     return folder
 
@@ -181,6 +181,11 @@ def _copy_examples(examples: Sequence[Example], folder: Path) -> list[dict[str, 
         shutil.copyfile(example.photo, folder / name)
         entries.append({"file": f"{folder.name}/{name}", "texts": list(example.texts), "credit": example.credit})
     return entries
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    """A part of the large files' addresses, so that browsers keep them until they change."""
+    return hashlib.sha256("".join(map(hash_file, paths)).encode()).hexdigest()[:16]
 
 
 def _make_readme(name: str) -> str:

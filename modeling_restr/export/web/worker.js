@@ -18,6 +18,7 @@ import { Tokenizer } from "./tokenizer.js";
 
 const MAX_PIXELS = 100e6;
 const MAX_THREADS = 8;
+const GRAPHS = ["image_encoder.onnx", "sentence_query.onnx"];
 // The builds of onnxruntime-web. Browsers without JSPI need a larger one for WebGPU.
 const BUILDS = {
   wasm: ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.wasm"],
@@ -32,14 +33,16 @@ class UserError extends Error {}
 class Model {
   image = null;
 
-  static async load(backend) {
+  static async load(requestedBackend) {
     const model = new Model();
     model.settings = await (await fetchFile("settings.json")).json();
     const tokenizerJson = await (await fetchFile("tokenizer.json")).json();
     model.tokenizer = new Tokenizer(tokenizerJson, model.settings.tokenizer);
+    const backend = requestedBackend ?? (await chooseBackend());
+    for (const file of [...GRAPHS, getRuntime(backend).binary]) reportProgress(file, 0, model.settings);
     const graphs = [];
-    for (const name of ["image_encoder.onnx", "sentence_query.onnx"]) graphs.push(await download(name, model.settings));
-    if ((backend ?? (await chooseBackend())) === "webgpu") {
+    for (const name of GRAPHS) graphs.push(await download(name, model.settings));
+    if (backend === "webgpu") {
       try {
         await model.#start("webgpu", graphs);
         await model.#checkNumbers();
@@ -53,11 +56,10 @@ class Model {
   }
 
   async #start(backend, graphs) {
-    const build = backend === "wasm" ? "wasm" : "Suspending" in WebAssembly ? "jspi" : "asyncify";
-    const [module, binary] = BUILDS[build];
-    const ort = await import(`./runtime/${module}`);
+    const { module, binary } = getRuntime(backend);
+    const ort = await import(`./${module}`);
     ort.env.wasm.wasmPaths = new URL("runtime/", import.meta.url).href;
-    ort.env.wasm.wasmBinary = (await download(`runtime/${binary}`, this.settings)).buffer;
+    ort.env.wasm.wasmBinary = (await download(binary, this.settings)).buffer;
     ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MAX_THREADS) : 1;
     const options = { executionProviders: [backend] };
     [this.encoder, this.query] = [];
@@ -118,6 +120,13 @@ class Model {
   }
 }
 
+/** The files of onnxruntime-web that run a backend. */
+function getRuntime(backend) {
+  const build = backend === "wasm" ? "wasm" : "Suspending" in WebAssembly ? "jspi" : "asyncify";
+  const [module, binary] = BUILDS[build].map((file) => `runtime/${file}`);
+  return { module, binary };
+}
+
 /** WebGPU where a real GPU offers it. */
 async function chooseBackend() {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
@@ -140,10 +149,11 @@ async function readImage(blob) {
   return image;
 }
 
-async function fetchFile(path) {
+async function fetchFile(path, version) {
+  const query = version ? `?v=${version}` : ""; // browsers may keep files with a version
   let response;
   try {
-    response = await fetch(new URL(path, import.meta.url));
+    response = await fetch(new URL(`${path}${query}`, import.meta.url));
   } catch (error) {
     throw new UserError(`${path} could not be downloaded. Check the connection and reload the page.`, { cause: error });
   }
@@ -154,7 +164,7 @@ async function fetchFile(path) {
 /** Download one of the large files, which settings.json lists with its size, and report the progress. */
 async function download(path, settings) {
   const total = settings.files[path];
-  const reader = (await fetchFile(path)).body.getReader();
+  const reader = (await fetchFile(path, settings.version)).body.getReader();
   const bytes = new Uint8Array(total);
   let loaded = 0;
   for (;;) {
@@ -163,10 +173,14 @@ async function download(path, settings) {
     if (loaded + value.length > total) break;
     bytes.set(value, loaded);
     loaded += value.length;
-    self.postMessage({ type: "progress", file: path, loaded, total });
+    reportProgress(path, loaded, settings);
   }
   if (loaded !== total) throw new UserError(`${path} did not arrive whole. Reload the page.`);
   return bytes;
+}
+
+function reportProgress(file, loaded, settings) {
+  self.postMessage({ type: "progress", file, loaded, total: settings.files[file] });
 }
 
 let model;
