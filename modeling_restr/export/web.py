@@ -21,6 +21,7 @@ from ..visualization import COLORS, OPACITY
 from . import web_runtime
 from .graphs import GRAPHS
 from .onnx_folder import check_packages, image_settings, save_graph
+from .weights import store_int8_weights
 
 
 SITE = Path(__file__).with_name("web")
@@ -100,9 +101,9 @@ def export_web(
         for path in sorted(SITE.iterdir()):
             shutil.copyfile(path, staging / path.name)
         for graph in GRAPHS:
-            save_graph(model, graph, staging, int8=int8)
+            save_graph(model, graph, staging)
             if int8:
-                os.replace(staging / f"{graph}_int8.onnx", staging / f"{graph}.onnx")
+                store_int8_weights(staging / f"{graph}.onnx")
         processor.tokenizer.backend_tokenizer.save(os.fspath(staging / "tokenizer.json"))
         settings["examples"] = _copy_examples(examples, staging / "examples")
         write_text(staging / "README.md", _make_readme(name))
