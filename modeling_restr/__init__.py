@@ -14,7 +14,7 @@ from .modeling_restr import (
     ReSTRTextModel,
     ReSTRVisionModel,
 )
-from .pipeline_restr import ReSTRPipeline
+from .pipeline_restr import EncodedImage, ReSTRPipeline
 from .processing_restr import ReSTRProcessor
 from .registration import register
 from .tokenization_restr import build_tokenizer
@@ -25,6 +25,7 @@ __version__ = "0.2.0"
 register()
 
 __all__ = [
+    "EncodedImage",
     "ReSTRConfig",
     "ReSTRForImageSegmentation",
     "ReSTRImageProcessor",

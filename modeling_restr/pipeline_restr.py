@@ -4,11 +4,14 @@ from .requirements_restr import TRANSFORMERS  # noqa: F401  (first: checks the v
 
 
 # isort: split
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -18,6 +21,7 @@ from transformers.utils import logging
 
 from .configuration_restr import MODEL_TAGS
 from .image_reading_restr import UnreadableImageError, is_image_file
+from .vision_encoder_restr import as_pair
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +34,18 @@ _PARAMETERS = ("text", "threshold", "show_progress")
 _PROGRESS_FROM = 20
 # Sentences that are decoded at a time. Each takes 0.13 GB at 480 x 480 pixels in float32.
 _SENTENCES_AT_A_TIME = 32
+# Weights per parameter that tell one image encoder from another. Training changes nearly every weight.
+_HASHED_WEIGHTS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image as [`ReSTRPipeline.encode_image`] returns it. A call takes it in place of the image."""
+
+    vision_embeds: np.ndarray  # float32 (h, w, vision_hidden_size), the features of the patches
+    size: tuple[int, int]  # (height, width) of the image in pixels
+    input_size: tuple[int, int]  # (height, width) of the model's input in pixels
+    encoder: str  # hash of the image encoder
 
 
 class ReSTRPipeline(Pipeline):
@@ -47,9 +63,11 @@ class ReSTRPipeline(Pipeline):
     [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>,
       'unknown_words': [], 'truncated': False}]
     >>> results = pipe([{"image": "photo.jpg", "text": ["the dog", "the ball"]}, ...], batch_size=8)
+    >>> encoded = pipe.encode_image("photo.jpg")  # once
+    >>> pipe(encoded, text="the ball"), pipe(encoded, text="the cat")  # as often as you like
     ```
 
-    The image is encoded once, however many sentences are about it. `batch_size` counts images. A bundle or repository
+    A call encodes an image once, however many sentences are about it. `batch_size` counts images. A bundle or repository
     with code works without the package: `pipeline("image-segmentation", model="path/or/id", trust_remote_code=True)`.
 
     Raises:
@@ -76,9 +94,9 @@ class ReSTRPipeline(Pipeline):
     ) -> Any:
         """
         Args:
-            image: An image (PIL image, NumPy array, tensor, path, URL, data URI, bytes or open file) with `text`, a
-                dict `{"image": ..., "text": ...}`, or a list, generator or dataset of such dicts or of images that
-                all get the same `text`.
+            image: An image (PIL image, NumPy array, tensor, path, URL, data URI, bytes, open file or
+                [`EncodedImage`]) with `text`, a dict `{"image": ..., "text": ...}`, or a list, generator or dataset
+                of such dicts or of images that all get the same `text`.
             text: A sentence, or a list of sentences about one image.
             threshold (`float`, defaults to 0.5): Probability above which a pixel belongs to the mask.
             batch_size (`int`, defaults to 1): Number of images that the model encodes at a time.
@@ -96,7 +114,8 @@ class ReSTRPipeline(Pipeline):
         Raises:
             UnreadableImageError: (a ValueError) An image cannot be read. The message gives its path or its place in
                 the list.
-            ValueError: Images or sentences have another form, sentences have no words, or parameters are unknown.
+            ValueError: Images or sentences have another form, sentences have no words, parameters are unknown, or an
+                image was encoded by another model or at another size.
         """
         if text is not None:
             kwargs["text"] = text
@@ -114,6 +133,27 @@ class ReSTRPipeline(Pipeline):
             rows = image if isinstance(image, Dataset) else Subset(image, range(len(image)))
             return super().__call__(rows, **kwargs)
         return super().__call__([image], **kwargs)[0]
+
+    def encode_image(self, image: Any) -> EncodedImage:
+        """
+        Encode an image, to ask about it in several calls. The result may be pickled and used in other processes.
+
+        Args:
+            image: An image in any other form that a call takes.
+
+        Raises:
+            UnreadableImageError: (a ValueError) The image cannot be read.
+        """
+        processor: Any = self.processor
+        inputs = processor(images=[image], return_tensors="pt")
+        with self.device_placement(), torch.inference_mode():
+            features = self._encode_images([inputs["pixel_values"].to(self.device)])
+        return EncodedImage(
+            vision_embeds=features[0].float().numpy(force=True),
+            size=tuple(inputs["original_sizes"][0].tolist()),
+            input_size=tuple(inputs["pixel_values"].shape[2:]),
+            encoder=_hash_encoder(self.model),
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model, processor and code, so that the folder loads with and without this package."""
@@ -137,14 +177,39 @@ class ReSTRPipeline(Pipeline):
         return preprocess, forward, postprocess
 
     def preprocess(  # type: ignore[override]
-        self, input_: Any, text: str | list[str] | None = None
+        self, input_: Any, text: str | list[str] | None = None, encoder: str | None = None
     ) -> dict[str, Any]:
+        """Prepare one image and its sentences. `encoder` is the hash that encoded images must have."""
         processor: Any = self.processor
         image, text = _split_input(input_, text)
         sentences = [text] if isinstance(text, str) else text
-        inputs = processor(images=[image], text=[sentences], return_tensors="pt")
+        if _is_encoded(image):
+            self._check_encoded_image(image, encoder)
+            inputs = processor(text=[sentences], return_tensors="pt")
+            inputs["original_sizes"] = torch.tensor([image.size])
+        else:
+            inputs = processor(images=[image], text=[sentences], return_tensors="pt")
+            image = inputs.pop("pixel_values")  # (1, 3, height, width)
         self._check_word_ids(inputs["input_ids"])
-        return {**inputs, "text": list(sentences), "lost_words": processor.find_lost_words(sentences)}
+        lost_words = processor.find_lost_words(sentences)
+        return {**inputs, "images": [image], "text": list(sentences), "lost_words": lost_words}
+
+    def _check_encoded_image(self, image: Any, encoder: str | None) -> None:
+        if image.encoder != (encoder or _hash_encoder(self.model)):
+            raise ValueError(
+                "Expected an image that this pipeline's image encoder encoded, got one of another encoder, or of this"
+                " one with other weights. Encode it again with this pipeline's `encode_image`."
+            )
+        if image.input_size != self._get_input_size():
+            raise ValueError(
+                f"Expected an image encoded at (height, width) {self._get_input_size()}, got one at"
+                f" {image.input_size}. Encode it again with this pipeline's `encode_image`."
+            )
+
+    def _get_input_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the model's input."""
+        config: Any = self.model.config
+        return as_pair(config.vision_config.image_size)
 
     def _check_word_ids(self, input_ids: torch.Tensor) -> None:
         config: Any = self.model.config
@@ -165,6 +230,7 @@ class ReSTRPipeline(Pipeline):
         postprocess_params: dict,
     ) -> Iterator[list[dict[str, Any]]]:
         """Yield the results of each image. transformers' own batches would need one sentence per image."""
+        preprocess_params = {**preprocess_params, "encoder": _hash_encoder(self.model)}
         total = len(inputs) if isinstance(inputs, Sized) else None
         show_progress = postprocess_params.pop("show_progress", None)
         if show_progress is None:
@@ -207,14 +273,24 @@ class ReSTRPipeline(Pipeline):
 
     def _forward(self, input_tensors: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         model: Any = self.model
-        pixel_values = input_tensors["pixel_values"].to(model.dtype)
         names = ("input_ids", "attention_mask", "image_indices")
         chunks = zip(*(input_tensors[name].split(_SENTENCES_AT_A_TIME) for name in names))
-        features = model.get_image_features(pixel_values)  # once, for all chunks
+        features = self._encode_images(input_tensors["images"])  # once, for all chunks
         logits = [model(vision_embeds=features, **dict(zip(names, chunk))).logits for chunk in chunks]
         kept = ("image_indices", "original_sizes", "text", "lost_words")
-        size = tuple(pixel_values.shape[2:])
-        return {"logits": torch.cat(logits), "size": size, **{name: input_tensors[name] for name in kept}}
+        return {"logits": torch.cat(logits), **{name: input_tensors[name] for name in kept}}
+
+    def _encode_images(self, images: Sequence[torch.Tensor | EncodedImage]) -> torch.Tensor:
+        """Encode the images (1, 3, height, width) that are not yet encoded, in one batch. Returns (B, h, w, hidden)."""
+        model: Any = self.model
+        pixel_values = [image for image in images if isinstance(image, torch.Tensor)]
+        new: Iterator[torch.Tensor] = iter(())
+        if pixel_values:
+            new = iter(model.get_image_features(torch.cat(pixel_values).to(model.dtype)).pooler_output)
+        features = [
+            next(new) if isinstance(image, torch.Tensor) else torch.from_numpy(image.vision_embeds) for image in images
+        ]
+        return torch.stack([feature.to(self.device, model.dtype) for feature in features])
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], threshold: float = 0.5
@@ -231,7 +307,7 @@ class ReSTRPipeline(Pipeline):
         processor: Any = self.processor
         logits = model_outputs["logits"][number : number + 1].to(self.device)  # where resizing is fast
         (result,) = processor.post_process_referring_segmentation(
-            SimpleNamespace(logits=logits), [size], threshold, return_probabilities=False, size=model_outputs["size"]
+            SimpleNamespace(logits=logits), [size], threshold, return_probabilities=False, size=self._get_input_size()
         )
         mask = Image.fromarray(result["mask"].to(torch.uint8).mul_(255).cpu().numpy())
         lost = model_outputs["lost_words"][number]
@@ -242,6 +318,19 @@ class ReSTRPipeline(Pipeline):
             "unknown_words": lost["unknown_words"],
             "truncated": bool(lost["cut_words"]),
         }
+
+
+def _hash_encoder(model: Any) -> str:
+    """Hash the first weights of each parameter of the image encoder. Parameters that are offloaded are left out."""
+    weights = [weight for name, weight in model.named_parameters() if "vision_model." in name and not weight.is_meta]
+    first = [weight.detach().flatten()[:_HASHED_WEIGHTS].to(model.device) for weight in weights]
+    sample = torch.cat(first).float() if first else torch.empty(0)
+    return hashlib.sha256(sample.numpy(force=True).tobytes()).hexdigest()
+
+
+def _is_encoded(value: Any) -> bool:
+    """By name, because the class may be this package's, a repository's or the exported model's."""
+    return type(value).__name__ == EncodedImage.__name__
 
 
 def _is_dataset(value: Any) -> bool:
@@ -294,4 +383,4 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-__all__ = ["TASK", "ReSTRPipeline"]
+__all__ = ["TASK", "EncodedImage", "ReSTRPipeline"]

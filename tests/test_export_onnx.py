@@ -3,11 +3,13 @@
 import base64
 import copy
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import fields
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from modeling_restr.data.canonical import decode_mask
 from modeling_restr.data.dataset_card import Source
 from modeling_restr.data.loading import load_prepared
 from modeling_restr.data.preparation import prepare
+from modeling_restr.files import write_json
 from modeling_restr.pipeline_restr import ReSTRPipeline
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
@@ -303,16 +306,36 @@ def test_many_sentences_are_asked_in_parts(runner, images):
     assert_agree(results[1], runner(images[1], text=SENTENCES))
 
 
-def test_encoded_images_are_not_encoded_again(runner, images, monkeypatch):
-    encoded = runner.encode_images(images)
-    assert all(isinstance(item, EncodedImage) for item in encoded)
-    expected = runner(images[0], text=SENTENCES)
+def test_encoded_images_are_not_encoded_again(runner, pipe, images, monkeypatch):
+    encoded = [runner.encode_image(image) for image in images]
+    same = pipe.encode_image(images[0])
+    assert [field.name for field in fields(EncodedImage)] == [field.name for field in fields(same)]
+    assert (encoded[0].size, encoded[0].input_size) == (same.size, same.input_size)
+    np.testing.assert_allclose(encoded[0].vision_embeds, same.vision_embeds, rtol=0, atol=1e-5)
+    expected = [runner(image, text=SENTENCES) for image in images]
+    mixed = [{"image": image, "text": SENTENCES} for image in (encoded[0], images[1], encoded[2])]
+    for result, other in zip(runner(mixed, batch_size=2), expected, strict=True):
+        assert_agree(result, other)
     monkeypatch.setattr(runner, "image_encoder", None)
-    for _ in range(2):
-        assert_agree(runner(encoded[0], text=SENTENCES), expected)
-    results = runner(encoded, text=SENTENCES[1], batch_size=3)
-    assert_agree(results[0], expected[1:2])
-    assert results[1][0]["mask"].size == images[1].size
+    for image in (encoded[0], pickle.loads(pickle.dumps(encoded[0]))):
+        assert_agree(runner(image, text=SENTENCES), expected[0])
+        assert_agree(runner({"image": image, "text": SENTENCES}), expected[0])
+    for result, other in zip(runner(encoded, text=SENTENCES[1], batch_size=3), expected, strict=True):
+        assert_agree(result, other[1:2])
+
+
+def test_images_that_others_encoded_are_refused(runner, folder, pipe, images, tmp_path):
+    for other in (pipe, ReSTROnnxPipeline(folder, "int8")):
+        with pytest.raises(ValueError, match=r"Item 1: Expected an image that this pipeline's .* another encoder"):
+            runner([images[0], other.encode_image(images[0])], text="a ball")
+    with pytest.raises(ValueError, match="Expected an image that this pipeline's"):
+        pipe(runner.encode_image(images[0]), text="a ball")
+    larger = shutil.copytree(folder, tmp_path / "larger")
+    settings = json.loads((larger / "restr_onnx.json").read_text())
+    side = 2 * PATCH_SIZE + settings["size"]["height"]
+    write_json(larger / "restr_onnx.json", settings | {"size": {"height": side, "width": side}})
+    with pytest.raises(ValueError, match=rf"encoded at \(height, width\) \({IMAGE_SIZE}, .*got one at \({side}, "):
+        runner(ReSTROnnxPipeline(larger).encode_image(images[0]), text="a ball")
 
 
 def png_of_16_bits(values, transparent):
@@ -436,9 +459,10 @@ def test_runner_names_images_that_cannot_be_read(runner, tmp_path, monkeypatch):
             runner(tmp_path / name, text="a ball")
     with pytest.raises(UnreadableImageError, match=r"^The image cannot be read: .*truncated"):
         runner(content, text="a ball")
-    for ask in (lambda images: runner(images, text="a ball", num_workers=2), runner.encode_images):
-        with pytest.raises(UnreadableImageError, match=r"^Item 1: The image cannot be read: .*truncated"):
-            ask([PHOTO, content])
+    with pytest.raises(UnreadableImageError, match=r"^The image cannot be read: .*truncated"):
+        runner.encode_image(content)
+    with pytest.raises(UnreadableImageError, match=r"^Item 1: The image cannot be read: .*truncated"):
+        runner([PHOTO, content], text="a ball", num_workers=2)
 
 
 @pytest.mark.parametrize("drop", [False, True])

@@ -226,11 +226,29 @@ def test_thirty_two_simultaneous_requests(url, handler, pipe, monkeypatch):
             busy.release()
 
     monkeypatch.setattr(handler, "pipe", ask_model)
+    ask_model.encode_image = model.encode_image
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(32)))
     assert [status for status, _ in answers] == [200] * 32
     for (_, results), image, text in zip(answers, images, texts, strict=True):
         assert_same(results, pipe(image, text=text))
+
+
+def test_latest_images_are_neither_decoded_nor_encoded_again(handler, pipe, monkeypatch):
+    monkeypatch.setattr(handler, "max_cached_images", 2)
+    handler._encoded_images.clear()
+    encoded, encode_image = [], handler.pipe.encode_image
+    monkeypatch.setattr(handler.pipe, "encode_image", lambda image: encoded.append(image) or encode_image(image))
+    images = [make_image(seed) for seed in range(3)]
+    for number, num_encoded in ((0, 1), (0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+        results = handler(make_request(images[number], text=TEXTS))
+        assert_same(results, pipe(images[number], text=TEXTS))
+        assert len(encoded) == num_encoded and len(handler._encoded_images) <= 2
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda number: handler(make_request(images[number % 3])), range(24)))
+    for number, results in enumerate(answers):
+        assert_same(results, pipe(images[number % 3], text=TEXTS[0]))
+    assert len(handler._encoded_images) == 2
 
 
 def test_inference_client_reads_the_answers(url, pipe, tmp_path):

@@ -1,6 +1,8 @@
 import base64
 import copy
+import dataclasses
 import io
+import pickle
 
 import datasets
 import numpy as np
@@ -20,7 +22,7 @@ from modeling_restr import (
     build_tokenizer,
     pipeline_restr,
 )
-from modeling_restr.pipeline_restr import ReSTRPipeline
+from modeling_restr.pipeline_restr import EncodedImage, ReSTRPipeline
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
 
@@ -125,6 +127,52 @@ def test_batches_keep_images_and_their_sentences_together(pipe, images, seen):
         for result, single in zip(results, singles):
             assert all(agree(*pair) for pair in zip(result, single))
         seen.clear()
+
+
+def test_an_encoded_image_is_asked_about_as_often_as_one_likes(pipe, images, seen):
+    encoded = pipe.encode_image(images[0])
+    assert isinstance(encoded, EncodedImage) and seen == [(1, 3, 64, 64)]
+    assert (encoded.size, encoded.input_size) == ((50, 90), (64, 64))
+    features = pipe.model.get_image_features(pipe.processor(images=images[0], return_tensors="pt")["pixel_values"])
+    np.testing.assert_array_equal(encoded.vision_embeds, features.pooler_output[0].detach().numpy())
+    expected = pipe(images[0], text=SENTENCES)
+    seen.clear()
+    copied = pickle.loads(pickle.dumps(encoded))
+    item, other = {"image": encoded, "text": SENTENCES}, {"image": copied, "text": SENTENCES}
+    calls = [pipe(encoded, text=SENTENCES), pipe(item), *pipe(iter([item])), *pipe([item, other], num_workers=1)]
+    calls.append([result for sentence in SENTENCES for result in pipe(copied, text=sentence)])
+    assert seen == []
+    for results in calls:
+        assert all(agree(*pair) for pair in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_encoded_and_other_images_share_batches(pipe, images, seen, batch_size):
+    texts = [SENTENCES[0], SENTENCES[:3], SENTENCES[1:3]]
+    expected = [pipe(image, text=text) for image, text in zip(images, texts)]
+    mixed = [images[0], pipe.encode_image(images[1]), images[2]]
+    seen.clear()
+    results = pipe([{"image": image, "text": text} for image, text in zip(mixed, texts)], batch_size=batch_size)
+    assert sum(shape[0] for shape in seen) == 2
+    for result, other in zip(results, expected, strict=True):
+        assert all(agree(*pair) for pair in zip(result, other, strict=True))
+
+
+def test_images_that_another_model_encoded_are_refused(pipe, images):
+    encoded = pipe.encode_image(images[0])
+    expected = pipe(images[0], text="the man")
+    same = ReSTRPipeline(model=copy.deepcopy(pipe.model), processor=pipe.processor, device="cpu")
+    assert agree(same(encoded, text="the man")[0], expected[0], share=1)
+    torch.nn.init.ones_(same.model.pixel_decoder.head.weight)  # not of the image encoder
+    same(encoded, text="the man")
+    with torch.no_grad():
+        same.model.model.vision_model.layer_norm.bias.add_(0.1)
+    for image, error in ((encoded, "^Expected"), ([images[0], encoded], "^Item 1: Expected")):
+        with pytest.raises(ValueError, match=f"{error} an image that this pipeline's .*, or of this one with other"):
+            same(image, text="the man")
+    moved = dataclasses.replace(encoded, input_size=(96, 96))
+    with pytest.raises(ValueError, match=r"\(height, width\) \(64, 64\), got one at \(96, 96\)"):
+        pipe(moved, text="the man")
 
 
 def test_kinds_of_images(pipe, images, tmp_path):

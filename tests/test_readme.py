@@ -14,11 +14,12 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.numerics
-def test_first_snippet_prints_the_output_shown():
+def test_first_snippet_prints_the_output_shown_and_the_second_the_same_scores():
     index = next(number for number, (language, _) in enumerate(BLOCKS) if language == "python")
-    language, printed = BLOCKS[index + 1]
-    assert language == "text"
-    assert_same_text(run_python(BLOCKS[index][1], cwd=REPOSITORY), printed)
+    (_, code), (language, printed), (_, code_with_encoded_image) = BLOCKS[index : index + 3]
+    assert language == "text" and "pipe.encode_image" in code_with_encoded_image
+    output = run_python(code + code_with_encoded_image, cwd=REPOSITORY)
+    assert_same_text(output, printed + re.sub(r" \(.*\)", "", printed))
 
 
 def test_snippet_that_keeps_image_features_runs():

@@ -86,7 +86,8 @@ def make_tiny_segmenter(**changes):
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    return app.Segmenter(ReSTRForImageSegmentation._from_config(config, attn_implementation="eager"), processor)
+    model = ReSTRForImageSegmentation._from_config(config, attn_implementation="eager")
+    return app.Segmenter(modeling_restr.ReSTRPipeline(model=model, processor=processor, device="cpu"))
 
 
 def make_photo(size=(20, 44), seed=0):

@@ -32,7 +32,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from huggingface_hub import RepoCard
 from PIL import Image, ImageFilter
-from transformers import AutoModelForImageSegmentation, AutoProcessor
+from transformers import pipeline
 
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +49,7 @@ MAX_MEGAPIXELS = 50
 MAX_FILE_SIZE = "20mb"
 MAX_SIDE = 2048  # pixels; longer photos are resized to bound the memory of each user
 PREVIEW_SIDE, THUMBNAIL_SIDE, OUTLINE_WIDTH = 960, 400, 2  # pixels on the page
-CACHED_PHOTOS = 64  # image features in memory, 2.8 MB each at 480x480 pixels
+CACHED_PHOTOS = 64  # encoded images in memory, 2.8 MB each at 480x480 pixels
 MAX_SESSIONS = 200  # with answers in memory, at most 20 MB each
 MAX_WAITING = 64  # requests in the queue
 SESSION_SECONDS = 3600  # until a session's answer and files are deleted
@@ -193,46 +193,45 @@ def average_seed_attention(
 
 
 class Segmenter:
-    """A model with its processor, and a cache with the features of recent photos."""
+    """A pipeline with its model, and a cache with the encoded images of recent photos."""
 
-    def __init__(self, model: Any, processor: Any):
-        self.model = model.eval()
-        self.processor = processor
-        size = processor.image_processor.size
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self.model, self.processor = pipe.model, pipe.processor
+        size = self.processor.image_processor.size
         self.input_size = (size["height"], size["width"])
-        self._features = gr.Cache(max_size=CACHED_PHOTOS)
+        self._encoded_images = gr.Cache(max_size=CACHED_PHOTOS)
 
     @classmethod
     def from_pretrained(cls, model_id: str) -> "Segmenter":
         """Load a model with the package if it is installed, otherwise with the code in the model's repository."""
         is_installed = importlib.util.find_spec("modeling_restr") is not None
         if is_installed:
-            importlib.import_module("modeling_restr")  # registers the model with the Auto classes
-        options: dict[str, Any] = {} if is_installed else {"trust_remote_code": True}
+            importlib.import_module("modeling_restr")  # registers its task
+        task: Any = "referring-image-segmentation" if is_installed else "image-segmentation"
         # Eager attention returns its weights. The vision encoder takes most of the time, and its weights are not needed.
         attention = {"": "eager", "text_config": "eager", "vision_config": "sdpa"}
-        model = AutoModelForImageSegmentation.from_pretrained(model_id, attn_implementation=attention, **options)
+        options: dict[str, Any] = {"model_kwargs": {"attn_implementation": attention}}
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return cls(model.to(device), AutoProcessor.from_pretrained(model_id, **options))
+        return cls(pipeline(task, model=model_id, trust_remote_code=not is_installed, device=device, **options))
 
-    def encode(self, photo: np.ndarray) -> torch.Tensor:
-        """Compute the image features (1, h, w, vision_hidden_size), with a cache that all users share."""
+    def encode(self, photo: np.ndarray) -> Any:
+        """Encode the photo as the pipeline's `encode_image`, with a cache that all users share."""
         key = f"{photo.shape}{hashlib.sha256(photo.data).hexdigest()}"
-        kept = self._features.get(key)
+        kept = self._encoded_images.get(key)
         if kept is None:
-            inputs = self.processor(images=Image.fromarray(photo), return_tensors="pt").to(self.model.device)
-            kept = {"vision_embeds": self.model.get_image_features(inputs["pixel_values"]).pooler_output}
-            self._features.set(key, **kept)
-        return kept["vision_embeds"]
+            kept = {"encoded": self.pipe.encode_image(Image.fromarray(photo))}
+            self._encoded_images.set(key, **kept)
+        return kept["encoded"]
 
     @torch.inference_mode()
     def ask(self, photo: np.ndarray, sentences: list[str]) -> Answer:
         """Run the model. The vision encoder runs only for a new photo."""
-        vision_embeds = self.encode(photo)
+        vision_embeds = torch.from_numpy(self.encode(photo).vision_embeds)[None]  # (1, h, w, hidden)
         inputs = self.processor(text=sentences, return_offsets_mapping=True, return_tensors="pt")
         offsets = inputs.pop("offset_mapping").tolist()
         inputs = inputs.to(self.model.device)
-        outputs = self.model(**inputs, vision_embeds=vision_embeds, output_attentions=True)
+        outputs = self.model(**inputs, vision_embeds=vision_embeds.to(self.model.device), output_attentions=True)
         attention = average_seed_attention(
             outputs.attentions, self.model.config.num_fusion_layers, inputs["attention_mask"]
         )

@@ -16,6 +16,7 @@ explain why. Inputs and results are the same as in `pipeline_restr.py`.
 """
 
 import base64
+import hashlib
 import json
 import logging
 import os
@@ -24,7 +25,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -55,11 +57,14 @@ class UnreadableImageError(ValueError):
     """An image is missing, damaged, too large or of an unknown kind, or not an image at all. The message names it."""
 
 
-class EncodedImage(NamedTuple):
-    """An image as [`ReSTROnnxPipeline.encode_images`] returns it."""
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image as [`ReSTROnnxPipeline.encode_image`] returns it. A call takes it in place of the image."""
 
     vision_embeds: np.ndarray  # float32 (h, w, vision_hidden_size), the features of the patches
     size: tuple[int, int]  # (height, width) of the image in pixels
+    input_size: tuple[int, int]  # (height, width) of the model's input in pixels
+    encoder: str  # hash of the image encoder
 
 
 class ReSTROnnxPipeline:
@@ -74,8 +79,8 @@ class ReSTROnnxPipeline:
     [{'label': 'the dog on the left', 'score': 0.93, 'mask': <PIL.Image.Image image mode=L size=640x480>,
       'unknown_words': [], 'truncated': False}]
     >>> results = pipe([{"image": "photo.jpg", "text": ["the dog", "the ball"]}, ...], batch_size=8)
-    >>> (photo,) = pipe.encode_images(["photo.jpg"])  # once
-    >>> pipe(photo, text="the ball"), pipe(photo, text="the cat")  # as often as you like
+    >>> encoded = pipe.encode_image("photo.jpg")  # once
+    >>> pipe(encoded, text="the ball"), pipe(encoded, text="the cat")  # as often as you like
     ```
     """
 
@@ -105,6 +110,7 @@ class ReSTROnnxPipeline:
         missing = [path.name for path in (*graphs, settings, tokenizer) if not path.is_file()]
         if missing:
             raise ValueError(f"Expected a folder that restr export wrote, got {folder}, which lacks {missing}.")
+        self._encoder_path = graphs[0]
         self.image_encoder, self.sentence_query = (
             onnxruntime.InferenceSession(graph, session_options, providers=list(providers)) for graph in graphs
         )
@@ -145,14 +151,15 @@ class ReSTROnnxPipeline:
         Raises:
             UnreadableImageError: (a ValueError) An image cannot be read. The message names its path, or its place in
                 the list.
-            ValueError: Images or sentences are of another kind, or a sentence has no words.
+            ValueError: Images or sentences are of another kind, a sentence has no words, or an image was encoded by
+                another model or at another size.
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"Expected a threshold from 0 to 1, got {threshold}.")
         if batch_size < 1:
             raise ValueError(f"Expected batch_size >= 1, got {batch_size}.")
-        is_list, is_dataset = _is_list(image), _is_dataset(image)
-        if is_list and _is_list(text):
+        is_list, is_dataset = isinstance(image, (list, tuple)), _is_dataset(image)
+        if is_list and isinstance(text, (list, tuple)):
             raise ValueError(
                 f"Expected one image with a list of sentences, got {len(image)} images and {len(text)} sentences."  # type: ignore[arg-type]
                 ' To ask about several images pass [{"image": ..., "text": ...}, ...].'
@@ -166,13 +173,31 @@ class ReSTROnnxPipeline:
         results = _show_progress(results, total, show_progress)
         return list(results) if is_list else results
 
-    def encode_images(self, images: Iterable[Any]) -> list[EncodedImage]:
-        """Encode images in one batch. The results can be passed instead of the images as often as you like."""
-        prepared = []
-        for number, image in enumerate(images):
-            with _numbering(number):
-                prepared.append(self._prepare_image(image))
-        return self._encode(prepared)
+    def encode_image(self, image: Any) -> EncodedImage:
+        """
+        Encode an image, to ask about it in several calls. The result may be pickled and used in other processes.
+
+        Args:
+            image: An image in any form that a call takes.
+
+        Raises:
+            UnreadableImageError: (a ValueError) The image cannot be read.
+        """
+        prepared = self._prepare_image(image)
+        (vision_embeds,) = self._encode([prepared])
+        return EncodedImage(vision_embeds, prepared.size, self.image_size, self._encoder_hash)
+
+    @cached_property
+    def _encoder_hash(self) -> str:
+        digest = hashlib.sha256()
+        for path in (
+            self._encoder_path,
+            Path(f"{self._encoder_path}.data"),
+        ):  # weights above 2 GB are in the second file
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def _answer_all(
         self, inputs: Iterable[tuple[int | None, Any]], text: Any, threshold: float, batch_size: int, num_workers: int
@@ -185,7 +210,7 @@ class ReSTROnnxPipeline:
                 while batch := list(islice(inputs, batch_size)):
                     prepared, sentences = zip(*pool.map(partial(self._prepare_item, text), batch))
                     lost_words += [lost for texts in sentences for lost in texts.lost_words if any(lost.values())]
-                    yield from self._answer(self._encode(prepared), sentences, threshold)
+                    yield from self._answer(prepared, sentences, threshold)
         finally:
             if warning := self._describe_lost_words(lost_words):
                 logger.warning(warning)
@@ -198,9 +223,9 @@ class ReSTROnnxPipeline:
             return self._prepare_image(image), sentences
 
     def _answer(
-        self, images: list[EncodedImage], sentences: Sequence["_Sentences"], threshold: float
+        self, images: Sequence["EncodedImage | _PreparedImage"], sentences: Sequence["_Sentences"], threshold: float
     ) -> Iterator[list[dict[str, Any]]]:
-        vision_embeds = np.stack([image.vision_embeds for image in images])  # (B, h, w, hidden)
+        vision_embeds = self._encode(images)  # (B, h, w, hidden)
         image_indices = np.repeat(np.arange(len(images)), [len(texts.texts) for texts in sentences])  # (N,)
         input_ids = np.concatenate([texts.input_ids for texts in sentences])  # (N, slots)
         parts = []
@@ -269,20 +294,17 @@ class ReSTROnnxPipeline:
             parts.append(f"The model reads the first {slots} words of a sentence, which cuts off {cut}: use fewer.")
         return " ".join(parts)
 
-    def _encode(self, prepared: Sequence[EncodedImage | tuple[np.ndarray, tuple[int, int]]]) -> list[EncodedImage]:
-        """Encode in one batch the images that are not yet encoded."""
-        pending = [item for item in prepared if not isinstance(item, EncodedImage)]
-        vision_embeds: Iterator[np.ndarray] = iter(())
-        if pending:
-            pixel_values = np.stack([pixels for pixels, _ in pending])  # (B, 3, height, width)
-            vision_embeds = iter(self.image_encoder.run(["vision_embeds"], {"pixel_values": pixel_values})[0])
-        return [
-            item if isinstance(item, EncodedImage) else EncodedImage(next(vision_embeds), item[1]) for item in prepared
-        ]
+    def _encode(self, images: Sequence["EncodedImage | _PreparedImage"]) -> np.ndarray:
+        """Encode the images that are not yet encoded, in one batch. Returns (B, h, w, hidden)."""
+        pixel_values = [image.pixel_values for image in images if isinstance(image, _PreparedImage)]
+        new: Iterator[np.ndarray] = iter(())
+        if pixel_values:
+            new = iter(self.image_encoder.run(["vision_embeds"], {"pixel_values": np.stack(pixel_values)})[0])
+        return np.stack([next(new) if isinstance(image, _PreparedImage) else image.vision_embeds for image in images])
 
-    def _prepare_image(self, image: Any) -> EncodedImage | tuple[np.ndarray, tuple[int, int]]:
-        """Pixel values of the canvas, float32 (3, height, width), and (height, width) of the image."""
-        if isinstance(image, EncodedImage):
+    def _prepare_image(self, image: Any) -> "EncodedImage | _PreparedImage":
+        if _is_encoded(image):
+            self._check_encoded_image(image)
             return image
         image = _read_image(image)
         image_size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
@@ -291,9 +313,21 @@ class ReSTROnnxPipeline:
         canvas = np.zeros((3, *self.image_size), dtype=np.float32)
         if self.settings["pad_after_normalization"]:
             canvas[:, top : top + height, left : left + width] = self._normalize(pixels)
-            return canvas, image_size
+            return _PreparedImage(canvas, image_size)
         canvas[:, top : top + height, left : left + width] = pixels
-        return self._normalize(canvas), image_size
+        return _PreparedImage(self._normalize(canvas), image_size)
+
+    def _check_encoded_image(self, image: Any) -> None:
+        if image.encoder != self._encoder_hash:
+            raise ValueError(
+                "Expected an image that this pipeline's image encoder encoded, got one of another encoder. Encode it"
+                " again with this pipeline's `encode_image`."
+            )
+        if image.input_size != self.image_size:
+            raise ValueError(
+                f"Expected an image encoded at (height, width) {self.image_size}, got one at {image.input_size}."
+                " Encode it again with this pipeline's `encode_image`."
+            )
 
     def _normalize(self, pixels: np.ndarray) -> np.ndarray:
         mean, std = (np.array(self.settings[name], np.float32)[:, None, None] for name in ("image_mean", "image_std"))
@@ -313,6 +347,13 @@ def _numbering(number: int | None) -> Iterator[None]:
         raise kind(f"Item {number}: {error}") from error
 
 
+class _PreparedImage(NamedTuple):
+    """An image as the image encoder takes it."""
+
+    pixel_values: np.ndarray  # float32 (3, height, width) of the model's input
+    size: tuple[int, int]  # (height, width) of the image in pixels
+
+
 class _Sentences(NamedTuple):
     """Sentences about an image."""
 
@@ -321,8 +362,9 @@ class _Sentences(NamedTuple):
     lost_words: list[dict[str, list[str]]]  # "unknown_words" and "cut_words" per sentence
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and not isinstance(value, EncodedImage)
+def _is_encoded(value: Any) -> bool:
+    """By name, because another copy of this file, or another pipeline, may have encoded the image."""
+    return type(value).__name__ == EncodedImage.__name__
 
 
 def _is_dataset(value: Any) -> bool:

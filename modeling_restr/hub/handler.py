@@ -4,11 +4,13 @@ repository, which it loads with `trust_remote_code`.
 """
 
 import base64
+import hashlib
 import logging
 import os
 import re
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
@@ -36,7 +38,8 @@ class RequestError(ValueError):
 class EndpointHandler:
     """
     Answers requests in the format of `huggingface_hub.InferenceClient.image_segmentation`. It may be called from
-    several threads.
+    several threads. The features of the latest images are kept, so that further sentences about a file that was sent
+    before need neither its decoding nor its encoding.
 
     Example:
 
@@ -52,7 +55,8 @@ class EndpointHandler:
     - `RESTR_MAX_IMAGE_PIXELS` (40,000,000): width times height. Pillow gets the same limit in the whole process,
       because the server that calls the handler may decode images itself;
     - `RESTR_MAX_SENTENCES` (32): sentences per request;
-    - `RESTR_MAX_SENTENCE_LENGTH` (500): characters per sentence.
+    - `RESTR_MAX_SENTENCE_LENGTH` (500): characters per sentence;
+    - `RESTR_MAX_CACHED_IMAGES` (32): images whose features are kept, each 2.8 MB at 480 x 480 pixels.
     """
 
     def __init__(self, path: str = "", revision: str | None = None, device: Any = None) -> None:
@@ -69,6 +73,7 @@ class EndpointHandler:
         self.max_pixels = _read_bound("RESTR_MAX_IMAGE_PIXELS", 40_000_000)
         self.max_sentences = _read_bound("RESTR_MAX_SENTENCES", 32)
         self.max_sentence_length = _read_bound("RESTR_MAX_SENTENCE_LENGTH", 500)
+        self.max_cached_images = _read_bound("RESTR_MAX_CACHED_IMAGES", 32)
         # Pillow warns above its limit and refuses images of twice that size.
         Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -78,6 +83,9 @@ class EndpointHandler:
         self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer
         # Pipelines are not thread-safe: each call sets the tokenizer's padding. One request at a time also bounds memory.
         self._lock = threading.Lock()
+        self._encoded_images: OrderedDict[str | None, Any] = (
+            OrderedDict()
+        )  # by the hash of their files, the latest last
 
     def __call__(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
         """
@@ -101,11 +109,10 @@ class EndpointHandler:
             `RuntimeError`: Anything else failed. The reason is only logged.
         """
         try:
-            image, sentences, options = self._read_request(data)
+            image, file_hash, sentences, options = self._read_request(data)
             with self._lock:
-                _decode(image)
                 self._check_words(sentences)
-                results = self.pipe(image, text=sentences, **options)
+                results = self.pipe(self._encode(image, file_hash), text=sentences, **options)
                 return [{**result, "mask": _to_base64_png(result["mask"])} for result in results]
         except RequestError:
             raise
@@ -116,7 +123,20 @@ class EndpointHandler:
             logger.exception("The model failed on a request.")
             raise RuntimeError("The model failed on this request; the server's log says why.") from error
 
-    def _read_request(self, data: Mapping[str, Any]) -> tuple[Image.Image, list[str], dict[str, float]]:
+    def _encode(self, image: Image.Image, file_hash: str | None) -> Any:
+        """Encode an image unless it is among the latest ones. The caller holds the lock."""
+        encoded = self._encoded_images.pop(file_hash, None)
+        if encoded is None:
+            _decode(image)
+            encoded = self.pipe.encode_image(image)
+        if file_hash is not None:
+            self._encoded_images[file_hash] = encoded
+            if len(self._encoded_images) > self.max_cached_images:
+                self._encoded_images.popitem(last=False)
+        return encoded
+
+    def _read_request(self, data: Mapping[str, Any]) -> tuple[Image.Image, str | None, list[str], dict[str, float]]:
+        """The image with the hash of its file, the sentences, and the options of the pipeline."""
         _check_names(data, ("inputs", "text", "parameters"), "the request")
         if data.get("inputs") is None:
             raise RequestError("Expected an image as 'inputs', got none.")
@@ -126,7 +146,7 @@ class EndpointHandler:
         if len(texts) != 1:
             raise RequestError(f"Expected 'text' next to 'inputs' or in 'parameters', got it {len(texts)} times.")
         sentences, options = self._read_sentences(texts[0]), _read_options(parameters)
-        return self._open_image(data["inputs"]), sentences, options
+        return *self._open_image(data["inputs"]), sentences, options
 
     def _read_sentences(self, text: Any) -> list[str]:
         sentences = [line for line in text.splitlines() if line.strip()] if isinstance(text, str) else text
@@ -146,8 +166,9 @@ class EndpointHandler:
             if not self._tokenizer.tokenize(sentence):
                 raise RequestError(f"Expected sentences with at least one word, got {sentence!r}.")
 
-    def _open_image(self, inputs: Any) -> Image.Image:
-        """Open the image without decoding its pixels."""
+    def _open_image(self, inputs: Any) -> tuple[Image.Image, str | None]:
+        """Open the image without decoding its pixels, and hash its file, if it is one."""
+        file_hash = None
         if isinstance(inputs, str):
             inputs = self._decode_base64(inputs)
         elif callable(getattr(inputs, "read", None)):
@@ -156,13 +177,14 @@ class EndpointHandler:
             inputs = inputs.read(self.max_bytes + 1)
         if isinstance(inputs, (bytes, bytearray, memoryview)):
             self._check_num_bytes(len(inputs))
+            file_hash = hashlib.sha256(inputs).hexdigest()
             inputs = self._open_file(bytes(inputs))
         if not isinstance(inputs, Image.Image):
             raise RequestError(f"Expected an image as base64 in 'inputs', got {type(inputs).__name__}.")
         width, height = inputs.size
         if not 1 <= width * height <= self.max_pixels:
             raise RequestError(f"Expected an image of 1 to {self.max_pixels} pixels, got {width} x {height}.")
-        return inputs
+        return inputs, file_hash
 
     def _open_file(self, content: bytes) -> Image.Image:
         """Read an image's header."""
