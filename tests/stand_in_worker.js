@@ -1,17 +1,18 @@
 // Stands in for worker.js in quick tests of the page: discs instead of the model's masks. "left" and "right" say where a
-// disc is, "slow" takes a second, and "broken" is an error.
+// disc is, an "absent" thing has none, "slow" takes a second, and "broken" is an error.
 
 import { getLetterbox } from "./image.js";
 
 const SIZE = 64; // of the canvas, in pixels
 const PATCH = 8;
-const FILES = { "image_encoder.onnx": 30e6, "sentence_query.onnx": 10e6 };
 let box;
 
 const HANDLERS = {
   async load() {
-    for (const [file, total] of Object.entries(FILES)) {
-      for (const share of [0, 0.5, 1]) self.postMessage({ type: "progress", file, loaded: share * total, total });
+    const { files, version } = await (await fetch("settings.json")).json();
+    for (const [file, total] of Object.entries(files)) {
+      const { byteLength } = await (await fetch(`${file}?v=${version}`)).arrayBuffer();
+      self.postMessage({ type: "progress", file, loaded: byteLength, total });
     }
     return { type: "ready", backend: "wasm", threads: self.crossOriginIsolated ? 2 : 1 };
   },
@@ -32,7 +33,9 @@ const HANDLERS = {
 function draw(text) {
   const center = text.includes("left") ? 0.3 : text.includes("right") ? 0.7 : 0.5;
   const sizes = { logitsSize: [SIZE, SIZE], patchSize: [SIZE / PATCH, SIZE / PATCH], canvasSize: [SIZE, SIZE] };
-  return { text, logits: makeDisc(SIZE, center), patchLogits: makeDisc(SIZE / PATCH, center), box, ...sizes };
+  const [logits, patchLogits] = [SIZE, SIZE / PATCH].map((size) => makeDisc(size, center));
+  if (text.includes("absent")) logits.fill(-9);
+  return { text, logits, patchLogits, box, ...sizes };
 }
 
 /** Logits that fall from the centre outwards. They are 0 at a distance of a fifth of the size. */

@@ -1,4 +1,4 @@
-"""Push a model to the Hub with everything that a machine without this package needs to run it."""
+"""Push a model to the Hub with everything that a machine without this package needs to run it, and its web page."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, RepoCard
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from ..modeling_restr import ReSTRForImageSegmentation
@@ -29,6 +29,7 @@ from .model_card import (
 # The files of a model. Training may leave others in the folder.
 _PATTERNS = ("*.safetensors", "*.json", "*.py", "*.md", "*.png", "*.jpg", "*.jpeg", "LICENSE*", "requirements.txt")
 _REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json")
+_PAGE_FILES = ("README.md", "index.html", "settings.json", "image_encoder.onnx", "sentence_query.onnx")
 _TAG = re.compile(r"[\w.+-]+(/[\w.+-]+)*", re.ASCII)
 _SPACE_LINK = re.compile(r"\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 
@@ -73,8 +74,7 @@ def push_to_hub(
         folder = save_bundle(*bundle, Path(temporary) / "bundle") if isinstance(bundle, tuple) else Path(bundle)
         files = _collect_files(folder, Path(temporary))
         api = HfApi(token=token)
-        validate_repo_id(repo_id)
-        repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"  # as the Hub completes it
+        repo_id = _complete_id(repo_id, api)
         if tag is not None and not _TAG.fullmatch(tag):
             raise ValueError(f"Expected a tag of letters, digits and any of . _ + - /, such as v1, got {tag!r}.")
         files["README.md"] = _prepare_card(folder, repo_id, Path(temporary), api)
@@ -91,6 +91,73 @@ def push_to_hub(
     if tag is not None:
         _add_tag(api, repo_id, tag, commit.oid)
     return commit
+
+
+def push_page_to_hub(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    model_id: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload the page",
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Push the web page of a model (`restr export --web`) to a static Space on the Hub, in one commit. Other files in the
+    Space are deleted. If nothing has changed since the last push, there is no commit.
+
+    Args:
+        folder (`str` or `os.PathLike`): The page's folder.
+        repo_id (`str`): The Space, created if absent.
+        model_id (`str`, *optional*): Repository of the model on the Hub, to which the page and the Space then link.
+        private (`bool`, *optional*): Whether a new Space is private.
+        commit_message (`str`, defaults to `"Upload the page"`): The commit's title.
+        token (`str`, *optional*): A token with write access; the one of `hf auth login` by default.
+
+    Returns:
+        `CommitInfo`: The commit, or the Space's last one if nothing has changed.
+
+    Raises:
+        `ValueError`: The folder lacks a part of the page, `repo_id` or `model_id` is invalid, or the Space is of
+            another kind, such as a Gradio demo.
+    """
+    folder = Path(folder)
+    missing = [name for name in _PAGE_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"Expected the folder of a page, got {folder}, which lacks {', '.join(missing)}: write it with "
+            "`restr export MODEL --web FOLDER`."
+        )
+    api = HfApi(token=token)
+    repo_id = _complete_id(repo_id, api)
+    if api.repo_exists(repo_id, repo_type="space") and api.space_info(repo_id).sdk not in (None, "static"):
+        raise ValueError(f"Expected a static Space, got {repo_id}, which has another SDK: choose another id.")
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in paths}
+    if model_id is not None:
+        files |= _link_model(folder, _complete_id(model_id, api))
+    api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private, exist_ok=True)
+    others = {name for name in api.list_repo_files(repo_id, repo_type="space") if name != ".gitattributes"} - set(files)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(name, content) for name, content in files.items()),
+        *(CommitOperationDelete(name, is_folder=False) for name in sorted(others)),
+    ]
+    return api.create_commit(repo_id, operations, commit_message=commit_message, repo_type="space")
+
+
+def _link_model(folder: Path, model_id: str) -> dict[str, bytes]:
+    """The files of a page that name its model, with a link to the model's repository."""
+    settings = _read_json(folder / "settings.json") | {"name": model_id}
+    settings["links"]["model"] = f"https://huggingface.co/{model_id}"
+    card = RepoCard.load(folder / "README.md")
+    card.data.models = [model_id]
+    return {"settings.json": json.dumps(settings, indent=2).encode(), "README.md": str(card).encode()}
+
+
+def _complete_id(repo_id: str, api: HfApi) -> str:
+    """Add the user's name to an id without one, as the Hub does."""
+    validate_repo_id(repo_id)
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
 
 
 def rewrite_card(
@@ -216,4 +283,4 @@ def _add_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
         )
 
 
-__all__ = ["push_to_hub", "rewrite_card"]
+__all__ = ["push_page_to_hub", "push_to_hub", "rewrite_card"]
