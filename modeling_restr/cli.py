@@ -468,7 +468,15 @@ def push(
     ] = None,
     credit: Annotated[str | None, typer.Option(help="Author and licence of the photo.", rich_help_panel=CARD)] = None,
     space: Annotated[
-        str | None, typer.Option(help="Hub id of a Space that runs the model.", rich_help_panel=CARD)
+        str | None,
+        typer.Option(help="Hub id of a Space that runs the model, which the card links.", rich_help_panel=PAGE),
+    ] = None,
+    web: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that restr export --web wrote, pushed to --space first.",
+            rich_help_panel=PAGE,
+        ),
     ] = None,
 ) -> None:
     """
@@ -480,8 +488,10 @@ def push(
 
     Example: restr push runs/model you/restr --evaluation runs/evaluation.json --recipe runs/recipe.json
     """
-    from .hub.push import push_to_hub, rewrite_card
+    from .hub.push import push_page_to_hub, push_to_hub, rewrite_card
 
+    if web and not space:
+        raise typer.BadParameter("Expected the Space to push the page to, got none: add --space you/page.")
     card: dict[str, Any] = {
         "recipe": recipe,
         "evaluations": evaluation,
@@ -498,6 +508,9 @@ def push(
     given = {name: value for name, value in card.items() if value}
     if given:
         print(f"Card: {rewrite_card(folder, **given)}")
+    if web and space:
+        page = push_page_to_hub(web, space, model_id=repo_id, private=private or None)
+        print(f"{page.repo_url} is at {page.oid}")
     commit = push_to_hub(folder, repo_id, private=private or None, tag=tag)
     print(f"{commit.repo_url} is at {commit.oid}")
 

@@ -54,8 +54,8 @@ class Commit:
 class Repository:
     """The commits of a repository, oldest first, with its branches and tags."""
 
-    def __init__(self, kind: str, name: str, private: bool = False):
-        self.kind, self.name, self.private = kind, name, private
+    def __init__(self, kind: str, name: str, private: bool = False, sdk: str | None = None):
+        self.kind, self.name, self.private, self.sdk = kind, name, private, sdk
         self.commits: list[Commit] = []
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
@@ -254,7 +254,8 @@ def create(self: Handler) -> dict[str, Any]:
     request = json.loads(self.content)
     kind, name = request.get("type") or "model", f"{request.get('organization') or USER}/{request['name']}"
     known = (kind, name) in self.hub.repositories
-    repository = Repository(kind, name, request.get("private") or request.get("visibility") == "private")
+    is_private = request.get("private") or request.get("visibility") == "private"
+    repository = Repository(kind, name, is_private, request.get("sdk"))
     repository = self.hub.repositories.setdefault((kind, name), repository)
     reply = {"url": self.url_of(repository), "name": name, "id": name}
     if known:
@@ -276,6 +277,7 @@ def info(self: Handler, kind: str, name: str, revision: str) -> dict[str, Any]:
         "cardData": card,
         "pipeline_tag": card.get("pipeline_tag"),
         "library_name": card.get("library_name"),
+        "sdk": card.get("sdk") or repository.sdk,
         "tags": card.get("tags", []),
         "lastModified": DATE,
         "siblings": [{"rfilename": path} for path in sorted(commit.files)],
@@ -327,7 +329,7 @@ def preupload(self: Handler, kind: str, name: str, revision: str) -> dict[str, A
     return {"files": modes}
 
 
-@route("POST", rf"/(?:(?P<kind>datasets)/)?{NAME}\.git/info/lfs/objects/batch")
+@route("POST", rf"/(?:(?P<kind>datasets|spaces)/)?{NAME}\.git/info/lfs/objects/batch")
 def lfs_batch(self: Handler, kind: str, name: str) -> dict[str, Any]:
     self.repository(kind, name)
     objects = json.loads(self.content)["objects"]
@@ -389,7 +391,7 @@ def branch(self: Handler, kind: str, name: str, revision: str) -> dict[str, Any]
     return {}
 
 
-@route("GET HEAD", rf"/(?:(?P<kind>datasets)/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+@route("GET HEAD", rf"/(?:(?P<kind>datasets|spaces)/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(self: Handler, kind: str, name: str, revision: str, path: str) -> None:
     commit = self.repository(kind, name).at(revision)
     headers = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}

@@ -1,17 +1,18 @@
 """Pushing a model to a local Hub: its checks, the uploaded files, and the files that are kept."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import TOKEN, serve
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from test_bundle import CODE_FILES, MODEL_FILES, SERVING_FILES
 from tiny_training import make_model, make_processor
 
-from modeling_restr.hub import Example, push_to_hub, save_bundle, write_model_card
+from modeling_restr.hub import Example, push_page_to_hub, push_to_hub, save_bundle, write_model_card
 
 
 PHOTO = Path(__file__).resolve().parents[1] / "examples" / "photos" / "held_out" / "000000173350.jpg"
@@ -120,7 +121,62 @@ def test_card_links_an_existing_space(hub, folder):
     HfApi().create_repo("demo", repo_type="space", space_sdk="gradio")
     push_to_hub(folder, "restr")
     card = hub.repositories["model", "tester/restr"].files()["README.md"].decode()
-    assert "The Space [tester/demo](https://huggingface.co/spaces/tester/demo) runs it." in card
+    assert "**Try it in your browser: [tester/demo](https://huggingface.co/spaces/tester/demo).**" in card
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    """The files of a page that matter to a push."""
+    folder = tmp_path / "page"
+    (folder / "runtime").mkdir(parents=True)
+    for name in ("index.html", "image_encoder.onnx", "sentence_query.onnx", "runtime/a.wasm", ".hidden"):
+        (folder / name).write_bytes(name.encode())
+    (folder / "settings.json").write_text('{"name": "model", "links": {"model": null, "paper": "https://a.b"}}')
+    (folder / "README.md").write_text("---\ntitle: Model\nsdk: static\n---\n\n# Model\n")
+    return folder
+
+
+def test_page_is_pushed_to_a_static_space_that_the_card_links_first(hub, folder, page, restr):
+    done = restr("push", folder, "restr", "--space", "tester/page", "--web", page)
+    assert done.code == 0, done.err
+    space = hub.repositories["space", "tester/page"]
+    assert f"{hub.url}/spaces/tester/page is at {space.branches['main']}" in done.out and space.sdk == "static"
+    names = {"index.html", "image_encoder.onnx", "sentence_query.onnx", "runtime/a.wasm", "settings.json", "README.md"}
+    assert space.files().keys() == names
+    assert space.files()["runtime/a.wasm"] == b"runtime/a.wasm"
+    settings = json.loads(space.files()["settings.json"])
+    assert settings["name"] == "tester/restr"
+    assert settings["links"] == {"model": "https://huggingface.co/tester/restr", "paper": "https://a.b"}
+    card = ModelCard(space.files()["README.md"].decode())
+    assert card.data.to_dict() == {"title": "Model", "sdk": "static", "models": ["tester/restr"]}
+    text = ModelCard(hub.repositories["model", "tester/restr"].files()["README.md"].decode()).text
+    link = "**Try it in your browser: [tester/page](https://huggingface.co/spaces/tester/page).**"
+    assert text.strip().split("\n\n")[1] == link
+    assert '"name": "model"' in (page / "settings.json").read_text()
+
+
+def test_page_replaces_the_one_before(hub, page):
+    push_page_to_hub(page, "page", private=True)
+    (page / "runtime" / "a.wasm").rename(page / "runtime" / "b.wasm")
+    for _ in range(2):
+        push_page_to_hub(page, "tester/page")
+    space = hub.repositories["space", "tester/page"]
+    assert {"runtime/b.wasm"} == {name for name in space.files() if name.startswith("runtime/")}
+    assert space.private and space.titles == ["Upload the page"] * 2
+    assert json.loads(space.files()["settings.json"])["name"] == "model"
+
+
+def test_page_is_not_pushed_in_part_or_over_another_space(hub, folder, page, restr):
+    HfApi().create_repo("demo", repo_type="space", space_sdk="gradio")
+    with pytest.raises(ValueError, match="Expected a static Space, got tester/demo, which has another SDK"):
+        push_page_to_hub(page, "demo")
+    (page / "sentence_query.onnx").unlink()
+    with pytest.raises(ValueError, match=r"which lacks sentence_query\.onnx: write it with `restr export MODEL --web"):
+        push_page_to_hub(page, "page")
+    done = restr("push", folder, "restr", "--web", page)
+    assert done.code and "add --space you/page" in done.err
+    assert hub.repositories.keys() == {("space", "tester/demo")}
+    assert not hub.repositories["space", "tester/demo"].titles
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors", "pipeline_restr.py"])
