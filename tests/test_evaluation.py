@@ -142,10 +142,15 @@ def test_an_image_is_encoded_once_and_sentences_go_in_batches(model_and_processo
 def test_threshold_is_that_of_the_probability(model_and_processor, dataset):
     model, processor = model_and_processor
     row = dataset[0]
+    inputs = processor(images=row["image"], text=TEXTS[:1], return_tensors="pt")
+    sizes = inputs.pop("original_sizes")
+    with torch.no_grad():
+        (expected,) = processor.post_process_referring_segmentation(model(**inputs), sizes)
     areas = []
     for threshold in (0.1, 0.5, 0.9):
         (result,) = predict_masks(model, processor, row["image"], TEXTS[:1], threshold=threshold)
-        assert (result["mask"] == (result["probabilities"] > threshold)).all()
+        assert result.keys() == {"mask", "score"}
+        assert (result["mask"] == (expected["probabilities"] > threshold)).all()
         areas.append(evaluate_image(model, processor, row, threshold=threshold)[0]["predicted"])
     assert areas[0] > areas[1] > areas[2]
 

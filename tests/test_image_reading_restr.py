@@ -13,6 +13,7 @@ from PIL import EpsImagePlugin, Image, features
 
 from modeling_restr import UnreadableImageError
 from modeling_restr.image_processing_restr import ReSTRImageProcessor
+from modeling_restr.image_reading_restr import read_image
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -225,6 +226,45 @@ def test_a_transparent_value_of_16_bit_images_becomes_white(processor):
     assert np.array_equal(plain[0], np.arange(256).reshape(16, 16))
     plain[:, ramp == 3 * 257] = 255  # on white, as other transparency
     assert np.array_equal(transparent, plain)
+
+
+def make_photo(size: tuple[int, int], orientation: int, file_format: str = "JPEG") -> bytes:
+    coarse = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return encode(Image.fromarray(coarse).resize(size), file_format, exif=make_exif(orientation))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("size", "drafted"),
+    [((800, 600), (100, 75)), ((401, 299), (101, 75)), ((190, 80), (190, 80)), ((30, 700), (8, 175))],
+)
+def test_a_draft_fills_the_canvas_and_keeps_the_size_of_the_image(size, drafted, orientation):
+    content = make_photo(size, orientation)
+    decoded, _ = read_image(content, draft_size=(96, 96))
+    turned = slice(None, None, -1 if orientation == 6 else 1)
+    assert decoded.size == drafted[turned]
+    exact, draft = (
+        ReSTRImageProcessor(size=96, jpeg_draft=jpeg_draft)(content, return_tensors="np")
+        for jpeg_draft in (False, True)
+    )
+    assert draft["original_sizes"].tolist() == exact["original_sizes"].tolist() == [list(size[turned][::-1])]
+    difference = np.abs(draft["pixel_values"] - exact["pixel_values"])
+    assert difference.mean() < 0.02 and (difference.max() > 0) == (drafted != size)
+
+
+def test_a_draft_is_taken_on_request_and_of_unopened_jpeg_files_only():
+    processor = ReSTRImageProcessor(size=96)
+    assert processor.jpeg_draft is False
+    photo, drawing = make_photo((800, 600), 1), make_photo((800, 600), 1, "PNG")
+    opened = Image.open(io.BytesIO(photo))
+    for source, options in ((opened, {}), (drawing, {}), (photo, {"do_resize": False})):
+        exact, draft = (
+            processor(source, jpeg_draft=on, return_tensors="np", **options)["pixel_values"] for on in (False, True)
+        )
+        np.testing.assert_array_equal(draft, exact)
+    assert opened.size == (800, 600)
+    with pytest.raises(ValueError, match="True or False as jpeg_draft"):
+        ReSTRImageProcessor(jpeg_draft=8)(photo)
 
 
 def test_images_in_memory_are_not_changed(processor):

@@ -47,6 +47,15 @@ def test_masks_come_back(seed):
         encode_mask(mask[..., None])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2), (70, 41), (0, 5), (5, 0)])
+@pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
+def test_masks_are_encoded_as_pycocotools_does(size, share):
+    mask = np.random.default_rng(0).random(size) < share
+    expected = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
+    for form in (mask, mask * np.uint8(255), np.asfortranarray(mask), np.repeat(mask, 2, axis=1)[:, ::2]):
+        assert encode_mask(form) == {"size": list(size), "counts": expected}
+
+
 @pytest.mark.parametrize("mask", [random_mask(1), np.ones((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)])
 def test_every_form_of_a_mask_is_the_same(mask):
     expected = encode_mask(mask)

@@ -41,8 +41,8 @@ def predict_masks(
         threshold: Probability above which a pixel is in the mask.
 
     Yields:
-        The results of `post_process_referring_segmentation`, one expression at a time: `mask` (bool) and
-        `probabilities`, both (height, width) of the image, and `score`.
+        The results of `post_process_referring_segmentation`, one expression at a time: `mask`, bool (height, width)
+        of the image, and `score`.
     """
     inputs = processor(images=image, text=list(texts), return_tensors="pt")
     yield from predict_batch(model, processor, inputs, expressions_per_batch, threshold)
@@ -66,7 +66,9 @@ def predict_batch(
         logits = model(vision_embeds=features, **words).logits
         for logits_of_one, size in zip(logits.split(1), target_sizes[batch]):  # (1, height, width)
             outputs = SimpleNamespace(logits=logits_of_one)
-            yield from processor.post_process_referring_segmentation(outputs, size, threshold, size=canvas_size)
+            yield from processor.post_process_referring_segmentation(
+                outputs, size, threshold, return_probabilities=False, size=canvas_size
+            )
 
 
 def evaluate_image(
