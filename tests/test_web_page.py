@@ -8,19 +8,23 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from browsers import open_chromium, run_script, serve
+from pictures import make_exif
 from PIL import Image
 
-from modeling_restr import ReSTRProcessor
-from modeling_restr.export.web import SITE, read_examples
+from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline, ReSTRProcessor
+from modeling_restr.export import export_web
+from modeling_restr.export.web import HEADERS, SITE, read_examples
 from modeling_restr.visualization import COLORS
 
 
@@ -546,3 +550,67 @@ def test_page_works_without_a_service_worker(browser, url):
     page.wait_for_masks()
     page.find("#camera").click()
     page.wait(lambda: page.notice.startswith("The camera cannot be used."), "the message")
+
+
+def test_host_that_isolates_the_page_gives_threads_at_once(browser, site):
+    """As a Space does, by the headers in README.md."""
+    with serve(site, HEADERS) as url:
+        page = Page(browser, url)
+        assert "2 threads" in page.status
+        assert page.run("return crossOriginIsolated && sessionStorage.getItem('reloaded') === null")
+
+
+@pytest.fixture(scope="module")
+def real_site(tmp_path_factory):
+    """The site of restr-mini."""
+    model = ReSTRForImageSegmentation.from_pretrained(RESTR_MINI)
+    processor = ReSTRProcessor.from_pretrained(RESTR_MINI)
+    folder = tmp_path_factory.mktemp("real") / "site"
+    try:
+        return export_web(model, processor, folder, name="restr-mini", examples=EXAMPLES)
+    except httpx.TransportError:
+        pytest.skip("needs onnxruntime-web from npm, once")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    model = ReSTRForImageSegmentation.from_pretrained(RESTR_MINI).eval()
+    return ReSTRPipeline(model=model, processor=ReSTRProcessor.from_pretrained(RESTR_MINI))
+
+
+def compute_iou(first, second):
+    return (first & second).sum() / (first | second).sum()
+
+
+@pytest.mark.slow
+def test_masks_equal_pythons_also_offline_and_for_a_turned_photo_of_12_megapixels(
+    browser, real_site, pipe, downloads, tmp_path
+):
+    with serve(real_site) as url:
+        page = Page(browser, url)
+        page.wait(lambda: "works offline" in page.status, "offline use")
+    page = Page(browser, url)  # which nobody serves
+    page.screenshot("real")
+    for example in EXAMPLES:
+        page.upload(example.photo)
+        page.wait_for_photo(get_size(example.photo))
+        check_masks(page, pipe, downloads, example.photo, example.texts)
+    big = Image.open(DOGS).resize((4000, 3000), Image.Resampling.LANCZOS)
+    big.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "big.jpg", quality=95, exif=make_exif(6))
+    page.give(DROP, tmp_path / "big.jpg")
+    page.wait_for_photo((4000, 3000))
+    check_masks(page, pipe, downloads, tmp_path / "big.jpg", EXAMPLES[0].texts)
+
+
+def check_masks(page, pipe, downloads, photo, texts):
+    """Compare the page's downloads and scores with the pipeline's results. The page's weights have 8 bits."""
+    for text in texts:
+        page.ask(text)
+    page.wait_for_masks()
+    for number, result in enumerate(pipe(photo, text=list(texts))):
+        name = f"{number + 1}_{result['label'].replace(' ', '-')}.png"
+        mask = read_mask(page.download(page.find_all(".sentences .save")[number], downloads, name))
+        expected = np.asarray(result["mask"]) > 0
+        assert mask.shape == expected.shape and compute_iou(mask, expected) >= 0.98, (photo, result["label"])
+        score, share = re.findall(r"\d+\.\d+", page.results[number])
+        assert abs(float(score) - result["score"]) < 0.02 and abs(float(share) / 100 - mask.mean()) < 1e-3
