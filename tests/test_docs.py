@@ -38,7 +38,7 @@ def test_links_lead_to_files_and_headings(page):
 
 def read_commands():
     for page in PAGES:
-        for code in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for code in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL):
             for line in code.replace("\\\n", " ").splitlines():
                 match = re.search(r"(?:^|&& |bin/|modeling_restr\.)(?:restr|cli) (.*)", line)
                 if match:
