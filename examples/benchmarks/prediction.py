@@ -1,17 +1,19 @@
 """
-`restr predict` compared with a plain loop over the pipeline, in turns within one run, and its memory.
+`restr predict` compared with plain loops over the pipeline, in turns within one run, and its memory.
 
-Rates are measured from the first to the last result, without Ray's start of about ten seconds. On a busy machine, CPU
-seconds are more reliable than rates. They include all processes, also Ray's own.
+Two actors are compared with two loops, which share the machine's cores and memory bandwidth in the same way. Rates are
+measured from the first to the last result, without Ray's start of about ten seconds. On a busy machine, CPU seconds are
+more reliable than rates. They include all processes, also Ray's own and this one, which takes the samples.
 """
 
+import multiprocessing
 import os
-import shutil
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,41 +37,33 @@ PHOTO_SIZE = (640, 480)
 MIB = 2**20
 
 
-def benchmark_throughput(image_size: int, runs: int, num_images: int = 8, num_sentences: int = 4) -> None:
-    """Measure images per second at the paper's size with random weights: the loop, one actor and two actors."""
+def benchmark_throughput(image_size: int, runs: int, num_images: int = 12, num_sentences: int = 4) -> None:
+    """Measure images per second at the paper's size with random weights: one and two loops, one and two actors."""
+    names = ("one loop", "one actor", "two loops", "two actors")
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    costs: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        model, data, output = (Path(folder, name) for name in ("model", "data", "output"))
+        model, data = Path(folder, "model"), Path(folder, "data")
         _save_model(model, ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size)))
         write_photos(data, num_images, num_sentences)
-        rates: dict[str, list[float]] = {"loop": [], "one actor": [], "two actors": []}
-        costs: dict[str, list[float]] = {name: [] for name in rates}
         for _ in range(runs):
-            rate, cost = _time_loop(model, data)
-            rates["loop"].append(rate)
-            costs["loop"].append(cost)
-            for num_actors, name in ((1, "one actor"), (2, "two actors")):
-                shutil.rmtree(output, ignore_errors=True)
-                with sample_processes() as samples:
-                    options: dict[str, Any] = {"batch_size": 1, "pairs_per_file": 1, "num_actors": num_actors}
-                    predict(str(model), str(data), output, **options)
-                times = sorted(path.stat().st_mtime for path in (output / "data").glob("*.parquet"))
-                times = times[num_actors - 1 :]  # each actor has finished an image
-                rates[name].append((len(times) - 1) / (times[-1] - times[0]))
-                when, cpu_seconds = zip(*((sample.when, sample.cpu_seconds) for sample in samples))
-                first, last = np.interp([times[0], times[-1]], when, cpu_seconds)
-                costs[name].append(float(last - first) / (len(times) - 1))
-                within = [sample for sample in samples if times[0] <= sample.when <= times[-1]]
-                busy = statistics.mean(sample.num_busy for sample in within or samples) / num_actors
-                print(
-                    f"{name}: {rates[name][-1]:.4f} images/s, {costs[name][-1]:.2f} CPU s, busy {busy:.1%}", flush=True
-                )
-    for name in rates:
-        rate, cost = (statistics.median(values[name]) for values in (rates, costs))
-        shares = rate / statistics.median(rates["loop"]), cost / statistics.median(costs["loop"])
-        print(f"{name}: {rate:.4f} images/s and {cost:.2f} CPU s, {shares[0]:.3f} and {shares[1]:.3f} of the loop")
+            for name in names:
+                measure = _time_loops if name.endswith(("loop", "loops")) else _time_actors
+                rate, cost = measure(model, data, 1 if name.startswith("one") else 2)
+                rates[name].append(rate)
+                costs[name].append(cost)
+                print(f"{name}: {rate:.4f} images/s, {cost:.2f} CPU s per image", flush=True)
+    for name in names:
+        rate, cost = statistics.median(rates[name]), statistics.median(costs[name])
+        print(f"{name}: {rate:.4f} images/s, {cost:.2f} CPU s per image (medians)")
+    for actors, loops in (("one actor", "one loop"), ("two actors", "two loops")):
+        rate, cost = (
+            statistics.median(values[actors]) / statistics.median(values[loops]) for values in (rates, costs)
+        )
+        print(f"{actors} / {loops}: {rate:.3f} of the images/s, {cost:.3f} of the CPU s")
 
 
-def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000)) -> None:
+def benchmark_memory(numbers_of_images: tuple[int, ...] = (1000, 10_000, 20_000)) -> None:
     """Measure the peak memory of all processes together (PSS, with the object store), with a tiny model at 240x240."""
     for number in numbers_of_images:
         with tempfile.TemporaryDirectory() as folder:
@@ -107,8 +101,14 @@ def write_photos(folder: Path, num_images: int, num_sentences: int) -> None:
     datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "val.parquet", batch_size=100)
 
 
+def _time_loops(model: Path, data: Path, number: int) -> tuple[float, float]:
+    """Measure images per second and CPU seconds per image of loops in several processes at the same time."""
+    with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as processes:
+        results = list(processes.map(_time_loop, [model] * number, [data] * number))
+    return sum(rate for rate, _ in results), statistics.mean(cost for _, cost in results)
+
+
 def _time_loop(model: Path, data: Path) -> tuple[float, float]:
-    """Measure images per second, and CPU seconds per image."""
     torch.set_num_threads(1)
     task: Any = "referring-image-segmentation"
     pipe: Any = pipeline(task, model=str(model), device="cpu")
@@ -118,9 +118,20 @@ def _time_loop(model: Path, data: Path) -> tuple[float, float]:
         pipe(row["image"], text=row["texts"])
         times.append((time.perf_counter(), time.process_time()))
     rate = (len(times) - 1) / (times[-1][0] - times[0][0])
-    cost = (times[-1][1] - times[0][1]) / (len(times) - 1)
-    print(f"loop: {rate:.4f} images/s, {cost:.2f} CPU s", flush=True)
-    return rate, cost
+    return rate, (times[-1][1] - times[0][1]) / (len(times) - 1)
+
+
+def _time_actors(model: Path, data: Path, number: int) -> tuple[float, float]:
+    """Measure images per second and CPU seconds per image of `restr predict`, and print how busy the actors are."""
+    with tempfile.TemporaryDirectory() as output, sample_processes() as samples:
+        predict(str(model), str(data), output, batch_size=1, pairs_per_file=1, num_actors=number)
+        times = sorted(path.stat().st_mtime for path in Path(output, "data").glob("*.parquet"))
+    times = times[number - 1 :]  # each actor has finished an image
+    when, cpu_seconds = zip(*((sample.when, sample.cpu_seconds) for sample in samples))
+    first, last = np.interp([times[0], times[-1]], when, cpu_seconds)
+    within = [sample for sample in samples if times[0] <= sample.when <= times[-1]]
+    print(f"busy {statistics.mean(sample.num_busy for sample in within or samples) / number:.1%}: ", end="")
+    return (len(times) - 1) / (times[-1] - times[0]), float(last - first) / (len(times) - 1)
 
 
 class Sample(NamedTuple):
@@ -139,7 +150,7 @@ def sample_processes(with_memory: bool = False) -> Iterator[list[Sample]]:
     stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.5 if with_memory else 0.1):
+        while not stop.wait(0.5):
             samples.append(_take_sample(with_memory))
 
     thread = threading.Thread(target=watch)
