@@ -147,11 +147,12 @@ class Sample(NamedTuple):
 def sample_processes(with_memory: bool = False) -> Iterator[list[Sample]]:
     """Sample this process and its children at intervals while the body runs."""
     samples: list[Sample] = []
+    cpu_seconds: dict[int, float] = {}
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.5):
-            samples.append(_take_sample(with_memory))
+            samples.append(_take_sample(cpu_seconds, with_memory))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -162,15 +163,16 @@ def sample_processes(with_memory: bool = False) -> Iterator[list[Sample]]:
         thread.join()
 
 
-def _take_sample(with_memory: bool) -> Sample:
+def _take_sample(cpu_seconds: dict[int, float], with_memory: bool) -> Sample:
+    """Sample all processes. `cpu_seconds` of each process keeps the last value of those that have ended."""
     own = psutil.Process(os.getpid())
-    cpu_seconds, num_busy, memory = 0.0, 0, 0
+    num_busy, memory = 0, 0
     for process in [own, *own.children(recursive=True)]:
         try:
-            cpu_seconds += sum(process.cpu_times()[:2])
+            cpu_seconds[process.pid] = sum(process.cpu_times()[:2])
             memory += process.memory_full_info().pss if with_memory else 0
             title = " ".join(process.cmdline()).strip()  # Ray writes its current task into it
         except psutil.NoSuchProcess:
             continue
         num_busy += "Predictor" in title and title.endswith(".submit")
-    return Sample(time.time(), cpu_seconds, num_busy, memory)
+    return Sample(time.time(), sum(cpu_seconds.values()), num_busy, memory)
