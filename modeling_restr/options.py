@@ -97,6 +97,16 @@ def run(command: Any) -> NoReturn:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("Stopped.", 130)
+    except Exception as error:
+        if not _is_network_error(error):
+            raise
+        _fail(f"The connection to the Hub failed ({str(error) or type(error).__name__}). Run the command again.", 1)
+
+
+def _is_network_error(error: Exception) -> bool:
+    """Whether the error is one of huggingface_hub's HTTP client, which differs between its versions."""
+    errors = sys.modules.get("huggingface_hub.errors")
+    return errors is not None and isinstance(error, errors.HTTPError)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -434,7 +434,7 @@ def wait_for_a_file(run, output_dir):
 @pytest.mark.slow
 def test_every_pair_is_written_once_after_kills_at_random_moments(model_dir, tmp_path):
     """Workers and drivers are killed. The next run starts at once, while processes of the old one may still end."""
-    num_kills, seed = int(os.environ.get("RESTR_KILLS", "3")), int(os.environ.get("RESTR_KILL_SEED", "0"))
+    num_kills, seed = int(os.environ.get("RESTR_KILLS", "2")), int(os.environ.get("RESTR_KILL_SEED", "0"))
     randomness, kills, trial = random.Random(seed), [], 0
     expected = write_many(tmp_path / "many", 500)
     while len(kills) < num_kills:
