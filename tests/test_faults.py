@@ -50,11 +50,11 @@ def command_line(name, inputs, output_dir):
         words = [EXAMPLES / f"{TRAINER.name}.py", *(f"--{key}={value}" for key, value in options.items())]
         return [sys.executable, *words, f"--output_dir={output_dir}"]
     words = {
-        "preparation": ["prepare", "coco", "--instances-file", inputs / "instances.json", "--image-dir"]
-        + [inputs / "images", "--splits", "train,val", "--val-share", 0.2, "--images-per-shard", 2],
-        "evaluation": ["evaluate", inputs / "model", inputs / "data", "--split", "val"],
+        "preparation": f"prepare coco --instances-file {inputs}/instances.json --image-dir {inputs}/images"
+        " --splits train,val --val-share 0.2 --images-per-shard 2",
+        "evaluation": f"evaluate {inputs}/model {inputs}/data --split val",
     }
-    return [sys.executable, "-m", "modeling_restr.cli", *words[name], "--output-dir", output_dir]
+    return [sys.executable, "-m", "modeling_restr.cli", *words[name].split(), "--output-dir", output_dir]
 
 
 def start(name, inputs, output_dir):

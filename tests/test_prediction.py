@@ -1,7 +1,7 @@
 """
 `restr predict`: its masks against the pipeline's, bad rows, and runs that are killed.
 
-Kills at random moments, RESTR_KILLS of them (3 by default), from the seed RESTR_KILL_SEED:
+Kills at random moments, RESTR_KILLS of them (2 by default), from the seed RESTR_KILL_SEED:
 
     RESTR_KILLS=50 RESTR_KILL_SEED=1 pytest -m slow tests/test_prediction.py -k random_moments
 
