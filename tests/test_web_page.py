@@ -279,7 +279,7 @@ def test_everything_has_a_name_for_screen_readers(page):
 
 def test_keyboard_reaches_everything_and_enter_looks_at_one_mask_alone(page):
     Keys = importlib.import_module("selenium.webdriver.common.keys").Keys
-    page.run("document.activeElement.blur()")
+    page.run("document.body.tabIndex = -1; document.body.focus()")
     reached = []
     for _ in range(30):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
@@ -403,6 +403,12 @@ def test_sentence_that_cannot_be_asked_is_explained(page, text, message):
     assert not page.find("#notice").is_displayed()
 
 
+def test_service_worker_keeps_every_file_of_the_page():
+    shell = re.search(r"SHELL = \[(.*?)\]", (SITE / "service-worker.js").read_text(), flags=re.DOTALL)[1]
+    names = {path.name for path in SITE.iterdir()} - {"index.html", "service-worker.js"}
+    assert set(re.findall(r'"(.*?)"', shell)) == names | {"./", "settings.json", "tokenizer.json"}
+
+
 def test_messages_are_those_of_the_demo():
     demo = (TESTS.parent / "examples" / "space" / "app.py").read_text()
     code = "".join(path.read_text() for path in SITE.glob("*.js")) + (SITE / "index.html").read_text()
@@ -510,6 +516,43 @@ def test_failed_download_can_be_tried_again(browser, site, tmp_path):
         page.find("#start").click()
         page.wait_for_masks()
         assert not page.notice
+
+
+def test_page_without_examples_starts_empty(browser, site, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    settings = json.loads((site / "settings.json").read_text()) | {"examples": []}
+    (tmp_path / "site" / "settings.json").write_text(json.dumps(settings))
+    with serve(tmp_path / "site") as url:
+        page = Page(browser, url, is_loaded=False)
+        page.wait(lambda: page.status.startswith("Ready"), "the model")
+        page.ask("the dog")
+        assert page.notice == "There is no photo yet: upload one, take one, paste one, or choose an example."
+        page.screenshot("empty")
+        page.give(DROP, CLOCK)
+        page.wait_for_photo(get_size(CLOCK))
+        assert not page.find("#empty").is_displayed() and not page.notice
+
+
+def test_browser_that_saves_data_asks_before_the_download(browser, url):
+    source = "Object.defineProperty(navigator.connection, 'saveData', { get: () => true })"
+    script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    try:
+        page = Page(browser, url, is_loaded=False)
+        page.wait(lambda: page.find("#start").is_displayed(), "the button")
+        assert "your browser is set to save data" in page.status and page.run("return window.sent") == []
+        page.find("#start").click()
+        page.wait_for_masks()
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_old_browser_is_told_so(browser, site, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    with (tmp_path / "site" / "tokenizer.js").open("a") as file:
+        file.write("a syntax of later times")
+    with serve(tmp_path / "site") as url:
+        page = Page(browser, url, is_loaded=False)
+        page.wait(lambda: "Please use a recent Chrome" in page.status, "the message")
 
 
 def test_page_works_offline_after_the_first_visit(browser, site):

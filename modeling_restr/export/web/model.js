@@ -12,7 +12,7 @@ export class Model {
     this.#onProgress = onProgress;
   }
 
-  /** Downloads the model and starts it. May be called again after an error. Returns how it runs: {backend, threads}. */
+  /** Downloads the model and starts it, again after an error. Returns how it runs: {backend, threads}. */
   load() {
     this.#worker?.terminate();
     this.#worker = new Worker("worker.js", { type: "module" });

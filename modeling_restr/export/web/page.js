@@ -3,10 +3,11 @@
 import { encodeMask, nameMask, pack, save } from "./downloads.js";
 import { makeMask, measureMask } from "./mask.js";
 import { Model } from "./model.js";
-import { areKept, startServiceWorker } from "./offline.js";
+import { startServiceWorker } from "./offline.js";
 import { SentenceList, describeLostWords, describeMask, makeElement, makeWords } from "./sentences.js";
 import { connectSources, showExamples } from "./sources.js";
 import { Stage } from "./stage.js";
+import * as status from "./status.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const MAX_CHARACTERS = 200; // per sentence; the model reads about the first 20 words
@@ -23,11 +24,12 @@ let alone = null; // the sentence whose mask is shown alone, by a click
 let pointedAt = null; // the one that the pointer is on
 let isReady = false; // whether the model is loaded
 let isRunning = false; // whether `runModel` is at work
+let lastChoice = 0; // of a photo
 let typingTimer;
-const downloads = new Map(); // {loaded, total} in bytes, by file
 
 async function start() {
-  const hasServiceWorker = await startServiceWorker();
+  document.documentElement.dataset.started = "yes";
+  const serviceWorker = startServiceWorker();
   [settings, tokenizer] = await loadSettings();
   stage = new Stage($("canvas"), settings.opacity);
   list = new SentenceList($("sentences"), { look, toggle, remove, save: saveMask });
@@ -37,10 +39,11 @@ async function start() {
   connectForm();
   connectControls();
   connectSources((blob) => choosePhoto(blob), showError);
-  model = new Model(showProgress);
   if (settings.examples.length) chooseExample(settings.examples[0]);
-  if (navigator.connection?.saveData) askToDownload(hasServiceWorker);
-  else loadModel(hasServiceWorker);
+  await serviceWorker; // which keeps the model's files
+  model = new Model(status.showProgress);
+  if (navigator.connection?.saveData) status.askToDownload(settings.files, loadModel);
+  else loadModel();
 }
 
 async function loadSettings() {
@@ -52,60 +55,17 @@ async function loadSettings() {
 
 /* The model */
 
-function askToDownload(hasServiceWorker) {
-  const size = formatBytes(sum(Object.entries(settings.files).filter(([file]) => file.endsWith(".onnx")).map(([, bytes]) => bytes)));
-  $("status-text").textContent = `The model is a download of about ${size}, and your browser is set to save data.`;
-  $("progress").hidden = true;
-  $("start").hidden = false;
-  $("start").textContent = "Download the model";
-  $("start").onclick = () => loadModel(hasServiceWorker);
-}
-
-async function loadModel(hasServiceWorker) {
-  $("start").hidden = true;
-  $("progress").hidden = false;
-  $("status").classList.remove("ready");
-  $("status-text").textContent = "Loading the model …";
+async function loadModel() {
+  hideError();
+  status.showStart();
   try {
-    const runner = await model.load();
+    status.showReady(await model.load());
     isReady = true;
-    showReady(runner, hasServiceWorker);
     runModel();
   } catch (error) {
-    offerToTryAgain(error, hasServiceWorker);
+    status.offerToTryAgain(loadModel);
+    showError(`The model could not be loaded: ${error.message}`);
   }
-}
-
-function showProgress({ file, loaded, total }) {
-  downloads.set(file, { loaded, total });
-  const files = [...downloads.values()];
-  const [done, all] = [sum(files.map((each) => each.loaded)), sum(files.map((each) => each.total))];
-  $("progress").value = done / all;
-  $("status-text").textContent =
-    done < all ? `Loading the model: ${formatBytes(done)} of ${formatBytes(all)}` : "Starting the model …";
-}
-
-async function showReady({ backend, threads }, hasServiceWorker) {
-  $("progress").hidden = true;
-  $("status").classList.add("ready");
-  const processor = backend === "webgpu" ? "WebGPU" : `${threads} ${threads === 1 ? "thread" : "threads"}`;
-  $("status-text").textContent = `Ready · ${processor}`;
-  if (hasServiceWorker && (await areKept([...downloads.keys()]))) {
-    $("status-text").textContent = `Ready · works offline · ${processor}`;
-  }
-}
-
-function offerToTryAgain(error, hasServiceWorker) {
-  $("progress").hidden = true;
-  $("status-text").textContent = "The model is not loaded.";
-  $("start").hidden = false;
-  $("start").textContent = "Try again";
-  $("start").onclick = () => {
-    hideError();
-    loadModel(hasServiceWorker);
-  };
-  showError(`The model could not be loaded: ${error.message} Check the connection, and try again.`);
-  update();
 }
 
 /** Runs the model until the photo is encoded and every sentence has a result. */
@@ -137,6 +97,8 @@ async function answer(waiting, current) {
     sentence.result = results[index];
   });
   measureMasks();
+  const measured = waiting.filter(({ mask }) => mask); // the others were removed meanwhile
+  $("answer").textContent = measured.map(({ text, mask }) => `${text}: ${describeMask(mask)}`).join(". ");
 }
 
 /** After an error of the model: removes what it could not answer, so that it is not asked again and again. */
@@ -144,10 +106,11 @@ function giveUp(error) {
   if (!photo.isEncoded) {
     photo = null;
     removeAll();
-    showError(`The photo could not be used: ${error.message}`);
+    stage.clear();
+    showError(error.message);
   } else {
     for (const sentence of sentences.filter(isWaiting)) remove(sentence);
-    showError(`The model stopped with an error: ${error.message} Reload the page if it happens again.`);
+    showError(`${error.message} Reload the page if it happens again.`);
   }
 }
 
@@ -157,15 +120,21 @@ function isWaiting({ result }) {
 
 /* Photos */
 
-/** @param {?{texts: string[], credit: string}} example What an example photo comes with. */
-async function choosePhoto(blob, example = null) {
-  let bitmap;
+/**
+ * Shows a photo and encodes it. The sentences about the one before are removed.
+ * @param {Blob | Promise<Blob>} source
+ * @param {?{texts: string[], credit: string}} example What an example photo comes with.
+ */
+async function choosePhoto(source, example = null) {
+  const choice = (lastChoice += 1);
+  let blob, bitmap;
   try {
+    blob = await source;
     bitmap = await createImageBitmap(blob, { imageOrientation: "from-image" });
   } catch {
-    showError(UNREADABLE);
-    return;
+    return showError(example ? "The example photo could not be loaded. Check the connection." : UNREADABLE);
   }
+  if (choice !== lastChoice) return; // another photo was chosen meanwhile
   hideError();
   removeAll();
   photo = { blob, width: bitmap.width, height: bitmap.height, isEncoded: false };
@@ -175,21 +144,13 @@ async function choosePhoto(blob, example = null) {
   for (const [shown, button] of exampleButtons) button.setAttribute("aria-pressed", shown === example);
   $("credit").replaceChildren(...(example ? ["Photo: ", ...linkAddresses(example.credit)] : []));
   for (const text of example?.texts ?? []) add(text);
-  if (!example && matchMedia("(pointer: fine)").matches) $("sentence").focus();
+  focusSentence();
   update();
   runModel();
 }
 
-async function chooseExample(example) {
-  let blob;
-  try {
-    const response = await fetch(example.file);
-    blob = await response.blob();
-  } catch {
-    showError("The example photo could not be loaded. Check the connection.");
-    return;
-  }
-  await choosePhoto(blob, example);
+function chooseExample(example) {
+  return choosePhoto(fetch(example.file).then((response) => response.blob()), example);
 }
 
 /* Sentences */
@@ -261,8 +222,13 @@ function remove(sentence) {
   if (alone === sentence) alone = null;
   if (pointedAt === sentence) pointedAt = null;
   list.remove(sentence);
-  $("sentence").focus();
+  focusSentence();
   update();
+}
+
+/** Lets the user type at once. On phones the keyboard would cover the photo. */
+function focusSentence() {
+  if (matchMedia("(pointer: fine)").matches) $("sentence").focus({ preventScroll: true });
 }
 
 function removeAll() {
@@ -324,6 +290,7 @@ function update() {
 }
 
 function draw() {
+  $("empty").hidden = Boolean(photo);
   if (!photo) return;
   const focus = pointedAt ?? alone;
   const shown = sentences.filter(({ result }) => result);
@@ -366,7 +333,8 @@ function describeModel() {
   document.title = `${name}: say what you mean, get its mask`;
   const model = links.model ? makeLink(name, links.model) : name;
   const facts = `, ${(parameters / 1e6).toFixed(1)} million parameters, sees photos at ${width} × ${height} pixels. `;
-  $("about").replaceChildren("Model: ", model, facts, "Architecture: ", makeLink("ReSTR, CVPR 2022", links.paper), ".");
+  const paper = makeLink("ReSTR, CVPR 2022", links.paper);
+  $("about").replaceChildren("Model: ", model, facts, "Architecture: ", paper, ".");
 }
 
 /** A text as nodes, with its web addresses as links. */
@@ -391,19 +359,8 @@ function hideError() {
   $("notice").hidden = true;
 }
 
-function formatBytes(bytes) {
-  return `${Math.round(bytes / 1e6)} MB`;
-}
-
-function sum(numbers) {
-  let total = 0;
-  for (const number of numbers) total += number;
-  return total;
-}
-
 start().catch((error) => {
   console.error(error);
-  $("status-text").textContent = "The page could not be loaded.";
-  $("progress").hidden = true;
+  status.showFailure("The page could not be loaded.");
   showError("The page could not be loaded completely. Check the connection, and reload it.");
 });

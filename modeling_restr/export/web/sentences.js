@@ -32,14 +32,14 @@ export class SentenceList {
     const item = document.createElement("li");
     item.style.setProperty("--color", sentence.color);
     item.style.setProperty("--on-color", contrastingColor(sentence.color));
-    const show = makeButton("show", `Look at the mask of “${sentence.text}” alone`, () => this.#actions.toggle(sentence));
+    const mask = `the mask of “${sentence.text}”`;
+    const show = makeButton("show", `Look at ${mask} alone`, () => this.#actions.toggle(sentence));
     show.append(makeElement("span", "number", sentence.number), makeWords(sentence.words, sentence.text));
     show.append(makeElement("span", "result", ""));
-    const label = `the mask of “${sentence.text}”`;
-    const save = makeButton("icon save", `Download ${label}`, () => this.#actions.save(sentence));
-    save.innerHTML = '<svg aria-hidden="true" viewBox="0 0 24 24"><path d="M12 4v12m-5-5 5 5 5-5M5 20h14"/></svg>';
+    const save = makeButton("icon save", `Download ${mask}`, () => this.#actions.save(sentence));
+    save.innerHTML = makeIcon("download");
     const remove = makeButton("icon remove", `Remove “${sentence.text}”`, () => this.#actions.remove(sentence));
-    remove.innerHTML = '<svg aria-hidden="true" viewBox="0 0 24 24"><path d="m6 6 12 12M18 6 6 18"/></svg>';
+    remove.innerHTML = makeIcon("close");
     item.append(show, save, remove);
     item.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && this.#actions.look(sentence));
     item.addEventListener("pointerleave", () => this.#actions.look(null));
@@ -72,7 +72,9 @@ export function describeMask({ score, share }) {
 export function describeLostWords({ unknownWords, cutWords }) {
   const problems = [];
   if (unknownWords.length) problems.push(`The model does not know ${quote(unknownWords)}. Use other words.`);
-  if (cutWords.length) problems.push(`The sentence is too long, and ${quote(cutWords)} was not read. Use fewer words.`);
+  if (cutWords.length) {
+    problems.push(`The sentence is too long, and ${quote(cutWords)} was not read. Use fewer words.`);
+  }
   return problems.join(" ");
 }
 
@@ -93,6 +95,10 @@ export function makeWords({ words, inputIds }, text) {
   });
   element.append(text.slice(end));
   return element;
+}
+
+function makeIcon(name) {
+  return `<svg aria-hidden="true"><use href="icons.svg#${name}"/></svg>`;
 }
 
 function makeButton(className, label, action) {

@@ -3,8 +3,9 @@
 
 const CACHE = `restr ${self.registration.scope}`;
 const SHELL = [
-  "./", "style.css", "icon.svg", "page.js", "model.js", "stage.js", "sentences.js", "sources.js", "downloads.js",
-  "offline.js", "worker.js", "image.js", "mask.js", "tokenizer.js", "settings.json", "tokenizer.json",
+  "./", "style.css", "icon.svg", "icons.svg", "page.js", "model.js", "stage.js", "sentences.js", "sources.js",
+  "status.js", "downloads.js", "offline.js", "worker.js", "image.js", "mask.js", "tokenizer.js", "settings.json",
+  "tokenizer.json",
 ];
 const ISOLATION = {
   "Cross-Origin-Opener-Policy": "same-origin",
@@ -30,7 +31,7 @@ async function keepShell() {
   await cache.addAll([...SHELL, ...photos].map((address) => new Request(address, { cache: "no-cache" })));
 }
 
-/** Addresses with a version (?v=...) never change, and are downloaded once. Others come from the network if it is up. */
+/** Files with a version (?v=...) never change and are downloaded once. Others come from the network if it is up. */
 async function answer(event) {
   const { request } = event;
   const hasVersion = new URL(request.url).searchParams.has("v");

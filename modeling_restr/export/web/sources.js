@@ -1,7 +1,8 @@
 // Where photos come from: a file, the clipboard, a camera or an example.
 
 const NO_CAMERA = "The camera cannot be used. Allow it for this page, or choose a photo instead.";
-const NO_PHOTO = "There is no photo in what you dropped. If it is from another page, save it first, and then drop the file.";
+const NO_PHOTO =
+  "There is no photo in what you dropped. If it is from another page, save it first, and then drop the file.";
 
 /**
  * Connects everything that photos come from.
@@ -28,7 +29,7 @@ function connectFiles(onPhoto) {
 
 function connectDrop(onPhoto, onError) {
   const veil = document.getElementById("drop");
-  const hasContent = (event) => [...event.dataTransfer.types].some((type) => type === "Files" || type === "text/uri-list");
+  const hasContent = ({ dataTransfer }) => ["Files", "text/uri-list"].some((type) => dataTransfer.types.includes(type));
   document.addEventListener("dragenter", (event) => {
     veil.hidden = !hasContent(event);
   });

@@ -48,6 +48,10 @@ export class Stage {
     this.drawMasks([], 1);
   }
 
+  clear() {
+    this.#context.clearRect(0, 0, this.#canvas.width, this.#canvas.height);
+  }
+
   /** Tints each mask in its colour and outlines it. */
   drawMasks(layers, threshold) {
     this.#context.drawImage(this.#photo, 0, 0);
@@ -84,7 +88,8 @@ export class Stage {
     if (!this.#probabilities.has(result)) {
       this.#probabilities.set(result, makeProbabilities(result, this.#canvas.width, this.#canvas.height));
     }
-    return this.#colorPixels(color, this.#probabilities.get(result), (probability) => (probability > threshold ? 255 : 0));
+    const probabilities = this.#probabilities.get(result);
+    return this.#colorPixels(color, probabilities, (probability) => (probability > threshold ? 255 : 0));
   }
 
   /** A canvas in one colour, with an opacity from 0 to 255 for each value. */
