@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -89,6 +90,8 @@ def refuse_vision_config(
 
 def check_vision_config(config: PreTrainedConfig) -> None:
     """Refuse a config that cannot describe a plain ViT, and say what to use instead."""
+    if not isinstance(config.model_type, str):
+        refuse_vision_config(config, "its `model_type` is not text")
     if config.model_type in _REFUSED_VISION_MODELS:
         refuse_vision_config(config, *_REFUSED_VISION_MODELS[config.model_type])
     if isinstance(getattr(config, "vision_config", None), PreTrainedConfig):
@@ -109,6 +112,7 @@ class ReSTRBaseConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_names_of_methods(kwargs)
+        self._check_inherited_fields(kwargs.get("torch_dtype"))
         self.resolve_defaults()
         self.validate_architecture()
         super().__post_init__(**kwargs)
@@ -119,6 +123,7 @@ class ReSTRBaseConfig(PreTrainedConfig):
         """Create a config as in transformers, and also check the values of `from_pretrained(..., key=value)`."""
         cls._refuse_names_of_methods(kwargs)
         config, unused_kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        config._check_inherited_fields()
         config.resolve_defaults()
         config.validate_architecture()
         config._warn_of_misspelt_keys(unused_kwargs)
@@ -131,6 +136,15 @@ class ReSTRBaseConfig(PreTrainedConfig):
             raise ValueError(
                 f"{cls.__name__}: expected keys that are not methods of a config, got {names}. Rename them."
             )
+
+    def _check_inherited_fields(self, torch_dtype: Any = None) -> None:
+        """Refuse values of fields of every config that transformers would fail on without naming them."""
+        for value in (self.dtype, torch_dtype):
+            dtype = getattr(torch, value, None) if isinstance(value, str) else value
+            if value is not None and not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{type(self).__name__}: `dtype` must be a type of PyTorch, got {value!r}.")
+        if not isinstance(self.id2label, dict | None):
+            raise ValueError(f"{type(self).__name__}: `id2label` must be a dict, got {self.id2label!r}.")
 
     def resolve_defaults(self) -> None:
         """Derive the fields that were left open from other fields."""
@@ -408,7 +422,7 @@ class ReSTRConfig(ReSTRBaseConfig):
         model_type = values.pop("model_type", ReSTRVisionConfig.model_type)
         if model_type == ReSTRVisionConfig.model_type:
             return ReSTRVisionConfig(**values)
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"Expected a `vision_config` of `model_type` {ReSTRVisionConfig.model_type!r} or of a plain ViT, such "
                 f"as 'vit', 'deit' or 'dinov2', got {model_type!r}, which transformers does not know."

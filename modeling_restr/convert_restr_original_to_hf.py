@@ -81,12 +81,13 @@ def _original_name(name: str, fusion_type: str) -> str:
 
 
 def _convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Convert a tensor of the original to the shape of our weight `name`."""
-    if match := re.search(r"\.([qkv])_proj\.", name):
+    """Convert a tensor of the original to the shape of our weight `name`. Other shapes than the original's stay."""
+    match = re.search(r"\.([qkv])_proj\.", name)
+    if match and tensor.ndim and len(tensor) % 3 == 0:
         return tensor.chunk(3)["qkv".index(match.group(1))].clone()
-    if re.search(r"\.(patch|classifier)_projection\.", name):  # the original applies it on the right
+    if re.search(r"\.(patch|classifier)_projection\.", name) and tensor.ndim == 2:  # applied on the right
         return tensor.t().contiguous()
-    if name.startswith("pixel_decoder."):  # 1x1 convolution -> linear map
+    if name.startswith("pixel_decoder.") and tensor.ndim == 4:  # 1x1 convolution -> linear map
         return tensor.flatten(1)
     return tensor
 
@@ -133,6 +134,15 @@ def _num_layers(names: set[str], prefix: str) -> int:
     return len({match.group(1) for name in names if (match := re.match(re.escape(prefix) + r"\.(\d+)\.", name))})
 
 
+def _shape_of(state_dict: dict[str, torch.Tensor], name: str, num_dimensions: int) -> tuple[int, ...]:
+    if name not in state_dict:
+        raise ValueError(f"Expected a state dict of the original ReSTR, got one without {name!r}.")
+    shape = tuple(state_dict[name].shape)
+    if len(shape) != num_dimensions:
+        raise ValueError(f"Expected {name!r} of {num_dimensions} dimensions, got the shape {shape}.")
+    return shape
+
+
 def _config_from_state_dict(
     state_dict: dict[str, torch.Tensor],
     image_size: int,
@@ -142,29 +152,26 @@ def _config_from_state_dict(
 ) -> ReSTRConfig:
     """Read every other size off the shapes."""
     names = set(state_dict)
-    try:
-        hidden_size, num_channels, patch_size, _ = state_dict["encoder_v.patch_embed.proj.weight"].shape
-        vocab_size, text_hidden_size = state_dict["encoder_l.embedding.weight"].shape
-        vision_config = ReSTRVisionConfig(
-            hidden_size=hidden_size,
-            num_hidden_layers=_num_layers(names, "encoder_v.blocks"),
-            num_attention_heads=num_attention_heads,
-            intermediate_size=len(state_dict["encoder_v.blocks.0.mlp.fc1.weight"]),
-            image_size=image_size,
-            patch_size=patch_size,
-            num_channels=num_channels,
-        )
-        text_config = ReSTRTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=text_hidden_size,
-            num_hidden_layers=_num_layers(names, "encoder_l.blocks"),
-            num_attention_heads=text_num_attention_heads,
-            intermediate_size=len(state_dict["encoder_l.blocks.0.mlp.fc1.weight"]),
-            projection_dim=len(state_dict["encoder_l.proj_lang.weight"]),
-        )
-        fusion_values["hidden_size"] = len(state_dict["fusion_module.proj_v.weight"])
-    except KeyError as error:
-        raise ValueError(f"Expected a state dict of the original ReSTR, got one without {error}.") from error
+    hidden_size, num_channels, patch_size, _ = _shape_of(state_dict, "encoder_v.patch_embed.proj.weight", 4)
+    vocab_size, text_hidden_size = _shape_of(state_dict, "encoder_l.embedding.weight", 2)
+    vision_config = ReSTRVisionConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=_num_layers(names, "encoder_v.blocks"),
+        num_attention_heads=num_attention_heads,
+        intermediate_size=_shape_of(state_dict, "encoder_v.blocks.0.mlp.fc1.weight", 2)[0],
+        image_size=image_size,
+        patch_size=patch_size,
+        num_channels=num_channels,
+    )
+    text_config = ReSTRTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=text_hidden_size,
+        num_hidden_layers=_num_layers(names, "encoder_l.blocks"),
+        num_attention_heads=text_num_attention_heads,
+        intermediate_size=_shape_of(state_dict, "encoder_l.blocks.0.mlp.fc1.weight", 2)[0],
+        projection_dim=_shape_of(state_dict, "encoder_l.proj_lang.weight", 2)[0],
+    )
+    fusion_values["hidden_size"] = _shape_of(state_dict, "fusion_module.proj_v.weight", 2)[0]
     return ReSTRConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -221,7 +228,7 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     Load the state dict in a `.pth` without running any code in it, and without the wrappers of training scripts.
 
     Raises:
-        `ValueError`: The file contains anything but weights, or no state dict.
+        `ValueError`: The file is damaged, contains anything but weights, or holds no state dict.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -229,6 +236,12 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"Expected weights only in {path}, got other objects, which could run code. If you trust the file, save "
             f"its state dict alone to a new one and convert that. {error}"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch raises nearly anything on a damaged file
+        raise ValueError(
+            f"Expected a checkpoint in {path}, got a damaged file ({error or type(error).__name__})."
         ) from error
     while wrappers := [
         key for key in _WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)

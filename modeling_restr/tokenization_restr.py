@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer
@@ -56,9 +57,13 @@ def read_vocabulary(path: str | Path) -> dict[str, int]:
     as the largest id + 1.
 
     Raises:
-        ValueError: `<pad>`, `<go>`, `<eos>` and `<unk>` do not have the ids 0 to 3.
+        ValueError: The file is not in UTF-8, or `<pad>`, `<go>`, `<eos>` and `<unk>` do not have the ids 0 to 3.
     """
-    lines = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8")).split("\n")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {path} in UTF-8, got something else: {error}. Save it as UTF-8.") from None
+    lines = unicodedata.normalize("NFC", text).split("\n")
     vocabulary = {line.strip(): index for index, line in enumerate(lines) if line.strip()}
     _check_special_tokens(vocabulary, source=f"vocabulary file {path}")
     return vocabulary
@@ -95,14 +100,17 @@ def build_tokenizer(
             of punctuation alone stays one `<unk>`. tokenizer.json stores this setting.
 
     Raises:
-        ValueError: A special token is missing or has another id, an id is negative or shared by two words, or
-            `max_length` is not positive.
+        ValueError: A special token is missing or has another id, a word is not text, an id is not a whole number from
+            0 to 2**32 - 1 or shared by two words, or `max_length` is not a positive whole number.
     """
     _check_special_tokens(vocabulary, source="vocabulary")
-    if min(vocabulary.values()) < 0 or len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError("Expected ids >= 0, each for one word only, got a vocabulary with negative or shared ids.")
-    if max_length < 1:
-        raise ValueError(f"Expected max_length >= 1, got {max_length}.")
+    for word, number in vocabulary.items():
+        if not (_is_unicode(word) and isinstance(number, Integral) and 0 <= number < 2**32):
+            raise ValueError(f"Expected words with ids >= 0 and below 2**32, got {word!r} with the id {number!r}.")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("Expected ids for one word each, got a vocabulary with shared ids.")
+    if not (isinstance(max_length, Integral) and max_length >= 1):
+        raise ValueError(f"Expected max_length >= 1, got {max_length!r}.")
 
     backend = Tokenizer(WordLevel(dict(vocabulary), unk_token=UNK_TOKEN))
     backend.normalizer = _build_normalizer(vocabulary if drop_unknown_punctuation else None)
@@ -178,7 +186,14 @@ def _refuse_string(texts: Iterable[str]) -> None:
         raise ValueError(f"Expected a list of strings, got one string: {texts!r}.")
 
 
+def _is_unicode(word: object) -> bool:
+    """Whether a word is text without halves of surrogate pairs."""
+    return isinstance(word, str) and not re.search(r"[\ud800-\udfff]", word)
+
+
 def _check_special_tokens(vocabulary: Mapping[str, int], source: str) -> None:
+    if not isinstance(vocabulary, Mapping):
+        raise ValueError(f"Expected the {source} as words with their ids, got {type(vocabulary).__name__}.")
     found = {token: vocabulary.get(token) for token in SPECIAL_TOKENS}
     if found != SPECIAL_TOKENS:
         raise ValueError(f"Expected the special tokens {SPECIAL_TOKENS} in the {source}, got {found}.")

@@ -58,13 +58,25 @@ def mask_to_polygons(mask: np.ndarray, first_column: int = 0) -> list[list[int]]
         first_column: Offset that is added to each x.
     """
     loops = _trace_edges(mask)
-    hole = next((loop for loop in loops if _signed_area(loop) < 0), None)
-    if hole is not None:
-        left, right = min(x for x, _ in hole), max(x for x, _ in hole)
-        middle = (left + right + 1) // 2
-        parts = ((mask[:, :middle], first_column), (mask[:, middle:], first_column + middle))
-        return [polygon for part in parts for polygon in mask_to_polygons(*part)]
+    holes = [loop for loop in loops if _signed_area(loop) < 0]
+    if holes:
+        parts = np.split(mask, _place_cuts(holes), axis=1)
+        starts = np.cumsum([first_column, *(part.shape[1] for part in parts)])
+        return [polygon for part, start in zip(parts, starts) for polygon in mask_to_polygons(part, int(start))]
     return [[number for x, y in loop for number in (x + first_column, y)] for loop in loops]
+
+
+def _place_cuts(holes: Iterable[list[tuple[int, int]]]) -> list[int]:
+    """As few columns as possible so that each hole has one, in the middle of the holes that share it."""
+    spans = sorted((max(x for x, _ in hole), min(x for x, _ in hole)) for hole in holes)
+    shared = [spans[0]]  # (right, left) columns that a group of holes has in common
+    for right, left in spans[1:]:
+        common_right, common_left = shared[-1]
+        if left > common_right:
+            shared.append((right, left))
+        else:
+            shared[-1] = (common_right, max(common_left, left))
+    return [(left + right + 1) // 2 for right, left in shared]
 
 
 def _trace_edges(mask: np.ndarray) -> list[list[tuple[int, int]]]:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .canonical import AnnotatedImage, AnnotatedReference, ImageInDataset, read_image
 from .dataset_card import Source
+from .loading import load_files
 from .preparation import list_shards, read_settings, read_source
 from .published_counts import Counts, count_images
 
@@ -86,17 +87,20 @@ def read_prepared_images(folder: str | Path, cache_dir: str | Path | None = None
     missing = read_settings(folder)["splits"].keys() - shards.keys()
     if missing:
         raise ValueError(f"{folder} is not finished: {', '.join(sorted(missing))}. Finish preparing it first.")
-    images = {split: _read_rows(paths, split, cache_dir) for split, paths in shards.items()}
+    images = {split: _read_rows(folder, paths, split, cache_dir) for split, paths in shards.items()}
     # Rows contain their images. If one names a file instead, the file must be in the folder.
     return {split: [replace(image, image_dir=Path(folder)) for image in found] for split, found in images.items()}
 
 
-def _read_rows(paths: Sequence[Path], split: str, cache_dir: str | Path | None) -> list[AnnotatedImage]:
-    dataset: Any = datasets.load_dataset(
+def _read_rows(
+    folder: str | Path, paths: Sequence[Path], split: str, cache_dir: str | Path | None
+) -> list[AnnotatedImage]:
+    dataset = load_files(
         "parquet",
         data_files={split: [str(path) for path in paths]},
         split=split,
         cache_dir=None if cache_dir is None else str(cache_dir),
+        place=folder,
     )
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     images = dataset.select_columns(["image"])

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .canonical import AnnotatedImage, AnnotatedReference, ImageInDataset, check_images
 from .image_files import image_finder
+from .loading import load_files
 from .records import ANYTHING, ID, LIST, OBJECT, TEXT, TEXT_OR_TEXTS, check_fields
 from .refer import check_sentences, expressions_of
 from .segmentation import are_numbers
@@ -113,9 +114,9 @@ def _load_split(path_or_id: str, split: str, revision: str | None) -> tuple[str,
     # Without `data_files`, the files of all splits would be fetched.
     data_files = {name: list(data_files[name])}
     try:
-        return name, datasets.load_dataset(path_or_id, data_files=data_files, split=name, revision=revision)
-    except (ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"The files of {path_or_id} cannot be read: {error.__cause__ or error}") from error
+        return name, load_files(path_or_id, data_files=data_files, split=name, revision=revision, place=path_or_id)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The files of {path_or_id} cannot be read: {error}") from error
 
 
 def _resolve_split(split: str, available: Sequence[str], path_or_id: str) -> str:

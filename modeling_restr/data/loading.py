@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 
 def find_data_files(
@@ -16,6 +17,16 @@ def find_data_files(
 
 def are_parquet(files: list[str]) -> bool:
     return all(file.endswith(".parquet") for file in files)
+
+
+def load_files(*args: Any, place: str | Path, **kwargs: Any) -> Any:
+    """Call `datasets.load_dataset`. If files are damaged, the message of the `ValueError` begins with `place`."""
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and not Path(place).is_dir():  # of the network
+            raise
+        raise ValueError(f"{place}: its files cannot be read: {error.__cause__ or error}") from error
 
 
 def load_prepared(
@@ -42,16 +53,17 @@ def load_prepared(
         streaming: Whether to read rows on demand, without a copy of the whole split.
 
     Raises:
-        ValueError: There is no such split.
+        ValueError: There is no such split, or its files are damaged.
     """
     files = find_data_files(path_or_id, config_name) if Path(path_or_id).is_dir() else {}
     if files and split not in files:
         raise ValueError(f"Expected a split among {', '.join(files)} in {path_or_id}, got {split}.")
     if files and are_parquet(files[split]):
-        dataset = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split, streaming=streaming)
+        found = {split: files[split]}
+        dataset = load_files("parquet", data_files=found, split=split, streaming=streaming, place=path_or_id)
     else:
-        place = {"path": str(path_or_id), "name": config_name, "revision": revision}
-        dataset = datasets.load_dataset(**place, split=split, streaming=streaming)
+        options = {"name": config_name, "revision": revision, "split": split, "streaming": streaming}
+        dataset = load_files(str(path_or_id), place=path_or_id, **options)
     if max_images is None:
         return dataset
     return dataset.take(max_images if streaming else min(max_images, len(dataset)))

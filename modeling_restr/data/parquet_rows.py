@@ -54,7 +54,7 @@ def open_source(
         sentences_path: Parquet file that a file of sentences is converted to.
 
     Raises:
-        ValueError: There is no such split, or its files are not Parquet.
+        ValueError: There is no such split, or its files are not Parquet or damaged.
     """
     if data.lower().endswith(SUFFIXES):
         pq.write_table(load_sentences(data, image_dir).data.table, sentences_path, row_group_size=1000)
@@ -78,9 +78,12 @@ def open_source(
 
 def _read_footers(split: str, files: list[str], max_images: int | None) -> Source:
     def read(name: str) -> tuple[pq.FileMetaData, pa.Schema]:
-        with fsspec.open(name, "rb") as opened:
-            file = pq.ParquetFile(opened)
-            return file.metadata, file.schema_arrow
+        try:
+            with fsspec.open(name, "rb") as opened:
+                file = pq.ParquetFile(opened)
+                return file.metadata, file.schema_arrow
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
 
     footers = thread_map(read, files, max_workers=16, desc="Files", disable=len(files) < 20)
     groups: list[RowGroup] = []

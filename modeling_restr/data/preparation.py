@@ -20,14 +20,22 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from ..files import hold_folder, write_json, write_text
 from .canonical import AnnotatedImage, BadImage, check_distinct_files
 from .dataset_card import Source, build_card
-from .records import ID, OBJECT, TEXT, check_fields, read_json
+from .records import COUNT, ID, OBJECT, TEXT, TEXTS, check_fields, read_json
 from .segmentation import SeveralObjects
 from .shards import PreparedSplit, make_shards, plan_shards, read_split, shard_paths
 
 
 SETTINGS_NAME = "preparation.json"
-SETTINGS_FIELDS = {"version": ID, "images_per_shard": ID, "source": OBJECT, "splits": OBJECT}
-SOURCE_FIELDS = {"name": TEXT, "title": TEXT, "options": OBJECT, "published": OBJECT}
+SETTINGS_FIELDS = {"version": ID, "images_per_shard": COUNT, "source": OBJECT, "splits": OBJECT}
+SOURCE_FIELDS = {
+    "name": TEXT,
+    "title": TEXT,
+    "description": TEXT,
+    "origins": TEXTS,
+    "options": OBJECT,
+    "published": OBJECT,
+}
+SPLIT_FIELDS = {"num_images": COUNT, "annotations": TEXT}
 IMAGES_PER_SHARD = 1500  # about 250 MB of COCO's images
 VERSION = 1  # of the rows that this file makes; shards of different versions are never mixed
 
@@ -164,6 +172,9 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     settings = read_json(path)
     check_fields(settings, SETTINGS_FIELDS, str(path))
     check_fields(settings["source"], SOURCE_FIELDS, str(path))
+    check_fields(settings["source"]["published"], dict.fromkeys(settings["source"]["published"], TEXTS), str(path))
+    for name, split in settings["splits"].items():
+        check_fields(split, SPLIT_FIELDS, f"{path}, split {name}")
     return settings
 
 

@@ -30,9 +30,11 @@ def _one_or_list(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 ID = Kind("a whole number of 64 bits", _is_id)
+COUNT = Kind("a whole number above 0", lambda value: _is_id(value) and value > 0)
 ID_OR_IDS = Kind("a whole number of 64 bits or a list of them", _one_or_list(_is_id))
 TEXT = Kind("text", _is_text)
 TEXT_OR_TEXTS = Kind("text or a list of texts", _one_or_list(_is_text))
+TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 ANYTHING = Kind("anything", lambda value: True)

@@ -114,8 +114,13 @@ def _build_reference(ref: dict[str, Any], instances: Instances) -> AnnotatedRefe
     )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Without classes and functions, a pickle can build nothing but containers, numbers and text."""
+class _PlainUnpickler(pickle._Unpickler):
+    """
+    Without classes and functions, a pickle can build nothing but containers, numbers and text.
+
+    This is the class in Python's own code. The one in C allocates up to 64 GB for a place in the memo that a damaged
+    file names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         advice = "write NumPy's numbers as int() and float()" if module.startswith("numpy") else "do not trust it"
@@ -144,8 +149,10 @@ def load_plain_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
         try:
             return _PlainUnpickler(file, encoding="utf-8", errors="restr_windows_1252").load()
-        except Exception as error:  # a damaged pickle raises nearly anything
+        except pickle.UnpicklingError as error:
             raise ValueError(f"{path} was refused: {error}.") from error
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise ValueError(f"{path} was refused: it is damaged ({type(error).__name__}: {error}).") from error
 
 
 def find_annotation_dir(annotation_dir: str | Path, names: Sequence[str]) -> Path:

@@ -208,7 +208,9 @@ def _decompress(counts: str | bytes) -> list[int]:
     """
     runs: list[int] = []
     run = shift = 0
-    for digit in (byte - 48 for byte in (counts.encode() if isinstance(counts, str) else counts)):
+    for digit in (
+        byte - 48 for byte in (counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts)
+    ):
         if not 0 <= digit < 64 or shift > 60:
             raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
         run |= (digit & 31) << shift
