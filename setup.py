@@ -37,6 +37,7 @@ EXTRAS["test"] = [
     *EXTRAS["scale"],
     *EXTRAS["space"],
     *EXTRAS["browser"],
+    "hypothesis>=6.120",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "parameterized",

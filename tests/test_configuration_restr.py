@@ -284,6 +284,11 @@ def test_every_field_but_flags_and_parts_has_bounds():
 REFUSED = [
     ({"hidden_size": 50}, "multiple of `num_attention_heads`, got 50 and 12"),
     ({"vision_config": {"hidden_size": 50}}, "ReSTRVisionConfig.*got 50 and 12"),
+    ({"dtype": "float99"}, "`dtype` must be a type of PyTorch, got 'float99'"),
+    ({"dtype": 5}, "`dtype` must be a type of PyTorch, got 5"),
+    ({"text_config": {"torch_dtype": [1]}}, r"ReSTRTextConfig: `dtype` must be a type of PyTorch, got \[1\]"),
+    ({"id2label": 3}, "`id2label` must be a dict, got 3"),
+    ({"vision_config": {"model_type": ["vit"]}}, r"plain ViT.*\['vit'\]"),
     ({"vision_config": {"image_size": 50}}, "multiple of `patch_size`, got 50 and 16"),
     ({"vision_config": BertConfig()}, "plain ViT.*BertConfig.*it has no `image_size`"),
     ({"text_config": {"num_attention_heads": 7}}, "got 300 and 7"),

@@ -206,6 +206,22 @@ def test_other_state_dicts_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("encoder_l.embedding.weight", (), r"'encoder_l.embedding.weight' of 2 dimensions, got the shape \(\)"),
+        ("encoder_v.patch_embed.proj.weight", (9,), r"proj.weight' of 4 dimensions, got the shape \(9,\)"),
+        ("encoder_v.blocks.0.attn.qkv.bias", (), r"qkv.bias gives \(\)"),
+        ("fusion_module.proj_patch", (2, 2, 2), r"fusion_module.proj_patch gives \(2, 2, 2\)"),
+        ("fusion_module.decoder.0.up.1.weight", (9,), r"up.1.weight gives \(9,\)"),
+    ],
+)
+def test_tensors_of_other_dimensions_are_named(name, shape, message):
+    settings, state_dict, _ = read_case("coupled")
+    with pytest.raises(ValueError, match=message):
+        model_from_original_state_dict(state_dict | {name: torch.zeros(shape)}, **options_of(settings))
+
+
+@pytest.mark.parametrize(
     "wrap",
     [
         lambda state_dict: state_dict,
@@ -239,6 +255,13 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not trace.exists()
     pickle.loads(pickle.dumps(Malicious(trace)))  # plain loading would have run it
     assert trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"x" * 100])
+def test_damaged_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "checkpoint.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth"):
+        load_original_checkpoint(tmp_path / "checkpoint.pth")
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, {1: torch.zeros(1)}])

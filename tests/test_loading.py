@@ -10,6 +10,7 @@ from tiny_training import make_dataset, write_prepared
 
 from modeling_restr.data import load_prepared
 from modeling_restr.data.loading import find_data_files, name_rows
+from modeling_restr.data.parquet_rows import open_source
 
 
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
@@ -61,6 +62,17 @@ def test_folders_of_other_formats_are_loaded_as_datasets_does(tmp_path):
     (folder / "val.jsonl").write_text('{"image": "a.png", "text": "red thing"}\n')
     assert find_data_files(folder).keys() == {"validation"}
     assert load_prepared(folder, "validation").to_list() == [{"image": "a.png", "text": "red thing"}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_files_are_named(tmp_path, streaming):
+    write_data(tmp_path / "data", 5, seed=0)
+    path = min((tmp_path / "data").rglob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* cannot be read"):
+        list(load_prepared(tmp_path / "data", "val", streaming=streaming))
+    with pytest.raises(ValueError, match=rf"{path} cannot be read"):
+        open_source(str(tmp_path / "data"), "val")
 
 
 def test_versions_on_the_hub(tmp_path, monkeypatch):

@@ -213,6 +213,27 @@ def test_source_is_read_back_as_it_was(tmp_path, images):
             read_settings(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["images_per_shard"], 0),
+        (["splits", "val"], 5),
+        (["splits", "val", "num_images"], "4"),
+        (["source", "origins"], 7),
+        (["source", "published"], {"val": [1, 2, 3]}),
+    ],
+)
+def test_damaged_settings_are_refused(tmp_path, images, path, value):
+    prepare(SOURCE, {"val": images}, tmp_path)
+    settings = record = json.loads((tmp_path / "preparation.json").read_text())
+    for name in path[:-1]:
+        record = record[name]
+    record[path[-1]] = value
+    (tmp_path / "preparation.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"preparation\.json.*: expected"):
+        read_settings(tmp_path)
+
+
 def test_fingerprint_depends_on_the_annotations_only(tmp_path, images):
     elsewhere = [dataclasses.replace(image, image=tmp_path / "elsewhere.jpg") for image in images]
     assert fingerprint(images) == fingerprint(elsewhere)

@@ -123,6 +123,7 @@ def test_no_parts_make_an_empty_mask():
         ({"size": [HEIGHT, WIDTH], "counts": "~~"}, "damaged"),
         ({"size": [HEIGHT, WIDTH], "counts": "O"}, "damaged"),  # a run of -1
         ({"size": [HEIGHT, WIDTH], "counts": 3000 * "o"}, "damaged"),  # a run that does not end
+        ({"size": [HEIGHT, WIDTH], "counts": "\ud800"}, r"damaged: '\\ud800'"),
         ({"size": [HEIGHT, WIDTH], "counts": [100, -5, 673]}, "whole numbers from 0 on"),
         ({"size": [HEIGHT, WIDTH], "counts": [2**32, 768 - 2**32]}, "whole numbers from 0 on"),
         ({"size": [HEIGHT, WIDTH], "counts": [2**32, 768]}, "cover 4294968064 pixels"),

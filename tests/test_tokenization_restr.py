@@ -210,6 +210,13 @@ def test_read_vocabulary_refuses_a_file_without_the_special_tokens(tmp_path):
         read_vocabulary(path)
 
 
+def test_read_vocabulary_refuses_another_encoding(tmp_path):
+    (tmp_path / "vocabulary.txt").write_bytes("<pad>\n<go>\n<eos>\n<unk>\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"vocabulary\.txt in UTF-8") as caught:
+        read_vocabulary(tmp_path / "vocabulary.txt")
+    assert not isinstance(caught.value, UnicodeError)
+
+
 def test_vocabulary_from_expressions_orders_by_count():
     sentences = ["The dog, left", "the cat's", "dog.", "the"]
     words = ["the", "dog", "'", "cat", "left", "s"]
@@ -225,8 +232,14 @@ def test_vocabulary_from_expressions_orders_by_count():
         ({"<pad>": 0, "dog": 1}, 20, "special tokens"),
         (SPECIAL_TOKENS | {"<unk>": 4}, 20, "'<unk>': 4"),
         (SPECIAL_TOKENS | {"dog": 4, "cat": 4}, 20, "shared ids"),
-        (SPECIAL_TOKENS | {"dog": -1}, 20, "negative"),
+        (SPECIAL_TOKENS | {"dog": -1}, 20, "'dog' with the id -1"),
+        (SPECIAL_TOKENS | {"dog": 2**32}, 20, "below 2.*'dog' with the id 4294967296"),
+        (SPECIAL_TOKENS | {"dog": "4"}, 20, "'dog' with the id '4'"),
+        (SPECIAL_TOKENS | {"\ud800": 4}, 20, "with the id 4"),
+        (SPECIAL_TOKENS | {5: 4}, 20, "got 5 with the id 4"),
+        (["<pad>"], 20, "words with their ids, got list"),
         (SPECIAL_TOKENS, 0, "max_length >= 1, got 0"),
+        (SPECIAL_TOKENS, "20", "max_length >= 1, got '20'"),
     ],
 )
 def test_build_tokenizer_refuses_bad_vocabularies(vocabulary, max_length, message):
