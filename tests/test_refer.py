@@ -229,6 +229,16 @@ def test_pickles_with_other_content_are_refused(tmp_path, content, named):
         load_plain_pickle(path)
 
 
+def test_a_bytearray_takes_no_memory(tmp_path):
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(b"\x80\x05\x96" + struct.pack("<Q", 2**28) + b".")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="damaged .KeyError: 150"):
+        load_plain_pickle(path)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("store", [b"r\x00\x00\x00\x08", b"p4000000000\n"])
 def test_a_far_place_in_the_memo_takes_no_memory(tmp_path, store):
     path = tmp_path / "refs(unc).p"

@@ -119,8 +119,10 @@ class _PlainUnpickler(pickle._Unpickler):
     Without classes and functions, a pickle can build nothing but containers, numbers and text.
 
     This is the class in Python's own code. The one in C allocates up to 64 GB for a place in the memo that a damaged
-    file names.
+    file names. It also allocates what a bytearray claims to hold, before it reads it: annotations have none.
     """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         advice = "write NumPy's numbers as int() and float()" if module.startswith("numpy") else "do not trust it"
