@@ -6,7 +6,7 @@ Fuzzing of three readers, guided by the coverage of their code (needs `pip insta
     python tests/fuzz_readers.py mat -max_total_time=600
 
 The other arguments are libFuzzer's. A reader returns images whose rows can be built, or raises a documented error.
-Anything else stops the run, and the input is saved to a file.
+Anything else stops the run, and the input is saved to a file, whose name as an argument tries it again.
 """
 
 import inspect
@@ -108,7 +108,10 @@ def main() -> None:
         (folder / "corpus").mkdir()
         for number, seed in enumerate(seeds):
             (folder / "corpus" / f"{number}").write_bytes(seed)
-        atheris.Setup([sys.argv[0], *sys.argv[2:], str(folder / "corpus")], read)
+        arguments = sys.argv[2:]
+        if all(argument.startswith("-") for argument in arguments):
+            arguments.append(str(folder / "corpus"))
+        atheris.Setup([sys.argv[0], *arguments], read)
         atheris.Fuzz()
 
 

@@ -233,7 +233,7 @@ def test_a_bytearray_takes_no_memory(tmp_path):
     path = tmp_path / "refs(unc).p"
     path.write_bytes(b"\x80\x05\x96" + struct.pack("<Q", 2**28) + b".")
     tracemalloc.start()
-    with pytest.raises(ValueError, match="damaged .KeyError: 150"):
+    with pytest.raises(ValueError, match=r"damaged .KeyError: 150"):
         load_plain_pickle(path)
     assert tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
