@@ -4,6 +4,9 @@ Measure ReSTR:
     python examples/benchmark.py --output_dir runs/speed   # one table of all that a CPU can show, in 15 minutes
     python examples/benchmark.py --what answers     # answers at the paper's size next to a bare ViT-B/16
     python examples/benchmark.py --what training    # steps with 1, 4 and 8 sentences per image
+    python examples/benchmark.py --what file-to-mask   # every stage from a photo's file to its masks' files
+    python examples/benchmark.py --what training-data  # the loader next to training steps
+    python examples/benchmark.py --what evaluation  # the sentences of an image together next to one at a time
     python examples/benchmark.py --what gpu --output_dir runs/gpu
     python examples/benchmark.py --what prediction  # restr predict compared with a loop over the pipeline
     python examples/benchmark.py --what prediction-memory
@@ -37,7 +40,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"The benchmark needs {error.name}: pip install {error.name}")
 
-Part = Literal["answers", "training"]  # of the table
+Part = Literal["answers", "training", "file-to-mask", "training-data", "evaluation"]  # of the table
 
 
 def benchmark(
@@ -128,13 +131,19 @@ def measure_parts(
     output_dir: Path | None,
 ) -> None:
     """Measure parts of the table, print it, and write it to a folder."""
-    from benchmarks import paper_size
+    from benchmarks import data_and_evaluation, file_to_mask, paper_size
     from benchmarks.measuring import describe_machine, tiny_config
     from benchmarks.report import format_table, write_report
 
     from modeling_restr import ReSTRConfig, ReSTRVisionConfig
 
-    functions = {"answers": paper_size.measure_answers, "training": paper_size.measure_training}
+    functions = {
+        "answers": paper_size.measure_answers,
+        "training": paper_size.measure_training,
+        "file-to-mask": file_to_mask.measure_file_to_mask,
+        "training-data": data_and_evaluation.measure_training_data,
+        "evaluation": data_and_evaluation.measure_evaluation,
+    }
     config = tiny_config() if tiny else ReSTRConfig(vision_config=ReSTRVisionConfig(image_size=image_size))
     facts = describe_machine(device) | {"medians of": f"{runs} alternated runs"}
     rows = []

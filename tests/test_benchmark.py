@@ -166,3 +166,40 @@ def test_a_row_shows_its_floor_and_the_chart_is_drawn(tmp_path, monkeypatch):
     assert "| encoder | 1,234 MiB |  | 0.50 x CLIPSeg |" in table
     with Image.open(tmp_path / "performance.png") as chart:
         assert min(chart.size) > 100
+
+
+def test_every_stage_from_file_to_mask_has_a_floor(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from benchmarks import file_to_mask
+    from benchmarks.measuring import tiny_config
+
+    monkeypatch.setattr(file_to_mask, "PHOTO_SIZES", {"small": (48, 64), "large": (480, 640)})
+    monkeypatch.setattr(file_to_mask, "NUMBERS_OF_SENTENCES", (1, 2))
+    rows = file_to_mask.measure_file_to_mask(tiny_config(), torch.device("cpu"), torch.float32, 1)
+    stages = {(row.section, row.name): row for row in rows[:-4]}
+    assert len(stages) == 7 + 2 * (3 + 6) and all(row.floor > 0 for row in stages.values())
+    model = sum(stages["file to mask: model, float32", name].value for name in ("encode", "fuse 2", "decode 2"))
+    others = stages["file to mask: model, float32", "tokenize 2"].value
+    others += sum(
+        stages["file to mask: photo of large", f"re{name}"].value for name in ("ad and decode", "size and normalize")
+    )
+    others += stages["file to mask: masks of large", "post-process 2"].value
+    assert rows[-1].name == "large, sentences: 2"
+    assert (rows[-1].value, rows[-1].ratio) == pytest.approx((others, others / model))
+
+
+def test_loader_and_evaluation_are_measured(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from benchmarks import data_and_evaluation
+    from benchmarks.measuring import tiny_config
+
+    monkeypatch.setattr(data_and_evaluation, "LOADED_IMAGES", 4)
+    arguments = (tiny_config(), torch.device("cpu"), torch.float32, 1)
+    step, one, two = data_and_evaluation.measure_training_data(*arguments)
+    assert {row.unit for row in (step, one, two)} == {"images/s"}
+    assert one.ratio == pytest.approx(one.value / step.value) and two.ratio == pytest.approx(two.value / step.value)
+    together, singly = data_and_evaluation.measure_evaluation(*arguments)
+    assert together.floor > 0 and singly.ratio == pytest.approx(singly.value / together.value)
+    row = data_and_evaluation.make_dataset(1)
+    assert sum(len(reference["expressions"]) for reference in row[0]["references"]) == 7
+    assert [len(row["references"][0]["expressions"]) for row in data_and_evaluation.split_rows(row)] == [1] * 7

@@ -44,7 +44,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     is_inside = mask if mask.dtype == bool else mask != 0
     before = np.zeros_like(is_inside)  # the pixel above, or for the first row the last one of the column before
     before[1:], before[:1, 1:] = is_inside[:-1], is_inside[-1:, :-1]
-    rows, columns = np.nonzero(is_inside != before)
+    rows, columns = np.divmod(np.flatnonzero(is_inside != before), max(mask.shape[1], 1))
     runs = np.diff(np.sort(columns * mask.shape[0] + rows), prepend=0, append=mask.size)
     return _as_text(coco_mask.frPyObjects({"size": mask.shape, "counts": runs.tolist()}, *mask.shape))
 
