@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_python
 from PIL import Image
 from transformers.utils import logging
 
@@ -44,6 +45,32 @@ def test_segment_writes_masks_and_an_overlay(tmp_path):
     assert overlay.shape[0] > size[1] and overlay.shape[1] == size[0]  # the legend is below
     changed = (overlay[: size[1]] != np.asarray(Image.open(PHOTO).convert("RGB"))).any(axis=2)
     assert changed[(masks[0] > 0) | (masks[1] > 0)].all()
+
+
+# Runs the command, and prints which of the packages in argv[1] it imported that transformers alone had not imported.
+IMPORTS = """
+import sys
+import torch, transformers.modeling_utils, transformers.pipelines
+
+packages = sys.argv.pop(1).split()
+before = set(sys.modules)
+from modeling_restr.cli import main
+
+try:
+    main()
+finally:
+    print("imported:", [name for name in packages if name in set(sys.modules) - before])
+"""
+PACKAGES = (
+    "datasets evaluate pandas pyarrow pycocotools scipy sklearn torchvision matplotlib ray gradio onnx onnxruntime "
+    "transformers.generation.utils modeling_restr.data modeling_restr.metrics modeling_restr.training "
+    "modeling_restr.evaluation modeling_restr.hub modeling_restr.export"
+)
+
+
+def test_segment_imports_only_what_it_uses(tmp_path):
+    words = ["segment", MODEL, PHOTO, "the upper dog", "--output-dir", tmp_path]
+    assert run_python(IMPORTS, PACKAGES, *words, cwd=tmp_path).splitlines()[-1] == "imported: []"
 
 
 def test_segment_names_the_words_that_are_lost(restr, tmp_path, monkeypatch, caplog):
