@@ -1,5 +1,6 @@
 """The loader of training data next to what the model takes, and evaluation next to one sentence at a time."""
 
+from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -50,7 +51,7 @@ def measure_training_data(config: Any, device: torch.device, dtype: torch.dtype,
         optimizer.step()
         optimizer.zero_grad()
 
-    variants = {name: partial(list, loader) for name, loader in loaders.items()}
+    variants: dict[str, Callable[[], object]] = {name: partial(list, loader) for name, loader in loaders.items()}
     seconds = time_alternately({**variants, "training step": step}, device, runs)
     taken = IMAGES_PER_BATCH / seconds["training step"]
     section = f"training data, {SENTENCES_PER_IMAGE} sentences per image, {describe_dtype(dtype)}"

@@ -50,26 +50,32 @@ def measure_file_to_mask(config: Any, device: torch.device, dtype: torch.dtype, 
         ReSTRImageProcessor(size=config.vision_config.image_size),
         build_tokenizer(vocabulary_from_expressions([SENTENCE])),
     )
-    sections = {f"model, {describe_dtype(dtype)}": list_model_stages(config, processor, device, dtype)}
+    sections = {"model": list_model_stages(config, processor, device, dtype)}
     for name, size in PHOTO_SIZES.items():
         sections[f"photo of {name}"] = list_photo_stages(processor, size)
         sections[f"masks of {name}"] = list_mask_stages(processor, size, device)
-    stages = {(section, name): stage for section, named in sections.items() for name, stage in named.items()}
-    runs_of_stages = {key: stage.run for key, stage in stages.items()}
-    bare_runs = {(*key, "bare"): stage.bare for key, stage in stages.items() if stage.bare is not None}
-    seconds = time_alternately({**runs_of_stages, **bare_runs, **list_rates(device, dtype)}, device, runs)
+    variants = list_rates(device, dtype)
+    for section, stages in sections.items():
+        for name, stage in stages.items():
+            variants[f"{section}: {name}"] = stage.run
+            if stage.bare is not None:
+                variants[f"{section}: {name}, bare"] = stage.bare
+    seconds = time_alternately(variants, device, runs)
     per_flop = seconds["product"] / (2 * MATRIX_SIDE**3)
     per_byte = seconds["copy"] / (2 * 4 * COPIED_FLOATS)
     rows = []
-    for key, stage in stages.items():
-        floor = seconds.get((*key, "bare"), stage.flops * per_flop + stage.num_bytes * per_byte)
-        rows.append(Row(f"file to mask: {key[0]}", key[1], seconds[key], floor=floor))
+    for section, stages in sections.items():
+        for name, stage in stages.items():
+            computed = stage.flops * per_flop + stage.num_bytes * per_byte
+            floor = seconds.get(f"{section}: {name}, bare", computed)
+            of_type = f"file to mask, {describe_dtype(dtype)}: {section}"
+            rows.append(Row(of_type, name, seconds[f"{section}: {name}"], floor=floor))
     return rows + summarize(rows)
 
 
 def summarize(rows: list[Row]) -> list[Row]:
     """Compare what a call of the pipeline does next to the model with the model."""
-    found = {(row.section.partition(": ")[2].partition(",")[0], row.name): row.value for row in rows}
+    found = {(row.section.partition(": ")[2], row.name): row.value for row in rows}
     summary = []
     for name in PHOTO_SIZES:
         for number in NUMBERS_OF_SENTENCES:
@@ -82,7 +88,7 @@ def summarize(rows: list[Row]) -> list[Row]:
     return summary
 
 
-def list_rates(device: torch.device, dtype: torch.dtype) -> dict[Any, Callable[[], object]]:
+def list_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What the floors are derived from: a product of matrices, and a copy in memory."""
     left, right = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE, device=device, dtype=dtype)
     source, target = torch.randn(2, COPIED_FLOATS, device=device)
