@@ -5,7 +5,7 @@ import http.server
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         for name, value in self.headers_to_send.items():
             self.send_header(name, value)
         super().end_headers()
+
+    def copyfile(self, *args: Any) -> None:
+        with suppress(ConnectionError):  # the page was left
+            super().copyfile(*args)
 
     def log_message(self, *_: Any) -> None:
         pass

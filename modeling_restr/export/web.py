@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import SpaceCardData
 
 from ..files import hash_file, replace_files, write_json, write_text
@@ -96,8 +97,9 @@ def export_web(
         "colors": ["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS],
         "opacity": OPACITY,
     }
+    runtime = web_runtime.find_runtime(runtime_dir)
     with replace_files(folder, essential=[SETTINGS]) as staging:
-        web_runtime.copy_runtime(staging / "runtime", runtime_dir)
+        web_runtime.copy_runtime(runtime, staging / "runtime")
         for path in sorted(SITE.iterdir()):
             shutil.copyfile(path, staging / path.name)
         for graph in GRAPHS:
@@ -105,6 +107,7 @@ def export_web(
             if int8:
                 store_int8_weights(staging / f"{graph}.onnx")
         processor.tokenizer.backend_tokenizer.save(os.fspath(staging / "tokenizer.json"))
+        settings["check"] = _answer_check(staging, settings)
         settings["examples"] = _copy_examples(examples, staging / "examples")
         write_text(staging / "README.md", _make_readme(name))
         files = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -170,6 +173,22 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "Expected a tokenizer of `build_tokenizer`, with words from `add_words` if any, got one with other rules. The "
         "page would read sentences in another way than the model."
     )
+
+
+def _answer_check(folder: Path, settings: dict[str, Any]) -> list[float]:
+    """The patch logits of a made-up image and word, with which the page checks a graphics card."""
+    import onnxruntime
+
+    image_encoder, sentence_query = (onnxruntime.InferenceSession(folder / f"{graph}.onnx") for graph in GRAPHS)
+    shape = (1, 3, *settings["imageSize"])
+    pixel_values = np.sin(np.arange(np.prod(shape), dtype=np.float64)).astype(np.float32).reshape(shape)
+    (vision_embeds,) = image_encoder.run(None, {"pixel_values": pixel_values})
+    tokenizer = settings["tokenizer"]
+    input_ids = np.full((1, tokenizer["maxLength"]), tokenizer["padId"], dtype=np.int64)
+    input_ids[:, -1] = tokenizer["unknownId"]
+    inputs = {"vision_embeds": vision_embeds, "input_ids": input_ids, "image_indices": np.zeros(1, dtype=np.int64)}
+    (patch_logits,) = sentence_query.run(["patch_logits"], inputs)
+    return [round(logit, 4) for logit in patch_logits.ravel().tolist()]
 
 
 def _copy_examples(examples: Sequence[Example], folder: Path) -> list[dict[str, Any]]:

@@ -6,10 +6,11 @@ import io
 import os
 import shutil
 import tarfile
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 
 from huggingface_hub import cached_assets_path
-from huggingface_hub.utils import get_session
 
 from ..files import replace_files
 
@@ -23,30 +24,26 @@ FILES = (
     *("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm"),
     *("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"),
 )
+# npm's package names its licence only. The Python package of the same project holds the texts.
+LICENCES = ("LICENSE", "ThirdPartyNotices.txt")
 
 
-def get_cache() -> Path:
-    """Where the files of this version are kept, in the cache of the Hub's client."""
-    return cached_assets_path("modeling_restr", "onnxruntime-web", VERSION)
-
-
-def copy_runtime(target: Path, runtime_dir: str | os.PathLike | None = None) -> None:
+def find_runtime(runtime_dir: str | os.PathLike | None = None) -> Path:
     """
-    Write the files and their licence to a new folder.
+    Find the folder of the files, and download them on first use.
 
     Args:
-        target (`Path`): The folder.
         runtime_dir (`str` or `os.PathLike`, *optional*):
-            The unpacked npm package, its folder dist, or a copy of the cache. By default the cache, which is filled
-            from npm's registry when it is empty.
+            The unpacked npm package or its folder dist. By default the files are in the cache of the Hub's client.
 
     Raises:
-        `ValueError`: `runtime_dir` lacks a file, or the download is not the expected one.
+        `ValueError`: `runtime_dir` lacks a file or is another version, or the download is not the expected one.
+        `OSError`: The download failed.
     """
-    folder = Path(runtime_dir) if runtime_dir is not None else get_cache()
+    folder = get_cache() if runtime_dir is None else Path(runtime_dir)
     if (folder / "dist").is_dir():
         folder /= "dist"
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = find_missing(folder)
     if missing and runtime_dir is not None:
         raise ValueError(
             f"Expected the files of onnxruntime-web {VERSION} in {folder}, which lacks {', '.join(missing)}. Unpack "
@@ -54,31 +51,47 @@ def copy_runtime(target: Path, runtime_dir: str | os.PathLike | None = None) -> 
         )
     if missing:
         _download(folder)
+    if f"v{VERSION}" not in (folder / FILES[0]).read_text(encoding="utf-8")[:200]:
+        raise ValueError(f"Expected onnxruntime-web {VERSION} in {folder}, got another version. Unpack {URL} there.")
+    return folder
+
+
+def get_cache() -> Path:
+    return cached_assets_path("modeling_restr", "onnxruntime-web", VERSION)
+
+
+def find_missing(folder: Path) -> list[str]:
+    """The names of the files that a folder lacks."""
+    return [name for name in FILES if not (folder / name).is_file()]
+
+
+def copy_runtime(folder: Path, target: Path) -> None:
+    """Copy the files from a folder of `find_runtime` to a new folder, with their licence."""
+    import onnxruntime
+
     target.mkdir()
     for name in FILES:
         shutil.copyfile(folder / name, target / name)
-    _copy_licence(target)
+    for name in LICENCES:
+        shutil.copyfile(Path(onnxruntime.__file__).with_name(name), target / name)
 
 
 def _download(folder: Path) -> None:
-    response = get_session().get(URL, timeout=600, follow_redirects=True)
-    response.raise_for_status()
-    found = base64.b64encode(hashlib.sha512(response.content).digest()).decode()
+    try:
+        with urlopen(URL, timeout=60) as response:
+            content = response.read()
+    except (OSError, HTTPException) as error:
+        raise OSError(
+            f"{URL} could not be downloaded ({error}). Unpack it, and name its folder by --runtime-dir."
+        ) from error
+    found = base64.b64encode(hashlib.sha512(content).digest()).decode()
     if found != SHA512:
-        raise ValueError(f"Expected a file with the SHA-512 {SHA512} at {URL}, got {found}. Try again.")
+        raise ValueError(f"Expected a file with the SHA-512 {SHA512} at {URL}, got one with {found}. Try again.")
     with (
-        tarfile.open(fileobj=io.BytesIO(response.content)) as archive,
+        tarfile.open(fileobj=io.BytesIO(content)) as archive,
         replace_files(folder, essential=FILES) as staging,
     ):
         for name in FILES:
             member = archive.extractfile(f"package/dist/{name}")
             assert member is not None, name
             (staging / name).write_bytes(member.read())
-
-
-def _copy_licence(target: Path) -> None:
-    """npm's package names its licence only. The Python package of the same project holds the text."""
-    import onnxruntime
-
-    for name in ("LICENSE", "ThirdPartyNotices.txt"):
-        shutil.copyfile(Path(onnxruntime.__file__).with_name(name), target / name)

@@ -1,5 +1,6 @@
 // Photos as `modeling_restr/image_processing_restr.py` prepares them: resized by Pillow's rule and letterboxed.
 
+const MAX_PIXELS = 100e6; // four bytes each
 const STRIP_PIXELS = 4_000_000; // read from a canvas at a time: phones limit the size of a canvas
 const PRECISION_BITS = 22; // of Pillow's weights for 8-bit pixels
 
@@ -17,10 +18,15 @@ const FILTERS = {
  *
  * @param {Blob} blob - A file of any format that the browser reads.
  * @returns {Promise<{rgba: Uint8ClampedArray, width: number, height: number}>}
+ * @throws {RangeError} The image has more than 100 megapixels.
  */
 export async function decodeImage(blob) {
   const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", imageOrientation: "from-image" });
   const { width, height } = bitmap;
+  if (width * height > MAX_PIXELS) {
+    bitmap.close();
+    throw new RangeError(`The image has ${width} x ${height} pixels.`);
+  }
   const rows = Math.max(Math.floor(STRIP_PIXELS / width), 1);
   const canvas = new OffscreenCanvas(width, Math.min(rows, height));
   const context = canvas.getContext("2d", { alpha: false, willReadFrequently: true });
@@ -56,7 +62,7 @@ export function prepareImage(rgba, width, height, settings) {
     for (let row = 0; row < box.height; row++) {
       const start = offset + (box.top + row) * canvasWidth + box.left;
       for (let column = 0; column < box.width; column++) {
-        pixelValues[start + column] = values[resized[3 * (row * box.width + column) + channel]];
+        pixelValues[start + column] = values[resized[4 * (row * box.width + column) + channel]];
       }
     }
   }
@@ -78,20 +84,24 @@ function normalize(channel, { rescaleFactor, mean, std }) {
     Math.fround(Math.fround(value * rescaleFactor) - channelMean) / channelStd);
 }
 
-/** Resize as Pillow does. Returns RGB (newHeight, newWidth, 3). */
-export function resize(rgba, width, height, newWidth, newHeight, filter) {
-  if (filter === 0) return takeNearest(rgba, width, height, newWidth, newHeight);
-  const across = resizeRows(rgba, width, height, newWidth, FILTERS[filter]);
-  return resizeColumns(across, newWidth, height, newHeight, FILTERS[filter]);
+/** Resize (height, width, 4) to (newHeight, newWidth, 4) as Pillow does. The result's fourth channel has no meaning. */
+export function resize(rgba, width, height, newWidth, newHeight, number) {
+  if (number === 0) return takeNearest(rgba, width, height, newWidth, newHeight);
+  const filter = FILTERS[number];
+  if (height > 100 * width && newHeight < height) {
+    return resizeRows(resizeColumns(rgba, width, height, newHeight, filter), width, newHeight, newWidth, filter);
+  }
+  return resizeColumns(resizeRows(rgba, width, height, newWidth, filter), newWidth, height, newHeight, filter);
 }
 
-/** RGBA (height, width, 4) to RGB (height, newWidth, 3). */
+/** Resize to (height, newWidth, 4). */
 function resizeRows(rgba, width, height, newWidth, filter) {
-  const result = new Uint8ClampedArray(3 * height * newWidth);
+  if (newWidth === width) return rgba;
+  const result = new Uint8ClampedArray(4 * height * newWidth);
   const weights = computeWeights(width, newWidth, filter);
   let target = 0;
   for (let row = 0; row < height; row++) {
-    for (let column = 0; column < newWidth; column++) {
+    for (let column = 0; column < newWidth; column++, target += 4) {
       const [first, factors] = weights[column];
       let [red, green, blue] = [0, 0, 0];
       let source = 4 * (row * width + first);
@@ -100,17 +110,18 @@ function resizeRows(rgba, width, height, newWidth, filter) {
         green += rgba[source + 1] * factors[index];
         blue += rgba[source + 2] * factors[index];
       }
-      result[target++] = round(red);
-      result[target++] = round(green);
-      result[target++] = round(blue);
+      result[target] = round(red);
+      result[target + 1] = round(green);
+      result[target + 2] = round(blue);
     }
   }
   return result;
 }
 
-/** RGB (height, width, 3) to RGB (newHeight, width, 3). */
-function resizeColumns(rgb, width, height, newHeight, filter) {
-  const stride = 3 * width;
+/** Resize to (newHeight, width, 4). */
+function resizeColumns(rgba, width, height, newHeight, filter) {
+  if (newHeight === height) return rgba;
+  const stride = 4 * width;
   const result = new Uint8ClampedArray(newHeight * stride);
   const weights = computeWeights(height, newHeight, filter);
   const sums = new Float64Array(stride);
@@ -119,7 +130,7 @@ function resizeColumns(rgb, width, height, newHeight, filter) {
     sums.fill(0);
     for (let index = 0; index < factors.length; index++) {
       const source = (first + index) * stride;
-      for (let place = 0; place < stride; place++) sums[place] += rgb[source + place] * factors[index];
+      for (let place = 0; place < stride; place++) sums[place] += rgba[source + place] * factors[index];
     }
     for (let place = 0; place < stride; place++) result[row * stride + place] = round(sums[place]);
   }
@@ -133,7 +144,6 @@ function round(sum) {
 
 /** For each new pixel, the first old pixel and the weights of it and its neighbours, in whole units of 2^-22. */
 function computeWeights(length, newLength, [support, filter]) {
-  if (length === newLength) return Array.from({ length }, (_, place) => [place, [2 ** PRECISION_BITS]]);
   const scale = length / newLength;
   const filterScale = Math.max(scale, 1);
   return Array.from({ length: newLength }, (_, place) => {
@@ -152,13 +162,13 @@ function quantize(weight) {
 }
 
 function takeNearest(rgba, width, height, newWidth, newHeight) {
-  const result = new Uint8ClampedArray(3 * newHeight * newWidth);
+  const result = new Uint8ClampedArray(4 * newHeight * newWidth);
   const [rows, columns] = [findNearest(height, newHeight), findNearest(width, newWidth)];
   let target = 0;
   for (const row of rows) {
     for (const column of columns) {
       const source = 4 * (row * width + column);
-      for (let channel = 0; channel < 3; channel++) result[target++] = rgba[source + channel];
+      for (let channel = 0; channel < 4; channel++) result[target++] = rgba[source + channel];
     }
   }
   return result;

@@ -10,7 +10,7 @@ const PUNCTUATION = String.raw`[[\p{P}\p{Sk}\p{Cc}\p{Cf}\p{White_Space}$+<=>^\`\
 const OUTER_SPACE = new RegExp(`^[${SPACE}]+|[${SPACE}]+$`, "gv");
 const LAST_DOT = new RegExp(`(?<=^|[${WORD}])\\.$`, "v");
 const PIECES = new RegExp(`[${WORD}]+|[^${WORD}]+`, "gv");
-const ASCII_EDGES = /^[\s!-\/:-@\[-`{-~]+|[\s!-\/:-@\[-`{-~]+$/g;
+const ASCII_EDGES = /^[\t-\r -\/:-@\[-`\{-~]+|[\t-\r -\/:-@\[-`\{-~]+$/g;
 
 /** The tokenizer of `build_tokenizer`, with the padding of the processor. */
 export class Tokenizer {
@@ -134,5 +134,5 @@ function listWords(pieces) {
 
 /** The piece without ASCII punctuation at its ends, or without white space if it is punctuation alone. */
 function stripPunctuation(piece) {
-  return piece.replace(ASCII_EDGES, "") || piece.trim();
+  return piece.replace(ASCII_EDGES, "") || piece.replace(OUTER_SPACE, "");
 }
