@@ -22,7 +22,7 @@ from modeling_restr.tokenization_restr import vocabulary_from_expressions
 from .measuring import Row, create_batch, create_model, describe_dtype, time_alternately
 
 
-PHOTO_SIZES = {"0.3 megapixels": (480, 640), "12 megapixels": (3000, 4000)}  # (height, width)
+PHOTO_SIZES = {"0.3 MP": (480, 640), "12 MP": (3000, 4000)}  # (height, width), by megapixels
 NUMBERS_OF_SENTENCES = (1, 20)
 SENTENCE = "the small brown dog that sits on the left of the red car"
 MATRIX_SIDE, COPIED_FLOATS = 2048, 2**24
@@ -50,7 +50,8 @@ def measure_file_to_mask(config: Any, device: torch.device, dtype: torch.dtype, 
         ReSTRImageProcessor(size=config.vision_config.image_size),
         build_tokenizer(vocabulary_from_expressions([SENTENCE])),
     )
-    sections = {"model": list_model_stages(config, processor, device, dtype)}
+    model = f"model, {describe_dtype(dtype)}"
+    sections = {model: list_model_stages(config, processor, device, dtype)}
     for name, size in PHOTO_SIZES.items():
         sections[f"photo of {name}"] = list_photo_stages(processor, size)
         sections[f"masks of {name}"] = list_mask_stages(processor, size, device)
@@ -68,23 +69,21 @@ def measure_file_to_mask(config: Any, device: torch.device, dtype: torch.dtype, 
         for name, stage in stages.items():
             computed = stage.flops * per_flop + stage.num_bytes * per_byte
             floor = seconds.get(f"{section}: {name}, bare", computed)
-            of_type = f"file to mask, {describe_dtype(dtype)}: {section}"
-            rows.append(Row(of_type, name, seconds[f"{section}: {name}"], floor=floor))
-    return rows + summarize(rows)
+            rows.append(Row(section, name, seconds[f"{section}: {name}"], floor=floor))
+    return rows + summarize(rows, model)
 
 
-def summarize(rows: list[Row]) -> list[Row]:
-    """Compare what a call of the pipeline does next to the model with the model."""
-    found = {(row.section.partition(": ")[2], row.name): row.value for row in rows}
+def summarize(rows: list[Row], model: str) -> list[Row]:
+    """Compare what a call of the pipeline does besides running the model with the time of the model."""
+    found = {(row.section, row.name): row.value for row in rows}
     summary = []
     for name in PHOTO_SIZES:
         for number in NUMBERS_OF_SENTENCES:
-            model = found["model", "encode"] + found["model", f"fuse {number}"] + found["model", f"decode {number}"]
-            others = found["model", f"tokenize {number}"] + found[f"masks of {name}", f"post-process {number}"]
-            others += found[f"photo of {name}", "read and decode"] + found[f"photo of {name}", "resize and normalize"]
-            what = f"{name}, sentences: {number}"
-            ratio: dict[str, Any] = {"ratio": others / model, "ratio_to": "the model"}
-            summary.append(Row("file to mask: a call of the pipeline without the model", what, others, **ratio))
+            of_model = sum(found[model, stage] for stage in ("encode", f"fuse {number}", f"decode {number}"))
+            others = found[f"photo of {name}", "read and decode"] + found[f"photo of {name}", "resize and normalize"]
+            others += found[model, f"tokenize {number}"] + found[f"masks of {name}", f"post-process {number}"]
+            what, share = f"{name}, sentences: {number}", 100 * others / of_model
+            summary.append(Row("pipeline without the model", what, share, "% of the model"))
     return summary
 
 

@@ -252,7 +252,7 @@ class Segmenter:
 
     def segment(self, answer: Answer, threshold: float) -> list[Segmentation]:
         """Compute masks of the photo's own size, without running the model."""
-        results = self._resize_to(answer.logits, answer.photo.shape[:2], threshold)
+        results = self._resize_to(answer.logits, answer.photo.shape[:2], threshold, return_probabilities=False)
         return [Segmentation(result["mask"].numpy(), result["score"]) for result in results]
 
     def get_patch_maps(self, answer: Answer, size: tuple[int, int]) -> list[np.ndarray]:
@@ -261,9 +261,11 @@ class Segmenter:
         # `size` has the aspect ratio of the photo, so that the letterbox is removed correctly.
         return [result["probabilities"].numpy() for result in self._resize_to(logits, size, 0.5)]
 
-    def _resize_to(self, logits: torch.Tensor, size: tuple[int, int], threshold: float) -> list[dict[str, Any]]:
+    def _resize_to(
+        self, logits: torch.Tensor, size: tuple[int, int], threshold: float, return_probabilities: bool = True
+    ) -> list[dict[str, Any]]:
         return self.processor.post_process_referring_segmentation(
-            SimpleNamespace(logits=logits), [size] * len(logits), threshold
+            SimpleNamespace(logits=logits), [size] * len(logits), threshold, return_probabilities
         )
 
     def list_vocabulary(self) -> list[str]:
