@@ -11,6 +11,7 @@ Measure ReSTR:
     python examples/benchmark.py --what prediction  # restr predict compared with a loop over the pipeline
     python examples/benchmark.py --what prediction-memory
     python examples/benchmark.py --what onnx --model examples/restr_mini --exported restr-onnx --data data/photos
+    python examples/benchmark.py --what web --exported restr-page   # a page in Chromium next to ONNX Runtime
 
 All variants run alternately in one process, so that a noisy machine slows all of them alike. Medians are compared.
 """
@@ -45,15 +46,17 @@ Part = Literal["answers", "training", "file-to-mask", "training-data", "evaluati
 
 def benchmark(
     what: Annotated[
-        Literal["all", Part, "gpu", "onnx", "prediction", "prediction-memory"],
+        Literal["all", Part, "gpu", "onnx", "web", "prediction", "prediction-memory"],
         typer.Option(
             help="Measurement: all is the whole table, gpu is for a GPU and takes four minutes, onnx is for an exported"
-            " model, prediction compares restr predict with a loop over the pipeline."
+            " model, web for an exported page, prediction compares restr predict with a loop over the pipeline."
         ),
     ] = "all",
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of the table as Markdown, JSON and chart, of gpu.*, or of results.json for onnx."),
+        typer.Option(
+            help="Folder of the table as Markdown, JSON and chart, of gpu.*, or of results.json for onnx and web."
+        ),
     ] = None,
     device: Device = None,
     num_threads: NumThreads = None,
@@ -111,6 +114,13 @@ def benchmark(
             output_dir=output_dir,
         )
         return
+    if what == "web":
+        if exported is None:
+            raise ValueError("Expected --exported with --what web.")
+        with needs_extra("dev"):
+            from benchmarks.web import benchmark_web
+
+        return benchmark_web(exported, runs, output_dir)
     if what.startswith("prediction"):
         with needs_extra("train,scale"):
             from benchmarks.prediction import benchmark_memory, benchmark_throughput

@@ -26,7 +26,6 @@ from modeling_restr.export import web_runtime
 from modeling_restr.export.web import HEADERS, SITE, _describe_tokenizer, export_web, read_examples
 from modeling_restr.hub.model_card import Example
 from modeling_restr.image_processing_restr import get_letterbox
-from modeling_restr.image_reading_restr import read_image, to_rgb, to_uint8
 from modeling_restr.tokenization_restr import SPECIAL_TOKENS, add_words, build_tokenizer
 
 
@@ -264,9 +263,7 @@ def test_photos_are_prepared_to_the_bit(page, pad_after_normalization):
     files = make_files()
     results = run_script(page, PREPARE, [to_text(content) for content in files.values()], settings)
     for (name, content), (size, rgba, values) in zip(files.items(), results):
-        pixels = read_image(content)
-        array = np.asarray(pixels) if isinstance(pixels, Image.Image) else np.moveaxis(to_rgb(to_uint8(pixels)), 0, -1)
-        array = np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else array
+        array = np.moveaxis(processor.process_image(content, do_convert_rgb=True, do_rescale=True), 0, -1)
         decoded = np.frombuffer(base64.b64decode(rgba), dtype=np.uint8).reshape(*size, 4)[..., :3]
         difference = np.abs(decoded.astype(int) - array).max()
         assert difference <= ("transparent" in name), name
