@@ -87,7 +87,8 @@ class ReSTRImageProcessor(PilBackend):
     - Arrays may be (height, width), (height, width, channels) or (channels, height, width), with 1, 3 or 4 channels.
       If either end could be the channels, NumPy arrays are read as channels-last, tensors as channels-first.
 
-    With `do_rescale=False` float images keep their values.
+    Pillow resizes the image, by default with its bilinear filter, which antialiases. Pixel values are then
+    `(value * rescale_factor - mean) / std`. With `do_rescale=False` float images keep their values.
     """
 
     resample = PILImageResampling.BILINEAR
@@ -140,10 +141,10 @@ class ReSTRImageProcessor(PilBackend):
     ) -> list[dict[str, torch.Tensor | float]]:
         """Undo the letterbox: cut the image out of the logits, resize them, and only then take probabilities.
 
-        Logits (h, w) are resized to (height, width) bilinearly in float32, without antialiasing. The centre of the
-        pixel (y, x) is at row `(y + 0.5) * h / height - 0.5`, at least 0, of the logits; the row after the last one
-        is the last one. Columns alike. A pixel is in the mask where its logit is above `log(threshold / (1 -
-        threshold))`. The score is the mean of `1 / (1 + exp(-logit))` over the mask.
+        The part of the logits that shows the image, (h, w), is resized to (height, width) bilinearly in float32,
+        without antialiasing: pixel row y is read at row `max((y + 0.5) * h / height - 0.5, 0)`, and the last row is
+        repeated below. Columns are treated in the same way. A pixel is in the mask if its logit is above
+        `log(threshold / (1 - threshold))`. The score is the mean of `1 / (1 + exp(-logit))` over the mask.
 
         Args:
             outputs: The model's outputs, with `logits` (N, height, width). Logits on a coarser grid than the model's
