@@ -39,6 +39,7 @@ import inspect
 import math
 import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -626,6 +627,25 @@ class ReSTRDecoderInputMap(ReSTRChannelMap):
         return F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
 
 
+def upsample_in_strips(hidden_states: torch.Tensor, size: Sequence[int], num_values: int) -> Iterator[torch.Tensor]:
+    """
+    Upsample features (N, C, h, w) to `size` bilinearly with align_corners=True, and yield strips (N, C, rows, W) of
+    about `num_values` values from top to bottom. Fast for features whose channels are last in memory.
+    """
+    height, width = hidden_states.shape[2:]
+    intervals = (height - 1, max(1, size[0] - 1))  # between the rows before and after
+    num_rows = max(1, num_values // (hidden_states.shape[0] * hidden_states.shape[1] * size[1]))
+    for start in range(0, size[0], num_rows):
+        stop = min(start + num_rows, size[0])
+        first, last = (row * intervals[0] // intervals[1] for row in (start, stop - 1))
+        source = torch.arange(first, min(last + 2, height), dtype=torch.float64)
+        positions = torch.arange(start, stop, dtype=torch.float64) * (intervals[0] / intervals[1])
+        weights = (1 - (positions[:, None] - source).abs()).clamp(min=0).to(hidden_states.dtype)  # (rows, source rows)
+        rows = hidden_states[:, :, first : last + 2].permute(0, 2, 3, 1).flatten(2)  # (N, source rows, w * C)
+        rows = (weights @ rows).unflatten(2, (width, -1)).permute(0, 3, 1, 2)  # (N, C, rows, w)
+        yield F.interpolate(rows, size=(stop - start, size[1]), mode="bilinear", align_corners=True)
+
+
 class ReSTRPixelDecoder(nn.Module):
     """
     Upsample [projected patch tokens ; fused patches weighted with their logits] to pixels. Each block is a bilinear x2
@@ -634,7 +654,13 @@ class ReSTRPixelDecoder(nn.Module):
 
     There are `ceil(log2(patch_size))` blocks. The last one upsamples to exactly the input's size, so that any patch
     size works (DINOv2's is 14).
+
+    The upsampled features are much larger than all others. For answers on a CPU, each expression's are computed in
+    strips that stay in the cache until the next map has reduced them. Gradients, other devices and compiled programs
+    take them as a whole.
     """
+
+    strip_values = 2**20  # per thread
 
     def __init__(self, config: ReSTRConfig):
         super().__init__()
@@ -646,13 +672,6 @@ class ReSTRPixelDecoder(nn.Module):
         self.layers.extend(ReSTRChannelMap(*sizes) for sizes in pairwise(widths))
         self.head = ReSTRChannelMap(widths[-1], 1)
         self.activation_fn = nn.LeakyReLU(0.01, inplace=True)  # a copy would take 88 MB per expression at 480x480
-
-    def _upsample(self, hidden_states: torch.Tensor, block: int, grid: tuple[int, int]) -> torch.Tensor:
-        if block == len(self.layers) - 1:
-            size = (grid[0] * self.patch_size[0], grid[1] * self.patch_size[1])
-        else:
-            size = (hidden_states.shape[2] * 2, hidden_states.shape[3] * 2)
-        return F.interpolate(hidden_states, size=size, mode="bilinear", align_corners=True)
 
     def forward(
         self,
@@ -666,10 +685,22 @@ class ReSTRPixelDecoder(nn.Module):
         # (N, P, hidden) -> (N, hidden, h, w)
         hidden_states = self.layers[0](projected_vision_embeds, patch_embeds, patch_logits, image_indices)
         hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)
-        hidden_states = self.activation_fn(self._upsample(hidden_states, 0, grid))
-        for block, layer in enumerate(self.layers[1:], start=1):
-            hidden_states = self.activation_fn(self._upsample(layer(hidden_states), block, grid))
-        return self.head(hidden_states).squeeze(1)  # (N, H, W)
+        if hidden_states.device.type != "cpu" or hidden_states.requires_grad or torch.compiler.is_compiling():
+            return self._decode(hidden_states, in_strips=False)
+        return torch.cat([self._decode(expression, in_strips=True) for expression in hidden_states.split(1)])
+
+    def _decode(self, hidden_states: torch.Tensor, in_strips: bool) -> torch.Tensor:
+        """Decode the output of the first map (N, hidden, h, w) to (N, H, W)."""
+        last_size = [side * patch for side, patch in zip(hidden_states.shape[2:], self.patch_size)]
+        for layer in [*self.layers[1:], self.head]:
+            size = last_size if layer is self.head else [2 * side for side in hidden_states.shape[2:]]
+            if in_strips:
+                strips = upsample_in_strips(hidden_states, size, self.strip_values * torch.get_num_threads())
+                hidden_states = torch.cat([layer(self.activation_fn(strip)) for strip in strips], dim=2)
+            else:
+                hidden_states = F.interpolate(hidden_states, size=size, mode="bilinear", align_corners=True)
+                hidden_states = layer(self.activation_fn(hidden_states))
+        return hidden_states.squeeze(1)
 
 
 @auto_docstring(custom_intro="ReSTR up to its patch logits: two encoders and their fusion, without a pixel decoder.")

@@ -153,6 +153,23 @@ def test_decoder_maps_then_upsamples_with_the_same_numbers(patch_size, num_block
         assert_close(actual, expected, bound=1e-12)
 
 
+@algebra
+@pytest.mark.parametrize("patch_size", [(16, 16), (14, 14), (16, 4), (1, 1)])
+@pytest.mark.parametrize("strip_values", [1, 700, 2**20])
+@torch.no_grad()
+def test_decoder_in_strips_gives_the_same_numbers(patch_size, strip_values):
+    config = tiny_config({"patch_size": max(patch_size), "image_size": 4 * max(patch_size)})
+    decoder = ReSTRPixelDecoder(config).double()
+    decoder.patch_size, decoder.strip_values = patch_size, strip_values
+    arguments = [torch.randn(shape, dtype=torch.float64) for shape in [(2, 12, 36), (3, 12, 36), (3, 3, 4)]]
+    image_indices = torch.tensor([1, 0, 1])
+    with torch.enable_grad():
+        whole = decoder(*(argument.requires_grad_() for argument in arguments), image_indices).detach()
+    logits = decoder(*arguments, image_indices)
+    assert logits.shape == (3, 3 * patch_size[0], 4 * patch_size[1])
+    assert_close(logits, whole, bound=1e-12)
+
+
 def test_decoder_does_the_work_of_the_coarse_grid_and_the_image_part_once():
     config = tiny_config({"patch_size": 16, "image_size": 64})
     decoder, dim, num_patches, num_expressions = ReSTRPixelDecoder(config), 36, 16, 5

@@ -21,12 +21,13 @@ NUM_EXPRESSIONS = 8
 
 def upsample_then_map(self: Any, projected_vision_embeds, patch_embeds, patch_logits, image_indices) -> torch.Tensor:
     """Decode as the paper draws it: each expression's features are upsampled before each channel map."""
-    grid = patch_logits.shape[1:]
+    last_size = [side * patch for side, patch in zip(patch_logits.shape[1:], self.patch_size)]
     masked = patch_embeds * patch_logits.flatten(1)[..., None]
     hidden_states = torch.cat([projected_vision_embeds[image_indices], masked], dim=2)  # (N, P, 2 * hidden)
-    hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)
-    for block, layer in enumerate(self.layers):
-        hidden_states = self._upsample(hidden_states, block, grid)
+    hidden_states = hidden_states.transpose(1, 2).unflatten(2, patch_logits.shape[1:])
+    for layer in self.layers:
+        size = last_size if layer is self.layers[-1] else [2 * side for side in hidden_states.shape[2:]]
+        hidden_states = F.interpolate(hidden_states, size=size, mode="bilinear", align_corners=True)
         hidden_states = self.activation_fn(F.conv2d(hidden_states, layer.weight[..., None, None]))
     return F.conv2d(hidden_states, self.head.weight[..., None, None]).squeeze(1)  # (N, H, W)
 
