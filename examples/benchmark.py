@@ -41,7 +41,9 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"The benchmark needs {error.name}: pip install {error.name}")
 
-Part = Literal["answers", "training", "file-to-mask", "training-data", "evaluation"]  # of the table
+Part = Literal[  # of the table
+    "answers", "stages", "clipseg", "growth", "training", "file-to-mask", "training-data", "evaluation"
+]
 
 
 def benchmark(
@@ -141,7 +143,7 @@ def measure_parts(
     output_dir: Path | None,
 ) -> None:
     """Measure parts of the table, print it, and write it to a folder."""
-    from benchmarks import data_and_evaluation, file_to_mask, paper_size
+    from benchmarks import clipseg, data_and_evaluation, file_to_mask, growth, paper_size, stages
     from benchmarks.measuring import describe_machine, tiny_config
     from benchmarks.report import format_table, write_report
 
@@ -149,6 +151,9 @@ def measure_parts(
 
     functions = {
         "answers": paper_size.measure_answers,
+        "stages": stages.measure_stages,
+        "clipseg": clipseg.measure_clipseg,
+        "growth": growth.measure_growth,
         "training": paper_size.measure_training,
         "file-to-mask": file_to_mask.measure_file_to_mask,
         "training-data": data_and_evaluation.measure_training_data,

@@ -151,6 +151,22 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
+def test_every_part_of_the_table_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    options = ["--device", "cpu", "--tiny", "--runs", "1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "benchmark.py"), *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert not stopped.value.code
+    rows = json.loads((tmp_path / "performance.json").read_text())["rows"]
+    assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
+    floors = {row["name"].partition(":")[0]: row["floor"] for row in rows if row["section"].startswith("stages")}
+    assert floors["pixel decoder, 8 sentences"] > floors["pixel decoder, 1 sentence"] > 0
+    sections = {row["section"].partition(" ")[0].strip(",") for row in rows}
+    assert sections >= {"answers", "stages", "CLIPSeg", "growth", "training"}
+
+
 def test_a_row_shows_its_floor_and_the_chart_is_drawn(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     from benchmarks.measuring import Row
