@@ -14,7 +14,16 @@ from .measuring import Row, create_batch, create_model, describe_dtype, peak_mem
 
 
 # Side of the image for a model of 480 pixels, images, sentences per image.
-CELLS = ((480, 1, 1), (480, 1, 32), (480, 1, 256), (224, 1, 1), (224, 1, 256), (960, 1, 1), (960, 1, 32), (480, 16, 1))
+CELLS = (
+    (224, 1, 1),
+    (224, 1, 32),
+    (224, 1, 256),
+    (480, 1, 1),
+    (480, 1, 32),
+    (960, 1, 1),
+    (224, 16, 1),
+    (480, 16, 1),
+)
 
 
 def measure_growth(config: Any, device: torch.device, dtype: torch.dtype, runs: int) -> list[Row]:
