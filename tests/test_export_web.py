@@ -731,8 +731,10 @@ def test_8_bit_weights_are_rounded_by_half_a_step(tmp_path):
         [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(bias, "bias")],
     )
     program = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(program, tmp_path / "graph.onnx")
+    external = {"save_as_external_data": True, "location": "graph.onnx.data", "size_threshold": 0}
+    onnx.save(program, tmp_path / "graph.onnx", **external)  # as for large models
     store_int8_weights(tmp_path / "graph.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["graph.onnx"]
     onnx.checker.check_model(str(tmp_path / "graph.onnx"), full_check=True)
     assert (tmp_path / "graph.onnx").stat().st_size < 0.3 * weights.nbytes
     options = onnxruntime.SessionOptions()

@@ -106,6 +106,8 @@ def export_web(
             save_graph(model, graph, staging)
             if int8:
                 store_int8_weights(staging / f"{graph}.onnx")
+            if (staging / f"{graph}.onnx.data").exists():
+                raise ValueError("Expected graphs below 2 GB, which browsers can load, got a larger one: use 8 bits.")
         processor.tokenizer.backend_tokenizer.save(os.fspath(staging / "tokenizer.json"))
         settings["check"] = _answer_check(staging, settings)
         settings["examples"] = _copy_examples(examples, staging / "examples")

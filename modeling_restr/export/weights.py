@@ -44,6 +44,7 @@ def store_int8_weights(path: Path) -> None:
         del field[:]
         field.extend(items)
     onnx.save(program, path)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # weights that were too large for the graph's file
 
 
 def _round(weights: np.ndarray) -> dict[str, np.ndarray]:
