@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 
 from modeling_restr.files import replace_file, write_json, write_text
 from modeling_restr.options import needs_extra
@@ -48,19 +49,18 @@ def draw_chart(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     stages = [(row, row.floor / row.value) for row in rows if row.floor]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(stages)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 1.5 + 0.42 * len(stages)), layout="constrained")
     places = range(len(stages))
     axes.barh(places, [1.0] * len(stages), color="#cfd8dc", label="measured")
     axes.barh(places, [share for _, share in stages], color="#0072b2", label="floor")
-    axes.set_yticks(places, [f"{row.section}: {row.name}" for row, _ in stages])
+    axes.set_yticks(places, [fill(f"{row.section}: {row.name}", 50) for row, _ in stages], fontsize=9)
     for index, (row, share) in enumerate(stages):
         axes.text(max(1.0, share) + 0.01, index, format_value(row.value, row.unit), va="center", fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25)
-    axes.set_xlabel("floor as a share of the measured value")
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     with replace_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)

@@ -59,7 +59,7 @@ def create_stages(config: Any, device: torch.device, dtype: torch.dtype) -> dict
         for projection in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
             projection(hidden_states)
 
-    return stages | {"queries, keys and values of the patches in the fusion's first block": project_patches}
+    return stages | {"projections of the patches in the fusion's first block": project_patches}
 
 
 def count_flops(stages: dict[str, Callable[[], Any]]) -> dict[str, int]:
