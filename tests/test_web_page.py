@@ -391,7 +391,7 @@ def test_each_sentence_has_its_colour_until_it_is_removed(page):
         ("   ", "There is no sentence yet: write what to look for."),
         ("?!", "The sentence has no words: say what to look for."),
         ("a " * 150, "The sentence has 299 characters. The limit is 200."),
-        ("the  upper dog", "Sentence 1 is the same."),
+        ("the  upper dog", "This is already sentence 1."),
     ],
 )
 def test_sentence_that_cannot_be_asked_is_explained(page, text, message):
@@ -501,6 +501,18 @@ def test_error_of_the_model_is_shown_and_the_next_sentence_works(page):
     page.ask("a thing on the left")
     page.wait_for_masks()
     assert page.results[-1] == describe(*compute_disc(0.3, get_size(DOGS)[::-1]))
+
+
+def test_download_shows_its_progress(browser, site, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    message = "{type: 'progress', file: 'image_encoder.onnx', loaded: 12e6, total: 40e6}"
+    (tmp_path / "site" / "worker.js").write_text(f"onmessage = () => postMessage({message})")
+    with serve(tmp_path / "site") as url:
+        page = Page(browser, url, is_loaded=False)
+        page.wait(lambda: page.status == "Loading the model: 12 MB of 40 MB", "the progress")
+        assert page.run("return document.getElementById('progress').value") == 0.3
+        page.wait(lambda: page.results == ["waiting for the model …"] * 2, "the sentences")
+        page.screenshot("loading")
 
 
 def test_failed_download_can_be_tried_again(browser, site, tmp_path):

@@ -189,7 +189,7 @@ function findProblem(text) {
   if (!/[\p{L}\p{N}_]/u.test(text)) return "The sentence has no words: say what to look for.";
   if (!photo) return "There is no photo yet: upload one, take one, paste one, or choose an example.";
   const same = sentences.find((sentence) => sentence.text === text);
-  if (same) return `Sentence ${same.number} is the same.`;
+  if (same) return `This is already sentence ${same.number}.`;
   if (sentences.length === settings.colors.length) {
     return `At most ${settings.colors.length} sentences at a time, please. Remove one first.`;
   }

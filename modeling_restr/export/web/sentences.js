@@ -35,7 +35,10 @@ export class SentenceList {
     const mask = `the mask of “${sentence.text}”`;
     const show = makeButton("show", `Look at ${mask} alone`, () => this.#actions.toggle(sentence));
     show.append(makeElement("span", "number", sentence.number), makeWords(sentence.words, sentence.text));
-    show.append(makeElement("span", "result", ""));
+    const result = makeElement("span", "result", "");
+    result.id = `result-${sentence.number}`;
+    show.setAttribute("aria-describedby", result.id);
+    show.append(result);
     const save = makeButton("icon save", `Download ${mask}`, () => this.#actions.save(sentence));
     save.innerHTML = makeIcon("download");
     const remove = makeButton("icon remove", `Remove “${sentence.text}”`, () => this.#actions.remove(sentence));
@@ -52,7 +55,12 @@ export class SentenceList {
     this.#items.delete(sentence);
   }
 
-  /** Shows a sentence's result, and whether it is the one that is looked at alone. */
+  /**
+   * Shows a sentence's result.
+   * @param {Sentence} sentence
+   * @param {boolean} isAlone Whether its mask is looked at alone.
+   * @param {string} waiting What to show as long as there is no result.
+   */
   update(sentence, isAlone, waiting) {
     const item = this.#items.get(sentence);
     item.classList.toggle("waiting", !sentence.result);
@@ -79,13 +87,13 @@ export function describeLostWords({ unknownWords, cutWords }) {
 }
 
 function quote(words) {
-  return [...new Set(words)].map((word) => `“${word}”`).join(", ");
+  return words.map((word) => `“${word}”`).join(", ");
 }
 
 /** A text with marks on the words that the model does not know, and on those that it does not read. */
 export function makeWords({ words, inputIds }, text) {
   const element = makeElement("span", "words", "");
-  const numRead = inputIds.length;
+  const numRead = inputIds.length; // or more than there are words
   let end = 0;
   words.forEach((word, index) => {
     if (word.known && index < numRead) return;
