@@ -623,7 +623,7 @@ def real_site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "site"
     try:
         return export_web(model, processor, folder, name="restr-mini", examples=EXAMPLES)
-    except httpx.TransportError:
+    except (OSError, httpx.TransportError):
         pytest.skip("needs onnxruntime-web from npm, once")
 
 
