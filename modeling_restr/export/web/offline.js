@@ -5,10 +5,9 @@ const MAX_WAIT = 4000; // milliseconds; without the service worker the page work
 /**
  * Registers the service worker and waits until it answers this page's requests. If the page is not isolated from other
  * origins, which threads need, it reloads once to get the headers that the service worker adds. Never rejects.
- * @returns {Promise<boolean>} Whether the service worker answers.
  */
 export async function startServiceWorker() {
-  if (!("serviceWorker" in navigator)) return false; // http:// on another machine, or a private window
+  if (!("serviceWorker" in navigator)) return; // http:// on another machine, or a private window
   try {
     await Promise.race([control(), wait(MAX_WAIT)]);
   } catch (error) {
@@ -20,7 +19,6 @@ export async function startServiceWorker() {
     location.reload();
     await new Promise(() => {});
   }
-  return isControlled;
 }
 
 async function control() {
@@ -39,7 +37,7 @@ async function control() {
  */
 export async function areKept(addresses) {
   for (let attempt = 0; attempt < 20 && navigator.serviceWorker?.controller; attempt += 1) {
-    const matches = await Promise.all(addresses.map((address) => caches.match(address, { ignoreSearch: true })));
+    const matches = await Promise.all(addresses.map((address) => caches.match(address)));
     if (matches.every(Boolean)) return true;
     await wait(500);
   }

@@ -59,7 +59,7 @@ async function loadModel() {
   hideError();
   status.showStart();
   try {
-    status.showReady(await model.load());
+    status.showReady(await model.load(), settings.version);
     isReady = true;
     runModel();
   } catch (error) {

@@ -39,13 +39,14 @@ export function showProgress({ file, loaded, total }) {
 }
 
 /** Shows how the model runs, and, once all its files are kept on this machine, that the page works offline. */
-export async function showReady({ backend, threads }) {
+export async function showReady({ backend, threads }, version) {
   const processor = backend === "webgpu" ? "WebGPU" : `${threads} ${threads === 1 ? "thread" : "threads"}`;
   progress.hidden = true;
   status.classList.add("ready");
   text.setAttribute("aria-busy", "false");
   text.textContent = `Ready · ${processor}`;
-  if (await areKept([...downloads.keys()])) text.textContent = `Ready · works offline · ${processor}`;
+  const addresses = [...downloads.keys()].map((file) => `${file}?v=${version}`);
+  if (await areKept(addresses)) text.textContent = `Ready · works offline · ${processor}`;
 }
 
 export function showFailure(message) {
