@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,7 @@ from pictures import make_exif
 from PIL import Image
 
 from modeling_restr import ReSTRForImageSegmentation, ReSTRPipeline, ReSTRProcessor
-from modeling_restr.export import export_web
+from modeling_restr.export import export_web, web_runtime
 from modeling_restr.export.web import HEADERS, SITE, read_examples
 from modeling_restr.visualization import COLORS
 
@@ -618,13 +617,11 @@ def test_host_that_isolates_the_page_gives_threads_at_once(browser, site):
 @pytest.fixture(scope="module")
 def real_site(tmp_path_factory):
     """The site of restr-mini."""
+    if web_runtime.find_missing(web_runtime.get_cache()):
+        pytest.skip("needs onnxruntime-web in the cache: CONTRIBUTING.md says how to get it")
     model = ReSTRForImageSegmentation.from_pretrained(RESTR_MINI)
     processor = ReSTRProcessor.from_pretrained(RESTR_MINI)
-    folder = tmp_path_factory.mktemp("real") / "site"
-    try:
-        return export_web(model, processor, folder, name="restr-mini", examples=EXAMPLES)
-    except (OSError, httpx.TransportError):
-        pytest.skip("needs onnxruntime-web from npm, once")
+    return export_web(model, processor, tmp_path_factory.mktemp("real") / "site", name="restr-mini", examples=EXAMPLES)
 
 
 @pytest.fixture(scope="module")
