@@ -45,7 +45,8 @@ machine. `restr export --web` wrote this folder. Any web server can serve it, fo
 python -m http.server --directory FOLDER
 ```
 
-WebAssembly uses several threads only if the server sends the headers above.
+WebAssembly uses several threads if the page is isolated from others: by the headers above, or on https and localhost by
+the page's service worker.
 """
 
 

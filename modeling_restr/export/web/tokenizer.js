@@ -64,7 +64,7 @@ export class Tokenizer {
     }
     characters = replace(characters, OUTER_SPACE, "");
     characters = replace(characters, FINAL_SIGMA, "\u03c2");
-    characters = characters.flatMap(({ text, start, end }) => // one by one, as tokenizers does it
+    characters = characters.flatMap(({ text, start, end }) => // character by character, as in Python's tokenizers
       Array.from(text.toLowerCase(), (lower) => ({ text: lower, start, end })));
     characters = replace(characters, LAST_DOT, "");
     if (this.droppedPunctuation) characters = replace(characters, this.droppedPunctuation, " ");
@@ -72,7 +72,7 @@ export class Tokenizer {
   }
 }
 
-/** An expression for runs of punctuation next to words that the vocabulary lacks. */
+/** An expression for runs of punctuation that the vocabulary lacks, next to words. */
 function findDropped(vocabulary) {
   const hasWord = new RegExp(`[${WORD}]`, "v");
   const known = [...vocabulary].filter((piece) => !hasWord.test(piece)).sort().map(escape).join("|");
