@@ -75,6 +75,24 @@ def test_scenes_without_augmentation_are_the_photographs_in_order(photographs, f
         assert np.array_equal(scenes[index].masks, photographs[index].masks)
 
 
+def test_scenes_without_crop_mirror_and_paste_are_recoloured_photographs(photographs):
+    shapes = {photo.image_id: photo.masks for photo in photographs}
+    scenes = PhotoScenes(photographs, 20, 128, seed=0, crop=0, mirror=0, paste=0)
+    colored = 0
+    for index in range(20):
+        scene = scenes[index]
+        photo = next(id for id, masks in shapes.items() if np.array_equal(masks, scene.masks))
+        colored += not np.array_equal(scene.image, next(p.image for p in photographs if p.image_id == photo))
+    assert colored > 15
+
+
+def test_all_scenes_may_be_mirrored(photographs):
+    """The same scenes, as the random numbers are the same."""
+    plain, mirrored = (PhotoScenes(photographs, 9, 128, crop=0, mirror=share, paste=0) for share in (0, 1))
+    for index in range(9):
+        assert np.array_equal(plain[index].image[:, ::-1], mirrored[index].image)
+
+
 def test_categories_that_are_not_annotated_are_unclear(tmp_path):
     path = write_photographs(tmp_path / "data")
     content = json.loads(path.read_text())

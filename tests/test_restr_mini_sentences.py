@@ -160,8 +160,30 @@ def test_relations_hold_for_one_instance_only():
     with_bag = make_scene(
         ("person", (10, 5, 50, 95), BLUE), ("person", (100, 5, 140, 95), BLACK), ("handbag", (36, 50, 54, 70), RED)
     )
-    assert ("with", "person", 0) in facts_of(with_bag, "relation")
+    assert ("carrying", "person", 0) in facts_of(with_bag, "relation")
     assert ("next to", "person", 0) in facts_of(with_bag, "relation")
+
+
+def test_who_rides_has_a_name():
+    riding = make_scene(("bicycle", (55, 40, 85, 90), BLACK), ("person", (58, 10, 82, 80), BLUE))
+    assert {"cyclist", "biker"} <= {text.removeprefix("the ") for text in texts_of(riding, "relation")}
+    beside = make_scene(("person", (10, 10, 30, 90), BLUE), ("bicycle", (100, 40, 140, 90), BLACK))
+    assert not any(re.search("cyclist|biker|riding", text) for text in texts_of(beside, "relation"))
+
+
+def test_the_only_person_is_described_by_clothes_hair_and_bag():
+    boxes = [("person", (20, 5, 60, 95), BROWN), ("dress", (22, 40, 58, 80), RED)]
+    boxes += [("hair", (25, 5, 55, 20), BLACK), ("bag", (60, 50, 75, 70), BLUE), ("skin", (30, 20, 50, 38), BROWN)]
+    scene = replace(make_scene(*boxes), is_clothing=True)
+    texts = texts_of(scene, "relation")
+    for said in ("(in|wearing|with) (the )?red dress", "with (the )?(black|dark) hair", "(with|carrying) (the )?bag"):
+        assert any(re.search(f"(man|person) {said}", text) for text in texts), said
+    assert not any(re.search("(in|wearing) (the )?(blue |black |dark )?(bag|hair)|skin", text) for text in texts)
+    targets = {fact.target for fact in find_facts(scene) if fact.kind == "relation"}
+    assert targets == {0}
+    two = replace(make_scene(*boxes, ("person", (100, 5, 140, 95), BLACK)), is_clothing=True)
+    assert not facts_of(two, "relation")  # the other one's clothes are not annotated
+    assert not facts_of(replace(scene, is_clear=[False, True, True, True, True]), "relation")
 
 
 def test_general_names_need_everything_annotated():

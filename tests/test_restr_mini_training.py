@@ -1,6 +1,7 @@
 """restr-mini's recipe: a short run of everything, what its parts compute, and its evaluation."""
 
 import json
+from pathlib import Path
 
 import evaluation
 import numpy as np
@@ -67,6 +68,17 @@ def test_training_resumes_and_validates(run):
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
     assert any("eval_mean_iou" in entry for entry in history)
+
+
+def test_a_trained_model_is_trained_further(folder, run, tmp_path, capsys):
+    options = {"start_from": run / "model", "output_dir": tmp_path / "run", "max_steps": 3, "learning_rate": 1e-6}
+    train.main(arguments(folder, **options, adamw_learning_rate=1e-6, hidden_size=48))
+    before, after = (
+        ReSTRForImageSegmentation.from_pretrained(path / "model").state_dict() for path in (run, tmp_path / "run")
+    )
+    assert before.keys() == after.keys()
+    moved = {name: (before[name] - after[name]).abs().amax().item() for name in before}
+    assert any(moved.values()) and max(moved.values()) < 5e-3
 
 
 def test_words_that_no_sentence_has_stay_where_they_are(folder, run):
@@ -151,6 +163,14 @@ def test_soft_dice_of_a_sure_answer_is_one_minus_the_dice_coefficient():
     logits[0, 2:6], logits[1] = 50, 50
     expected = np.mean([1 - (2 * 20 + 1) / 81, 1 - (2 * 50 + 1) / 151])
     assert train.soft_dice_loss(logits, labels).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "size", "scenes"), [("cpu.args", 224, 8), ("gpu.args", 336, 64)])
+def test_the_configuration_files_are_read(name, size, scenes):
+    path = Path(train.__file__).with_name(name)
+    required = ["--photos", "photos", "--vision_encoder", "encoder", "--word_vectors", "words.txt"]
+    args, training_args = train.parse_args(["--config", str(path), *required])
+    assert (args.image_size, training_args.per_device_train_batch_size) == (size, scenes)
 
 
 def test_a_missing_config_is_an_error():

@@ -211,6 +211,8 @@ class PhotoScenes:
         image_size: Longer side of each scene in pixels.
         seed: Seed of the scenes.
         augment: Whether to change the photographs; `False` gives them as they are, in their order.
+        crop: Probability that a part of the photograph is cut out.
+        mirror: Probability that the photograph is mirrored.
         paste: Probability that instances of other photographs are pasted in.
     """
 
@@ -221,10 +223,12 @@ class PhotoScenes:
         image_size: int,
         seed: int = 0,
         augment: bool = True,
+        crop: float = 0.75,
+        mirror: float = 0.5,
         paste: float = 0.5,
     ):
         self.photographs, self.num_scenes, self.image_size = photographs, num_scenes, image_size
-        self.seed, self.augment, self.paste = seed, augment, paste
+        self.seed, self.augment, self.crop, self.mirror, self.paste = seed, augment, crop, mirror, paste
         # Rare categories are pasted more often than their share.
         self._pasteable_of: dict[str, list[int]] = defaultdict(list)  # category -> numbers in `pasteable`
         for number, (photo, instance) in enumerate(photographs.pasteable):
@@ -248,16 +252,16 @@ class PhotoScenes:
             return self._cut((index + attempt) % len(self.photographs), None, False)
         rng = np.random.default_rng((self.seed, index, attempt))
         photo = int(rng.choice(len(self.photographs), p=self.photographs.probabilities))
-        scene = self._cut(photo, self._draw_crop(rng, photo), bool(rng.random() < 0.5))
+        scene = self._cut(photo, self._draw_crop(rng, photo), bool(rng.random() < self.mirror))
         image = _change_colors(rng, scene.image)
         if self.photographs.pasteable and rng.random() < self.paste:
             return self._paste(rng, scene, image)
         return replace(scene, image=image)
 
     def _draw_crop(self, rng: np.random.Generator, photo: int) -> tuple[int, int, int, int]:
-        """Draw (top, left, height, width) of a crop; about every fourth time it is the whole photograph."""
+        """Draw (top, left, height, width) of a crop, or of the whole photograph."""
         height, width = self.photographs[photo].image.shape[:2]
-        if rng.random() < 0.25:
+        if rng.random() >= self.crop:
             return 0, 0, height, width
         scale, stretch = math.exp(rng.uniform(math.log(0.4), 0.0)), math.exp(rng.uniform(-0.25, 0.25))
         crop_height = min(height, max(48, round(height * scale * stretch)))

@@ -36,7 +36,10 @@ from modeling_restr.data.expressions import (
 # Other names of a category. One that two categories share is used only where the other category is not in the picture.
 SYNONYMS: dict[str, list[str]] = CATEGORIES["synonyms"]
 GENERAL_NAMES: dict[str, list[str]] = CATEGORIES["general_names"]  # they tell instances of several categories apart
-HELD, RIDDEN, SAT_ON = (frozenset(CATEGORIES[name]) for name in ("held", "ridden", "sat_on"))
+HELD, WORN, CARRIED, RIDDEN, SAT_ON = (
+    frozenset(CATEGORIES[name]) for name in ("held", "worn", "carried", "ridden", "sat_on")
+)
+ROLES: dict[str, list[str]] = CATEGORIES["roles"]  # names of a person on a bicycle, a skateboard and so on
 NO_NAMES = ("one", "one", "")  # if all instances are of one category: "left one", "far right"
 NEVER_SAID = {"skin", "accessories"}  # category names that people do not use in requests
 
@@ -68,11 +71,20 @@ RELATION_PHRASES = {
     "above": ("{0} above {1}", "{0} over {1}"),
     "below": ("{0} below {1}", "{0} under {1}"),
     "next to": ("{0} next to {1}", "{0} by {1}", "{0} beside {1}", "{0} near {1}"),
-    "with": ("{0} with {1}", "{0} holding {1}"),
+    "holding": ("{0} with {1}", "{0} holding {1}"),
+    "wearing": ("{0} in {1}", "{0} wearing {1}", "{0} with {1}"),
+    "carrying": ("{0} with {1}", "{0} carrying {1}"),
+    "having": ("{0} with {1}",),
     "on": ("{0} on {1}", "{0} riding {1}"),
     "sitting on": ("{0} on {1}", "{0} sitting on {1}"),
 }
 
+HAIR_COLORS = {
+    "black": ("black", "dark"),
+    "brown": ("brown",),
+    "yellow": ("blond", "blonde"),
+    "gray": ("gray", "grey"),
+}
 SPELLINGS = {"gray": ("gray", "grey"), "black": ("black", "black", "dark"), "white": ("white", "white", "light")}
 COLORS = ("black", "white", "gray", "red", "orange", "brown", "yellow", "green", "blue", "purple", "pink")
 CLEAR_COLOR = 0.5  # an instance has a colour from this share of its pixels
@@ -99,7 +111,8 @@ class Expression(NamedTuple):
 class Fact(NamedTuple):
     """
     A statement that is true of only one instance of a noun, or of a noun in a colour. `name` is a key of `PHRASES` or
-    `DEPTH_PHRASES`, or of `RELATION_PHRASES` with an `anchor`, the category of the instance that it is related to.
+    `DEPTH_PHRASES`, or of `RELATION_PHRASES` with an `anchor`, the category of the instance that it is related to. With
+    the name "role", the anchor is what the person rides.
     """
 
     kind: str
@@ -109,6 +122,7 @@ class Fact(NamedTuple):
     noun: str
     color: str = ""
     anchor: str = ""
+    anchor_color: str = ""
 
 
 def express(scene: PhotoScene, rng: np.random.Generator, count: int) -> list[Expression]:
@@ -158,6 +172,7 @@ def find_facts(scene: PhotoScene) -> Iterator[Fact]:
     yield from _depth_facts(instances, groups, scene)
     yield from _color_facts(instances, groups, scene)
     yield from _relation_facts(instances, groups, scene)
+    yield from _clothing_facts(instances, groups, scene)
 
 
 def _measure(category: str, mask: np.ndarray, is_clear: bool) -> Instance:
@@ -309,10 +324,33 @@ def _relations(
     shares = sorted(((_inside(other, instances[index]), index) for index in members), reverse=True)
     if shares[0][0] > 0.5 and (len(shares) == 1 or shares[1][0] < 0.1):
         target = instances[shares[0][1]]
-        if other.noun in HELD and other.area < target.area:
-            yield "with", shares[0][1]
-        if target.middle[1] < other.middle[1] and other.noun in RIDDEN | SAT_ON:
-            yield ("on" if other.noun in RIDDEN else "sitting on"), shares[0][1]
+        if other.area < target.area:
+            for name, nouns in (("holding", HELD), ("wearing", WORN), ("carrying", CARRIED)):
+                if other.noun in nouns:
+                    yield name, shares[0][1]
+        if target.middle[1] < other.middle[1] and other.noun in RIDDEN:
+            yield "on", shares[0][1]
+            yield "role", shares[0][1]
+        if target.middle[1] < other.middle[1] and other.noun in SAT_ON:
+            yield "sitting on", shares[0][1]
+
+
+def _clothing_facts(
+    instances: Sequence[Instance], groups: Mapping[str, list[int]], scene: PhotoScene
+) -> Iterator[Fact]:
+    """The facts about the only person of a photograph in which clothes, hair and bags are annotated, by these."""
+    people = groups.get("person", [])
+    if not scene.is_clothing or len(people) != 1 or not instances[people[0]].can_be_target:
+        return
+    for noun, members in groups.items():
+        if noun == "person" or not all(instances[index].can_be_target for index in members):
+            continue
+        name = "having" if noun == "hair" else "carrying" if noun in CARRIED else "wearing"
+        yield Fact("relation", name, people[0], 0, noun="person", anchor=noun)
+        shares = np.array([_color_shares(scene, index) for index in members])  # (members, colours)
+        for color in np.flatnonzero((shares >= CLEAR_COLOR).all(0)):
+            if noun != "hair" or COLORS[color] in HAIR_COLORS:
+                yield Fact("relation", name, people[0], 0, "person", anchor=noun, anchor_color=COLORS[color])
 
 
 def _gap(first: Instance, second: Instance) -> float:
@@ -361,9 +399,12 @@ def _say(rng: np.random.Generator, fact: Fact, names: _Names) -> str:
     noun = names.draw_for(rng, fact)
     if fact.color:
         noun = _say_colored(rng, fact, noun, has_garments=fact.noun == "person" and not names.is_clothing)
-    if fact.anchor:
+    if fact.name == "role":
+        text = _choose(rng, ROLES[fact.anchor])
+    elif fact.anchor:
         article = "the " if rng.random() < 0.6 else ""
-        text = _choose(rng, RELATION_PHRASES[fact.name]).format(noun, article + names.draw(rng, fact.anchor))
+        anchor = f"{article}{_say_color(rng, fact)} {names.draw(rng, fact.anchor)}"
+        text = _choose(rng, RELATION_PHRASES[fact.name]).format(noun, anchor)
     elif fact.name in DEPTH_PHRASES:
         text = _choose(rng, DEPTH_PHRASES[fact.name]).format(noun)
     else:
@@ -376,6 +417,12 @@ def _say(rng: np.random.Generator, fact: Fact, names: _Names) -> str:
 
 def _choose(rng: np.random.Generator, phrases: Sequence[str]) -> str:
     return phrases[int(rng.integers(len(phrases)))]
+
+
+def _say_color(rng: np.random.Generator, fact: Fact) -> str:
+    """The colour of what a person wears or has, if it has one."""
+    spellings = HAIR_COLORS if fact.anchor == "hair" else SPELLINGS
+    return _choose(rng, spellings.get(fact.anchor_color, (fact.anchor_color,)))
 
 
 def _say_colored(rng: np.random.Generator, fact: Fact, noun: str, has_garments: bool) -> str:
@@ -430,7 +477,7 @@ def say_absent(scene: PhotoScene, names: Sequence[str], rng: np.random.Generator
 def spoken_words(categories: Iterable[str]) -> set[str]:
     """List every word that a sentence about these categories may have."""
     nouns = [*categories, *itertools.chain(*SYNONYMS.values()), *GENERAL_NAMES, *NO_NAMES]
-    by_name = (PHRASES, DEPTH_PHRASES, RELATION_PHRASES, SPELLINGS)
+    by_name = (PHRASES, DEPTH_PHRASES, RELATION_PHRASES, SPELLINGS, HAIR_COLORS, ROLES)
     phrases = itertools.chain(
         *(ways for table in by_name for ways in table.values()),
         *(REQUESTS, COLOR_PHRASES, DRESS_PHRASES, GARMENT_PHRASES, GARMENTS, COLORS, *ORDINALS),

@@ -62,6 +62,9 @@ class MiniArguments:
     word_vectors: str = field(
         metadata={"help": "Word vectors in GloVe's text format; the model gets all their words."}
     )
+    start_from: str | None = option(
+        None, "Folder or Hub id of a trained model to train further. Its sizes and words replace those given here."
+    )
     image_size: int = option(336, "Side of the input in pixels.")
     vision_num_hidden_layers: int = option(8, "Blocks of the vision encoder to keep.")
     drop_path_rate: float = option(0.1, "Drop path of the vision encoder's last block.")
@@ -75,6 +78,8 @@ class MiniArguments:
     patch_loss_weight: float = option(0.3, "Weight of the patch loss. The paper's: 0.1.")
     dice_loss_weight: float = option(0.5, "Weight of the soft Dice loss. The paper's: 0.")
     expressions_per_scene: int = option(6, "Maximum sentences per scene, which share its encoding.")
+    crop: float = option(0.75, "Share of scenes that are a part of a photograph.")
+    mirror: float = option(0.5, "Share of scenes that are mirrored.")
     paste: float = option(0.25, "Share of scenes with instances of other photographs.")
     noise: float = option(0.12, "Share of sentences with words that say nothing.")
     typos: float = option(0.02, "Share of sentences with a mistyped word.")
@@ -179,7 +184,8 @@ def create_datasets(
     categories = sorted({name for photograph in train for name in photograph.categories})
     steps = training_args.max_steps * training_args.gradient_accumulation_steps
     num_scenes = steps * training_args.train_batch_size * training_args.world_size
-    scenes = PhotoScenes(train, num_scenes, args.image_size, training_args.seed, paste=args.paste)
+    changes = {"crop": args.crop, "mirror": args.mirror, "paste": args.paste}
+    scenes = PhotoScenes(train, num_scenes, args.image_size, training_args.seed, **changes)
     unseen = PhotoScenes(validation, len(validation), args.image_size, EVALUATION_SEED, augment=False)
     noise_words = NoiseWords(find_unrelated_words(args, spoken_words(categories)), categories)
     return (
@@ -244,6 +250,15 @@ def create_model(args: MiniArguments, vectors: torch.Tensor) -> ReSTRForImageSeg
     with torch.no_grad():
         embedding.weight.copy_(vectors @ isometry)
     return model.train()
+
+
+def start(args: MiniArguments, spoken: set[str]) -> tuple[ReSTRProcessor, ReSTRForImageSegmentation]:
+    """Create a processor and a model, or load those of a trained model."""
+    if args.start_from is None:
+        processor, vectors = create_processor(args, spoken)
+        return processor, create_model(args, vectors)
+    processor = ReSTRProcessor.from_pretrained(args.start_from)
+    return processor, ReSTRForImageSegmentation.from_pretrained(args.start_from).train()
 
 
 def initialize_weights(model: ReSTRForImageSegmentation) -> None:
@@ -402,11 +417,11 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(training_args.seed)
     train, validation, categories = create_datasets(args, training_args)
     spoken = spoken_words(categories)
-    processor, vectors = create_processor(args, spoken)
-    model = create_model(args, vectors)
-    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(vectors):,} words")
+    processor, model = start(args, spoken)
+    num_words = model.get_input_embeddings().num_embeddings
+    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {num_words:,} words")
     vocabulary = processor.tokenizer.get_vocab()
-    trained_words = torch.zeros(len(vectors), dtype=torch.bool)
+    trained_words = torch.zeros(num_words, dtype=torch.bool)
     trained_words[[vocabulary[word] for word in spoken if word in vocabulary]] = True
     recipe = Recipe(
         max_steps=training_args.max_steps,
@@ -420,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = MiniTrainer(
         model=model,
         args=training_args,
-        data_collator=ReferringCollator(processor, len(vectors)),
+        data_collator=ReferringCollator(processor, num_words),
         train_dataset=train,
         eval_dataset=validation,
         processor=processor,
