@@ -51,16 +51,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_words_move_halfway_to_the_nearest_name_above_them(folder):
+def test_words_move_towards_the_nearest_name_above_them(folder):
     vocabulary = {word: number for number, word in enumerate(WORDS)}
     vectors = torch.randn(len(WORDS), 4)
     before = vectors.clone()
     moved = lexicon.move_words(vectors, vocabulary, {"car", "person", "left"}, lexicon.WordNet.load(folder))
     assert moved == ["sedan", "hatchbacks", "hood"]
     for word, name in {"sedan": "car", "hatchbacks": "car", "hood": "person"}.items():
-        torch.testing.assert_close(
-            vectors[vocabulary[word]], (before[vocabulary[word]] + before[vocabulary[name]]) / 2
-        )
+        expected = 0.3 * before[vocabulary[word]] + 0.7 * before[vocabulary[name]]
+        torch.testing.assert_close(vectors[vocabulary[word]], expected)
     for word in ("car", "person", "truth", "left"):
         assert torch.equal(vectors[vocabulary[word]], before[vocabulary[word]])
 
