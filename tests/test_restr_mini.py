@@ -59,7 +59,7 @@ def test_wordings_are_answered_as_recorded(wordings, recorded):
 @pytest.mark.slow
 def test_the_first_example_is_found_in_all_its_wordings(wordings, recorded):
     found, expected = (results["things"][FIRST_EXAMPLE]["iou"] for results in (wordings, recorded["wordings"]))
-    assert len(found) == 8 and found == pytest.approx(expected, abs=0.02)
+    assert len(found) == 8 and found == pytest.approx(expected, abs=0.02) and min(found.values()) >= 0.5
     readme = (EXAMPLES.parent / "README.md").read_text()
     first = readme[readme.index('"the') + 1 :].split('"')[0]
     assert first.removeprefix("the ") in {wording.removeprefix("the ") for wording in found}
