@@ -98,7 +98,7 @@ def _read_image(image: dict[str, Any], image_dir: str | None) -> bytes:
         with fsspec.open(path, "rb") as file:
             return file.read()
     except FileNotFoundError:
-        raise UnreadableImageError(f"The image {path} is missing.") from None
+        raise UnreadableImageError(f"The image {path} is missing. --image-dir chooses its folder.") from None
 
 
 class Predictor:
