@@ -1,7 +1,8 @@
 """
 Long work that is killed at random moments, or whose disk is full or read-only, and a Hub that fails during a push.
 
-The result is that of undisturbed work. Prediction has tests of its own (test_prediction.py). These commands made 50 kills:
+The result is that of undisturbed work. Prediction has tests of its own (test_prediction.py). On 2026-11-28, these commands
+made 50 kills:
 
     RESTR_KILLS=14 RESTR_KILL_SEED=1 pytest -n 0 -m slow -s tests/test_faults.py -k killed
     RESTR_KILLS=8 RESTR_KILL_SEED=1 pytest -n 0 -m slow -s tests/test_prediction.py -k kills
