@@ -4,6 +4,7 @@ measured in the same alternated runs.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ def create_stages(config: Any, device: torch.device, dtype: torch.dtype) -> dict
         decoder_inputs = (outputs.projected_vision_embeds, outputs.patch_embeds, outputs.patch_logits, indices)
         kind = f"{number} sentence{'s' if number > 1 else ''}"
         stages |= {
-            f"language encoder, {kind}": lambda words=words: model.get_text_features(words),
-            f"fusion, {kind}": lambda inputs=fusion_inputs: model.model.fusion(*inputs),
-            f"pixel decoder, {kind}": lambda inputs=decoder_inputs: model.pixel_decoder(*inputs),
+            f"language encoder, {kind}": partial(model.get_text_features, words),
+            f"fusion, {kind}": partial(model.model.fusion, *fusion_inputs),
+            f"pixel decoder, {kind}": partial(model.pixel_decoder, *decoder_inputs),
         }
     block, patches = model.model.fusion.layers[0], outputs.projected_vision_embeds
 
