@@ -48,14 +48,14 @@ def draw_chart(rows: Sequence[Row], path: Path) -> None:
     """Draw a bar per row with a floor. The dark part of a bar is the share of the floor in the measured value."""
     import matplotlib.pyplot as plt
 
-    stages = [(row, row.floor / row.value) for row in rows if row.floor]
+    stages = [(row, min(1.0, row.floor / row.value)) for row in rows if row.floor]
     figure, axes = plt.subplots(figsize=(10, 1.5 + 0.42 * len(stages)), layout="constrained")
     places = range(len(stages))
     axes.barh(places, [1.0] * len(stages), color="#cfd8dc", label="measured")
     axes.barh(places, [share for _, share in stages], color="#0072b2", label="floor")
     axes.set_yticks(places, [fill(f"{row.section}: {row.name}", 50) for row, _ in stages], fontsize=9)
-    for index, (row, share) in enumerate(stages):
-        axes.text(max(1.0, share) + 0.01, index, format_value(row.value, row.unit), va="center", fontsize=9)
+    for index, (row, _) in enumerate(stages):
+        axes.text(1.01, index, format_value(row.value, row.unit), va="center", fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
