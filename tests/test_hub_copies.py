@@ -458,6 +458,13 @@ def test_damaged_files_are_errors(copy, name, content):
         read_hub_copy(copy, "train")
 
 
+def test_image_paths_that_are_not_text_are_errors(copy, monkeypatch):
+    rows = datasets.Dataset.from_list([mask_row(581857) | {"image": {"bytes": photo(581857), "path": b"\xff"}}])
+    monkeypatch.setattr(hub_copies, "_load_split", lambda *arguments: ("train", rows))
+    with pytest.raises(ValueError, match="copy: expected images in the column image"):
+        read_hub_copy(copy, "train")
+
+
 def test_other_columns_are_errors(copy):
     write_lines(copy, mask_row(581857) | {"image": 5})
     with pytest.raises(ValueError, match=r"copy: expected images in the column image, got Value\('int64'\)"):

@@ -138,7 +138,7 @@ def _find_images(
     if "image" in dataset.column_names:
         try:
             images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
-        except (TypeError, NotImplementedError) as error:
+        except (TypeError, NotImplementedError, ValueError) as error:
             found = dataset.features["image"]
             raise ValueError(f"{path_or_id}: expected images in the column image, got {found}.") from error
         folder = _folder_of_copy(path_or_id) if image_dir is None else Path(image_dir)
