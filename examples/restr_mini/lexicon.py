@@ -12,7 +12,7 @@ package wordnet-base installs them.
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -106,7 +106,8 @@ def main(
     """Move the vectors of words that no training sentence had towards the names that they are kinds of."""
     network = ReSTRForImageSegmentation.from_pretrained(model)
     processor = ReSTRProcessor.from_pretrained(model)
-    vectors = network.get_input_embeddings().weight.detach()
+    embedding: Any = network.get_input_embeddings()
+    vectors = embedding.weight.detach()
     vocabulary = processor.tokenizer.get_vocab()
     spoken = spoken_words(
         kind["name"] for folder in photos for kind in read_json(folder / "instances.json")["categories"]

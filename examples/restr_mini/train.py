@@ -418,7 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
     train, validation, categories = create_datasets(args, training_args)
     spoken = spoken_words(categories)
     processor, model = start(args, spoken)
-    num_words = model.get_input_embeddings().num_embeddings
+    num_words = model.config.text_config.vocab_size
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {num_words:,} words")
     vocabulary = processor.tokenizer.get_vocab()
     trained_words = torch.zeros(num_words, dtype=torch.bool)
