@@ -184,7 +184,7 @@ def create_datasets(
     categories = sorted({name for photograph in train for name in photograph.categories})
     steps = training_args.max_steps * training_args.gradient_accumulation_steps
     num_scenes = steps * training_args.train_batch_size * training_args.world_size
-    changes = {"crop": args.crop, "mirror": args.mirror, "paste": args.paste}
+    changes: dict[str, Any] = {"crop": args.crop, "mirror": args.mirror, "paste": args.paste}
     scenes = PhotoScenes(train, num_scenes, args.image_size, training_args.seed, **changes)
     unseen = PhotoScenes(validation, len(validation), args.image_size, EVALUATION_SEED, augment=False)
     noise_words = NoiseWords(find_unrelated_words(args, spoken_words(categories)), categories)
