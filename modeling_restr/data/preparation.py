@@ -182,7 +182,10 @@ def read_source(folder: str | Path) -> Source:
     """Where the data of a prepared folder comes from."""
     source = read_settings(folder)["source"]
     published = {split: tuple(names) for split, names in source["published"].items()}
-    return Source(**{**source, "origins": tuple(source["origins"]), "published": published})
+    try:
+        return Source(**{**source, "origins": tuple(source["origins"]), "published": published})
+    except (ValueError, TypeError) as error:  # unknown origins or fields
+        raise ValueError(f"{Path(folder) / SETTINGS_NAME}, source: {error}") from error
 
 
 def fingerprint(images: Sequence[AnnotatedImage]) -> str:
