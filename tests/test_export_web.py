@@ -379,36 +379,36 @@ def site(pipe, runtime, tmp_path_factory):
     return export_web(pipe.model, pipe.processor, folder, name="you/tiny", examples=examples, runtime_dir=runtime)
 
 
-def ask_worker(driver, url, photos, sentences, backend="wasm", masks=True):
+LOAD = START_WORKER + "self.ask = ask; return ask({ type: 'load', backend: args[0] });"
+ASK = (
+    ENCODE_BYTES
+    + """
+const { makeMask, measureMask } = await import("/mask.js");
+const blob = await (await fetch(`data:;base64,${args[0]}`)).blob();
+const { width, height, message } = await ask({ type: "encode", id: 1, blob });
+if (message) throw new Error(message);
+const { results, message: problem } = await ask({ type: "segment", id: 1, texts: args[1] });
+if (problem) throw new Error(problem);
+return results.map((result) => ({
+  ...result,
+  logits: encodeBytes(result.logits),
+  patchLogits: encodeBytes(result.patchLogits),
+  mask: encodeBytes(makeMask(result, width, height, 0.5)),
+  imageSize: [height, width],
+  ...measureMask(result, width, height, 0.5),
+}));
+"""
+)
+
+
+def ask_worker(driver, url, photos, sentences, backend="wasm"):
     """Load the model in a worker and ask about photos. Returns how it runs and, per photo, the results as arrays."""
-    script = (
-        START_WORKER
-        + ENCODE_BYTES
-        + """
-        const { makeMask, measureMask } = await import("/mask.js");
-        const answers = [await ask({ type: "load", backend: args[2] })];
-        for (const [index, photo] of args[0].entries()) {
-          const { width, height, message } = await ask({ type: "encode", id: index, blob: await readFile(photo) });
-          if (message) throw new Error(message);
-          const { results, message: problem } = await ask({ type: "segment", id: index, texts: args[1][index] });
-          if (problem) throw new Error(problem);
-          answers.push(results.map((result) => ({
-            ...result,
-            logits: encodeBytes(result.logits),
-            patchLogits: encodeBytes(result.patchLogits),
-            imageSize: [height, width],
-            mask: encodeBytes(makeMask(result, width, height, 0.5)),
-            ...measureMask(result, width, height, 0.5),
-          })));
-        }
-        worker.terminate();
-        return answers;
-    """
-    )
     driver.get(f"{url}settings.json")  # without the page's own scripts
-    ready, *answers = run_script(driver, script, [to_text(photo) for photo in photos], sentences, backend)
-    for results in answers:
-        for result in results:
+    ready = run_script(driver, LOAD, backend)
+    answers = []
+    for photo, texts in zip(photos, sentences, strict=True):  # one script each, because Selenium waits two minutes
+        answers.append(run_script(driver, ASK, to_text(photo), texts))
+        for result in answers[-1]:
             result["logits"] = to_floats(result["logits"], result["logitsSize"])
             result["patchLogits"] = to_floats(result["patchLogits"], result["patchSize"])
             mask = np.frombuffer(base64.b64decode(result["mask"]), dtype=np.uint8)
@@ -551,10 +551,11 @@ def test_8_bit_weights_cost_less_than_a_point(page, mini, runtime, tmp_path):
             mask = np.asarray(other["mask"]) > 0
             found.append(compute_iou(result["mask"], target))
             expected.append(compute_iou(mask, target))
-            agreement.append(compute_iou(result["mask"], mask))
+            if mask.sum() >= 100:  # of fewer pixels, the IoU says little
+                agreement.append(compute_iou(result["mask"], mask))
     assert len(found) == 96 and np.mean(expected) > 0.6
     assert abs(np.mean(found) - np.mean(expected)) < 0.01
-    assert np.mean(agreement) > 0.98
+    assert len(agreement) > 90 and np.mean(agreement) > 0.98
 
 
 def read_wordings():
