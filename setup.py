@@ -39,6 +39,7 @@ EXTRAS["test"] = [
     *EXTRAS["browser"],
     "hypothesis>=6.120",
     "ipykernel>=6.29",
+    "matplotlib>=3.8",
     "nbclient>=0.10",
     "parameterized",
     "peft>=0.18",
