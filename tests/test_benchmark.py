@@ -119,7 +119,7 @@ def test_flops_at_the_papers_size(gpu):
     assert flops / 2e9 == pytest.approx(image + fusion + decoder + language, rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_prediction_is_measured_next_to_loops(monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     from benchmarks.prediction import benchmark_throughput

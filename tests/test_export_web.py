@@ -539,7 +539,7 @@ def test_float_graphs_give_the_logits_of_pytorch_on_photographs(page, mini, runt
         assert_agree(mini, photo, texts, results, tolerance=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_8_bit_weights_cost_less_than_a_point(page, mini, runtime, tmp_path):
     folder = export_web(mini.model, mini.processor, tmp_path / "site", name="restr-mini", runtime_dir=runtime)
     photos, sentences, targets = read_wordings()

@@ -31,6 +31,8 @@ from modeling_restr.hub import save_bundle
 
 NUM_KILLS = int(os.environ.get("RESTR_KILLS", "1"))  # of each command
 SEED = int(os.environ.get("RESTR_KILL_SEED", "0"))
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("preparation", "training")]
+ONE_SLOW = pytest.mark.parametrize("name", [*LONG, pytest.param("evaluation", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["preparation", "training", "evaluation"])
+@ONE_SLOW
 def test_work_resumes_when_its_disk_has_space_again(name, inputs, undisturbed, small_disk):
     output_dir = small_disk.folder / "output"
     log = Path(f"{output_dir}.log")
@@ -155,8 +156,7 @@ def test_work_resumes_when_its_disk_has_space_again(name, inputs, undisturbed, s
     assert_same_result(name, output_dir, undisturbed(name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["preparation", "training", "evaluation"])
+@ONE_SLOW
 def test_a_read_only_disk_is_named_before_any_work(name, inputs, small_disk):
     output_dir = small_disk.folder / "output"
     log = small_disk.folder.parent / "log"
@@ -181,8 +181,13 @@ def stall(handler):
     cut(handler)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [fail, cut, stall])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in (fail, cut)),
+        pytest.param(stall, marks=pytest.mark.long),
+    ],
+)
 def test_a_push_through_faults_of_the_hub_ends_in_the_same_files(fault, tmp_path, monkeypatch, restr):
     """Each request of a push fails in one push. A push that gives up is repeated."""
     processor = make_processor()
