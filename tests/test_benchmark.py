@@ -151,7 +151,7 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capsys):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_of_the_table_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     options = ["--device", "cpu", "--tiny", "--runs", "1", "--output_dir", str(tmp_path)]

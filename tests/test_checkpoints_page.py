@@ -32,7 +32,10 @@ def run(program, *arguments):
 
 
 def build_script() -> str:
-    """All blocks except the one for machines without the package, as one script."""
+    """
+    All blocks as one script, except that for machines without the package and that for a page (`sh`), which needs files
+    from npm and is tested in test_web_page.py.
+    """
     parts = [RUN]
     for language, text in BLOCKS:
         if language == "bash":
@@ -41,7 +44,7 @@ def build_script() -> str:
                 assert arguments[:2] == ["-m", "modeling_restr.convert_restr_original_to_hf"]
                 del arguments[:2]
             parts.append(f"run({program!r}, *{arguments})\n")
-        elif "trust_remote_code" not in text:
+        elif language == "python" and "trust_remote_code" not in text:
             parts.append(text)
     return "".join(parts)
 

@@ -487,7 +487,7 @@ def test_the_worker_reports_files_that_are_not_served(page, site, tmp_path):
         assert "did not arrive whole" in run_script(page, script)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_webgpu_gives_the_same_numbers(pipe, site, tmp_path):
     driver = open_chromium(*SOFTWARE_GPU)
     driver.set_script_timeout(300)
@@ -525,7 +525,7 @@ def mini():
     return ReSTRPipeline(model=model.eval(), processor=processor, device="cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_float_graphs_give_the_logits_of_pytorch_on_photographs(page, mini, runtime, tmp_path):
     folder = export_web(
         mini.model, mini.processor, tmp_path / "site", name="restr-mini", runtime_dir=runtime, int8=False

@@ -459,7 +459,7 @@ def test_every_pair_is_written_once_after_kills_at_random_moments(model_dir, tmp
     print(f"seed {seed}, {trial} predictions, killed: {dict(Counter(kills))}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_two_nodes_survives_the_loss_of_one(model_dir, tmp_path):
     from ray.cluster_utils import Cluster
 
