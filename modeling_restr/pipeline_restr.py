@@ -179,7 +179,7 @@ class ReSTRPipeline(Pipeline):
     def preprocess(  # type: ignore[override]
         self, input_: Any, text: str | list[str] | None = None, encoder: str | None = None
     ) -> dict[str, Any]:
-        """Prepare one image and its sentences. `encoder` is the hash that encoded images must have."""
+        """Prepare one image and its sentences. `encoder` is the hash that encoded images must have: by default the model's."""
         processor: Any = self.processor
         image, text = _split_input(input_, text)
         sentences = [text] if isinstance(text, str) else text
@@ -230,7 +230,8 @@ class ReSTRPipeline(Pipeline):
         postprocess_params: dict,
     ) -> Iterator[list[dict[str, Any]]]:
         """Yield the results of each image. transformers' own batches would need one sentence per image."""
-        preprocess_params = {**preprocess_params, "encoder": _hash_encoder(self.model)}
+        if num_workers:  # worker processes cannot read the weights of a model on a GPU
+            preprocess_params = {**preprocess_params, "encoder": _hash_encoder(self.model)}
         total = len(inputs) if isinstance(inputs, Sized) else None
         show_progress = postprocess_params.pop("show_progress", None)
         if show_progress is None:

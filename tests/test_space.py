@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsers import open_chromium
 from fresh_process import run_without_package
 from huggingface_hub import RepoCard
 from packaging.requirements import Requirement
@@ -424,17 +425,7 @@ def downloads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(downloads):
-    webdriver = pytest.importorskip("selenium.webdriver", reason='needs Selenium: pip install -e ".[browser]"')
-    chromium, chromedriver = (shutil.which(name) for name in ("chromium", "chromedriver"))
-    if chromium is None or chromedriver is None:
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver = open_chromium("--disable-gpu", downloads=downloads, **{"goog:loggingPrefs": {"performance": "ALL"}})
     yield driver
     driver.quit()
 

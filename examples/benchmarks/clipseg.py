@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
-from .measuring import Row, create_batch, create_model, describe_dtype, time_alternately
+from .measuring import Row, create_batch, create_model, describe_dtype, list_sizes, time_alternately
 
 
 IMAGE_SIZE = 352
@@ -41,17 +41,9 @@ def measure_clipseg(config: Any, device: torch.device, dtype: torch.dtype, runs:
 
 def create_clipseg(vision_config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Create a CLIPSeg like clipseg-rd64-refined, but with this vision encoder, in evaluation mode."""
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-    )
     depth = vision_config.num_hidden_layers
     config = CLIPSegConfig(
-        vision_config={name: getattr(vision_config, name) for name in names},
+        vision_config=list_sizes(vision_config),
         text_config={"num_hidden_layers": depth},
         extract_layers=[depth * quarter // 4 for quarter in (1, 2, 3)],
         use_complex_transposed_convolution=True,

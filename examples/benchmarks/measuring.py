@@ -43,6 +43,19 @@ def tiny_config(image_size: int = 64, **values: Any) -> ReSTRConfig:
     )
 
 
+def list_sizes(vision_config: Any) -> dict[str, Any]:
+    """The sizes of a vision encoder, by the names that configs of every ViT share."""
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+    )
+    return {name: getattr(vision_config, name) for name in names}
+
+
 def create_model(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> ReSTRForImageSegmentation:
     """Create a model in evaluation mode with random weights, the same in every call."""
     torch.manual_seed(0)

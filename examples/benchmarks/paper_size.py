@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTModel
 from modeling_restr import ReSTRForImageSegmentation
 from modeling_restr.training.recipe import create_optimizer
 
-from .measuring import Row, create_batch, create_model, describe_dtype, time_alternately
+from .measuring import Row, create_batch, create_model, describe_dtype, list_sizes, time_alternately
 
 
 NUM_EXPRESSIONS = 8
@@ -52,16 +52,7 @@ class StraightforwardReSTR(nn.Module):
 def measure_answers(config: Any, device: torch.device, dtype: torch.dtype, runs: int) -> list[Row]:
     """Time one sentence and eight, next to a bare ViT of the same size and to [`StraightforwardReSTR`]."""
     model = create_model(config, device, dtype)
-    vision = config.vision_config
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-    )
-    vit_config = ViTConfig(**{name: getattr(vision, name) for name in names})
+    vit_config = ViTConfig(**list_sizes(config.vision_config))
     vit = ViTModel(vit_config, add_pooling_layer=False).eval().to(device, dtype)
     straightforward = StraightforwardReSTR(model)
     batch = create_batch(config, device, 1, NUM_EXPRESSIONS, dtype)

@@ -208,9 +208,8 @@ def _decompress(counts: str | bytes) -> list[int]:
     """
     runs: list[int] = []
     run = shift = 0
-    for digit in (
-        byte - 48 for byte in (counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts)
-    ):
+    content = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
+    for digit in (byte - 48 for byte in content):
         if not 0 <= digit < 64 or shift > 60:
             raise ValueError(f"The counts of an RLE are damaged: {counts[:40]!r}.")
         run |= (digit & 31) << shift

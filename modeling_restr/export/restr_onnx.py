@@ -190,10 +190,8 @@ class ReSTROnnxPipeline:
     @cached_property
     def _encoder_hash(self) -> str:
         digest = hashlib.sha256()
-        for path in (
-            self._encoder_path,
-            Path(f"{self._encoder_path}.data"),
-        ):  # weights above 2 GB are in the second file
+        weights = Path(f"{self._encoder_path}.data")  # if they are above 2 GB
+        for path in (self._encoder_path, weights):
             if path.is_file():
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -83,9 +83,8 @@ class EndpointHandler:
         self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer
         # Pipelines are not thread-safe: each call sets the tokenizer's padding. One request at a time also bounds memory.
         self._lock = threading.Lock()
-        self._encoded_images: OrderedDict[str | None, Any] = (
-            OrderedDict()
-        )  # by the hash of their files, the latest last
+        # By the hash of their files, the latest last.
+        self._encoded_images: OrderedDict[str | None, Any] = OrderedDict()
 
     def __call__(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
         """

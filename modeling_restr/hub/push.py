@@ -137,9 +137,7 @@ def push_page_to_hub(
     if model_id is not None:
         files |= _link_model(folder, _complete_id(model_id, api))
     api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private, exist_ok=True)
-    others = {name for name in api.list_repo_files(repo_id, repo_type="space") if name != ".gitattributes"} - set(
-        files
-    )
+    others = set(api.list_repo_files(repo_id, repo_type="space")) - {*files, ".gitattributes"}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, content) for name, content in files.items()),
         *(CommitOperationDelete(name, is_folder=False) for name in sorted(others)),
