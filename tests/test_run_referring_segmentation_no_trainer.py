@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import socket
 import subprocess
 import sys
 
@@ -156,10 +155,7 @@ def test_accelerate_launches_what_its_configurations_say(path, tmp_path):
     (tmp_path / "script.py").write_text(
         "import json, os, sys\nopen(f'{sys.argv[1]}/{os.environ.get(\"RANK\", 0)}.json', 'w').write(json.dumps({**os.environ}))"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--config_file", str(path), "--main_process_port", str(port), "--num_cpu_threads_per_process", "1"]
+    arguments = ["--config_file", str(path), "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, tmp_path / "script.py", tmp_path]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     environments = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file
 from tiny_training import make_dataset, make_model, make_processor, write_prepared
 from torch import nn
+from torch.distributed import TCPStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTModel, pipeline
 
@@ -32,6 +33,7 @@ from modeling_restr.training.recipe import create_parameter_groups
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NUM_EXPRESSIONS = 11  # in the validation data
+TIMEOUT = 300  # seconds that the processes of a run may take
 OPTIONS = {
     "max_steps": 6,
     "save_steps": 2,
@@ -168,11 +170,11 @@ def run_code(code, output_dir, num_processes=1):
 
 
 def _run_processes(output_dir, num_processes, target, *arguments):
-    """Start processes with the environment that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    """Start processes with the environment that torchrun gives them. Those that hang are killed."""
+    # This process keeps the store, as torchrun does. It chooses a free port and holds it, so no other run can take it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(num_processes)}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     output_dir.mkdir(exist_ok=True, parents=True)
     processes = []
     for rank in range(num_processes):
@@ -180,7 +182,10 @@ def _run_processes(output_dir, num_processes, target, *arguments):
         options = (output_dir / f"log-{rank}", environment, target, *arguments)
         processes.append(_CONTEXT.Process(target=_run_process, args=options))
         processes[-1].start()
+    stop = time.monotonic() + TIMEOUT
     for process in processes:
+        process.join(max(stop - time.monotonic(), 0))
+        process.kill()
         process.join()
     codes = [process.exitcode for process in processes]
     return codes[0] if num_processes == 1 else codes
