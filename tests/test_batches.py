@@ -12,11 +12,13 @@ from tiny_training import make_dataset, make_model, make_processor
 from torch.utils.data import DataLoader
 
 from modeling_restr.data.canonical import decode_mask
+from modeling_restr.training.augmentation import Augmentation
 from modeling_restr.training.batches import (
     ReferringCollator,
     ReferringDataset,
     ReferringStream,
     count_expressions,
+    create_loader,
     loss_weight,
     split_ids,
 )
@@ -78,14 +80,24 @@ def test_an_item_depends_on_the_seed_and_its_position_alone(dataset):
         np.random.seed(position)
         random.seed(int(position))
         assert ids([copy[int(position)]]) == [expected[position]]
-    workers = DataLoader(copy, batch_size=3, collate_fn=ids, num_workers=2)
-    assert [item for batch in workers for item in batch] == expected
     assert expected != ids(ReferringDataset(dataset, 2, seed=6, num_items=60))
     epochs = [expected[start : start + stream.items_per_epoch] for start in (0, stream.items_per_epoch)]
     assert epochs[0] != epochs[1]
     assert {item for item in epochs[0] if item[0] == 3} != {
         item for item in epochs[1] if item[0] == 3
     }  # in other batches
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(dataset):
+    collator, augmentation = ReferringCollator(make_processor()), Augmentation(scale=0.5, color=0.5, mirror=0.5)
+    items = ReferringDataset(dataset, 2, augmentation=augmentation, num_items=40)  # epochs have 16
+    expected = list(create_loader(items, 3, collator))
+    for num_workers in (1, 2, 3):
+        batches = list(create_loader(items, 3, collator, num_workers=num_workers))
+        resumed = list(create_loader(items, 3, collator, num_workers=num_workers, sampler=range(15, 40)))
+        for batch, wanted in zip(batches + resumed, expected + expected[5:], strict=True):
+            assert batch.keys() == wanted.keys()
+            assert all(np.array_equal(batch[name], wanted[name]) for name in wanted)
 
 
 def test_augmentation_differs_between_epochs_and_is_reproducible(dataset):
@@ -190,12 +202,14 @@ def test_the_processes_of_a_stream_share_an_epoch(num_processes, num_workers):
     assert sorted(image_id for ((image_id, _),) in batches) == list(range(12))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
 def test_a_stream_resumes_exactly(dataset, num_workers):
     iterable = dataset.to_iterable_dataset(num_shards=4)
     options = {"expressions_per_image": 2, "batch_size": 2, "num_batches": 17, "buffer_size": 5, "seed": 3}
     whole = read_stream(iterable, num_workers, **options)
     assert len(whole) == 17 and all(len(batch) == 2 for batch in whole)  # more than an epoch of 16 items
+    if num_workers == 1:
+        assert whole == read_stream(iterable, 0, **options)
     for first_batch in (1, 6, 16, 17):
         assert read_stream(iterable, num_workers, first_batch=first_batch, **options) == whole[first_batch:]
 
