@@ -107,6 +107,15 @@ def test_a_run_resumes_with_its_own_data_only(tmp_path, caplog):
         Recipe(dataset="copy").check_same(tmp_path)
 
 
+def test_a_stream_resumes_with_the_same_processes_and_workers_only(tmp_path):
+    Recipe(stream="workers: 2").save(tmp_path)
+    Recipe(stream="workers: 2").check_same(tmp_path)
+    with pytest.raises(ValueError, match="stream: workers: 2 there, workers: 3 now"):
+        Recipe(stream="workers: 3").check_same(tmp_path)
+    Recipe().save(tmp_path)  # as earlier versions did for a stream
+    Recipe(stream="workers: 3").check_same(tmp_path)
+
+
 def test_a_recipe_of_another_version_is_read(tmp_path, caplog):
     @dataclass(frozen=True)
     class LaterRecipe(Recipe):
@@ -131,7 +140,7 @@ def test_a_damaged_recipe_is_reported(tmp_path, content):
 
 
 def test_deviations_from_the_paper():
-    assert Recipe(dataset="squares", split="small", seed=3).deviations() == {}
+    assert Recipe(dataset="squares", split="small", seed=3, stream="workers: 2").deviations() == {}
     assert Recipe(learning_rate=3e-5, precision="bfloat16").deviations() == {
         "learning_rate": (1e-5, 3e-5),
         "precision": ("float32", "bfloat16"),

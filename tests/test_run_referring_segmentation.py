@@ -106,7 +106,10 @@ def test_a_killed_stream_ends_with_the_same_weights(script, inputs, tmp_path):
     kill = partial(kill_in_the_middle_of, script.optimizer_file)
     assert script.run(complete, inputs, **options) == 0, read_log(complete)
     assert script.run(killed, inputs, kill, **options) == -signal.SIGKILL
-    assert [get_step(path) for path in list_checkpoints(killed)] == [2]
+    (checkpoint,) = list_checkpoints(killed)
+    assert get_step(checkpoint) == 2
+    stream = json.loads((checkpoint / "recipe.json").read_text())["stream"]
+    assert stream == "processes: 1, workers: 2, images per batch: 4, buffer: 4"
     assert script.run(killed, inputs, **options) == 0, read_log(killed)
     assert_equal(complete, killed)
 

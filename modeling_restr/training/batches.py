@@ -2,9 +2,10 @@
 Canonical data (`data/canonical.py`) as batches of images with up to K sentences each, which share the image's encoding.
 K = 1 gives the paper's batches of (image, expression) pairs.
 
-A run reads one stream of items. The seed alone determines the item at each position. Global random generators, the
-numbers of processes and workers, and interruptions have no influence. Epochs follow one another without a gap, so that
-every batch is full. Each epoch has every expression once.
+A run reads one sequence of items. With random access, the seed alone determines the item at each position. Global random
+generators, the numbers of processes and workers, and interruptions have no influence. Data that is read as a stream is
+divided among processes and workers, whose numbers have to stay the same when a run resumes. Epochs follow one another
+without a gap, so that every batch is full. Each epoch has every expression once.
 """
 
 import logging

@@ -61,6 +61,7 @@ class Recipe:
     split: str = "train"
     num_expressions: int | None = None  # in the split; None for a stream
     data_fingerprint: str | None = None  # see fingerprints.py
+    stream: str | None = None  # how its batches are read; None without a stream
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class Recipe:
     def deviations(self) -> dict[str, tuple[Any, Any]]:
         """Field -> (the paper's value, this run's value) where they differ. Fields that the paper leaves open are left out."""
         ours, papers = asdict(self), asdict(PAPER)
-        names = papers.keys() - _NAMES_OF_DATA - {"num_expressions", "data_fingerprint", "seed"}
+        names = papers.keys() - _NAMES_OF_DATA - {"num_expressions", "data_fingerprint", "stream", "seed"}
         return {name: (papers[name], ours[name]) for name in papers if name in names and papers[name] != ours[name]}
 
     def describe(self) -> dict[str, Any]:
@@ -119,6 +120,8 @@ class Recipe:
             ignored = {"data_fingerprint"}
         else:
             ignored = _NAMES_OF_DATA
+        if saved["stream"] is None:  # earlier versions did not write it
+            ignored = ignored | {"stream"}
         different = [name for name in defaults if saved[name] != now[name] and name not in ignored]
         if different:
             listing = "\n".join(f"  {name}: {saved[name]} there, {now[name]} now" for name in different)

@@ -120,6 +120,8 @@ def start_run(
     if args.num_train_epochs > 0:
         args.max_steps = _count_steps(train_data, data_args, args.num_train_epochs, images_per_step)
     described = _describe_start(model, train_data, model_args, data_args)
+    if isinstance(train_data, datasets.IterableDataset):
+        described["stream"] = _describe_stream(data_args, args)
     recipe = args.make_recipe(images_per_step=images_per_step, **recipe_fields, **described)
     if is_main_process:
         print(
@@ -254,6 +256,14 @@ def _describe_start(
         "num_expressions": None if is_stream else int(count_expressions(train_data).sum()),
         "data_fingerprint": broadcast_object_list(fingerprints)[0],
     }
+
+
+def _describe_stream(data_args: DataArguments, args: RecipeArguments) -> str:
+    """What determines the batches of a stream, next to its seed; see [`ReferringStream`]."""
+    return (
+        f"processes: {PartialState().num_processes}, workers: {max(args.dataloader_num_workers, 1)},"
+        f" images per batch: {args.per_device_train_batch_size}, buffer: {data_args.shuffle_buffer_size}"
+    )
 
 
 def _name_word_vectors(args: ModelArguments) -> str:
