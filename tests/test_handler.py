@@ -486,6 +486,12 @@ def test_a_slow_client_is_dropped(url, monkeypatch):
     assert send(url, b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n" + b"a" * 4000) == b""
 
 
+def make_handler(answer):
+    """A handler without a model, which answers with a function's result."""
+    bounds = {"max_bytes": 1000, "max_sentences": 1, "max_sentence_length": 10}
+    return type("Handler", (), {**bounds, "__call__": lambda self, data: answer(data)})()
+
+
 def test_a_client_that_leaves_is_not_an_error(handler, capfd):
     """Before its request, in the middle of it, and while the model runs."""
     asked, left = threading.Event(), threading.Event()
@@ -495,10 +501,8 @@ def test_a_client_that_leaves_is_not_an_error(handler, capfd):
         left.wait()
         return [{"label": "dog"}] * 100_000
 
-    bounds = {"max_bytes": 1000, "max_sentences": 1, "max_sentence_length": 10}
-    model = type("Model", (), {**bounds, "__call__": lambda self, data: ask_model(data)})()
     head = b"POST / HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 4\r\n\r\n"
-    with Server(("127.0.0.1", 0), model) as server:
+    with Server(("127.0.0.1", 0), make_handler(ask_model)) as server:
         server.daemon_threads = False  # so that the server waits for them at the end
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for request in (b"", head + b"nu", head + b"null"):
@@ -511,6 +515,27 @@ def test_a_client_that_leaves_is_not_an_error(handler, capfd):
         left.set()
         server.shutdown()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_request_beyond_the_limit_is_refused_at_once():
+    asked, answered = threading.Event(), threading.Event()
+
+    def ask_model(data):
+        asked.set()
+        answered.wait(WAIT)
+        return []
+
+    with Server(("127.0.0.1", 0), make_handler(ask_model)) as server, ThreadPoolExecutor(1) as pool:
+        server.places = threading.BoundedSemaphore(1)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        waiting = pool.submit(post, url, {})
+        assert asked.wait(WAIT)
+        status, answer = post(url, {})
+        answered.set()
+        assert status == 503 and "Try again later" in answer["error"]
+        assert waiting.result() == (200, []) == post(url, {})
+        server.shutdown()
 
 
 def test_an_endpoint_without_the_package_answers_from_the_folder(folder, pipe, tmp_path):

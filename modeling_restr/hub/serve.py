@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import sys
+import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from .handler import EndpointHandler, RequestError
+
+
+MAX_REQUESTS = 64  # that wait for the model at the same time, each with its image
 
 
 class Server(ThreadingHTTPServer):
@@ -25,6 +29,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: EndpointHandler) -> None:
         super().__init__(address, RequestHandler)
         self.handler = handler
+        self.places = threading.BoundedSemaphore(MAX_REQUESTS)
         # An image in base64, and sentences in JSON, where a character takes up to 12 bytes.
         self.max_body = handler.max_bytes * 4 // 3 + handler.max_sentences * handler.max_sentence_length * 12 + 10_000
 
@@ -98,13 +103,23 @@ class RequestHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             self.close_connection = True  # the client has left
-            return
+        elif self.server.places.acquire(blocking=False):
+            try:
+                status, answer = self._ask_model(body)
+            finally:
+                self.server.places.release()
+            self._answer(status, answer)
+        else:
+            message = f"Expected at most {MAX_REQUESTS} requests at the same time, got more. Try again later."
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, _error(message))
+
+    def _ask_model(self, body: bytes) -> tuple[HTTPStatus, Any]:
         try:
-            self._answer(HTTPStatus.OK, self.server.handler(self._read_request(body)))
+            return HTTPStatus.OK, self.server.handler(self._read_request(body))
         except RequestError as error:
-            self._answer(HTTPStatus.BAD_REQUEST, _error(error))
+            return HTTPStatus.BAD_REQUEST, _error(error)
         except RuntimeError as error:
-            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, _error(error))
+            return HTTPStatus.INTERNAL_SERVER_ERROR, _error(error)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer in JSON and close the connection."""
