@@ -67,9 +67,7 @@ def get_letterbox(image_size: tuple[int, int], canvas_size: tuple[int, int]) -> 
         (top, left, height, width) of the resized image on the canvas, in pixels of the canvas.
     """
     scale = min(canvas / image for canvas, image in zip(canvas_size, image_size, strict=True))
-    height, width = (
-        min(max(round(image * scale), 1), canvas) for canvas, image in zip(canvas_size, image_size, strict=True)
-    )
+    height, width = (min(max(round(image * scale), 1), canvas) for canvas, image in zip(canvas_size, image_size))
     return (canvas_size[0] - height) // 2, (canvas_size[1] - width) // 2, height, width
 
 

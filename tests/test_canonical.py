@@ -1,6 +1,8 @@
 """Rows of the canonical format, compared with Pillow and NumPy."""
 
 import logging
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from modeling_restr.data.canonical import (
     ImageInDataset,
     build_dataset,
     build_row,
+    build_row_or_error,
 )
+from modeling_restr.data.records import Problems
 from modeling_restr.data.segmentation import SeveralObjects, decode_mask, encode_mask
 
 
@@ -54,7 +58,7 @@ def decoded(row):
 def test_row_of_a_good_image(tmp_path, embed):
     path = write_image(tmp_path / "a.jpg")
     mask = random_mask()
-    row = build_row(annotate(path, mask, bbox=[1, 2, 3.5, 4]), embed=embed)
+    row = build_row(annotate(path, mask, bbox=[1, 2, 3.3, 2**24 + 1]), embed=embed)
     assert row["image"] == (
         {"bytes": path.read_bytes(), "path": "a.jpg"} if embed else {"bytes": None, "path": str(path)}
     )
@@ -64,7 +68,7 @@ def test_row_of_a_good_image(tmp_path, embed):
             "ref_id": 11,
             "ann_id": 22,
             "category": "dog",
-            "bbox": [1, 2, 3.5, 4],
+            "bbox": np.float32([1, 2, 3.3, 2**24 + 1]).tolist(),  # as `FEATURES` stores them
             "mask": encode_mask(mask),
             "expressions": [{"sent_id": 33, "text": "the dog"}, {"sent_id": 34, "text": "left dog"}],
         }
@@ -249,6 +253,25 @@ def test_images_in_a_dataset(tmp_path):
     source = datasets.Dataset.from_dict({"photo": [None]}, features=features)
     with pytest.raises(BadImage, match=r"0\.png: cannot be read \(its row holds no image\)"):
         build_row(AnnotatedImage(7, "0.png", ImageInDataset(source, 0, "photo"), ()))
+
+
+def test_an_error_is_returned_in_place_of_its_row(tmp_path):
+    good, problems = annotate(write_image(tmp_path / "a.png"), [[1, 2], [3, 5, 13, 5, 13, 17, 3, 17]]), Problems()
+    missing = annotate(tmp_path / "b.png")
+    assert build_row_or_error(good, problems) == build_row(good)  # with the bytes of its file
+    assert build_row_or_error(good, problems, embed=False) == build_row(good, embed=False) != build_row(good)
+    assert str(build_row_or_error(missing, problems)).startswith("b.png: missing")
+    stray = "polygons of one or two points, dropped"
+    assert problems == {stray: ["a.png: ref_id 11"] * 2, "missing images": ["b.png"]}
+
+
+def test_progress_is_shown_unless_it_is_turned_off(tmp_path, monkeypatch, capsys):
+    images = [annotate(write_image(tmp_path / "a.png"))]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    build_dataset(images, progress=False)
+    assert capsys.readouterr().err == ""
+    build_dataset(images)
+    assert re.search(r"Images: 100%.* 1/1 .*image", capsys.readouterr().err)
 
 
 @pytest.fixture

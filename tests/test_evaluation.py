@@ -151,8 +151,10 @@ def test_threshold_is_that_of_the_probability(model_and_processor, dataset):
         (result,) = predict_masks(model, processor, row["image"], TEXTS[:1], threshold=threshold)
         assert result.keys() == {"mask", "score"}
         assert (result["mask"] == (expected["probabilities"] > threshold)).all()
-        areas.append(evaluate_image(model, processor, row, threshold=threshold)[0]["predicted"])
+        areas.append(next(evaluate_dataset(model, processor, [row], threshold=threshold))[0]["predicted"])
     assert areas[0] > areas[1] > areas[2]
+    (result,) = predict_masks(model, processor, row["image"], TEXTS[:1])
+    assert torch.equal(result["mask"], expected["mask"])  # both at 0.5
 
 
 def test_an_image_without_expressions_has_no_records(model_and_processor, dataset):

@@ -1,5 +1,6 @@
 import http.server
 import json
+import math
 import threading
 import tracemalloc
 from types import SimpleNamespace
@@ -514,6 +515,15 @@ def test_threshold_and_sizes_as_list_or_tensor(processor):
         for t in (0, 1)
     )
     assert everything.all() and not nothing.any()
+
+
+def test_a_threshold_close_to_one_is_not_rounded(processor):
+    threshold = 1 - 1e-9  # 1 in float32
+    limit = math.log(threshold / (1 - threshold))
+    logits = torch.full((1, 96, 96), limit - 0.1)
+    logits[:, :48] = limit + 0.1
+    (result,) = processor.post_process_referring_segmentation(outputs_of(logits), [(96, 96)], threshold)
+    assert torch.equal(result["mask"], logits[0] > limit) and result["mask"].sum() == 48 * 96
 
 
 def test_bfloat16_logits_are_resized_in_float32(processor):

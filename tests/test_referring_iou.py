@@ -115,6 +115,12 @@ def test_loads_offline_as_a_file_of_its_own(tmp_path, monkeypatch):
     assert "overall_iou" in loaded.inputs_description
 
 
+def test_the_metric_describes_itself_and_names_its_papers(metric):
+    assert "Overall IoU" in metric.description and "num_words" in metric.inputs_description
+    assert metric.citation.count("@inproceedings") == len(metric.reference_urls) == 2
+    assert all(url.startswith("https://arxiv.org/abs/") for url in metric.reference_urls)
+
+
 @pytest.mark.parametrize("tenths", range(5, 10))
 def test_precision_counts_an_iou_that_is_just_enough(metric, tenths):
     for scale in (1, 3, 7, 10_007):
@@ -186,6 +192,13 @@ def test_intervals_equal_a_plain_bootstrap_over_images(metric):
     assert results["confidence_intervals"].keys() == {*NAMES, "gIoU", "N-acc", "T-acc"}
     again = metric.compute(predictions=count(pairs), image_ids=images, num_bootstrap=60, seed=4)
     assert again["confidence_intervals"]["mean_iou"] != results["confidence_intervals"]["mean_iou"]
+
+
+def test_intervals_of_no_and_of_one_pixel(metric):
+    no_pixel, one_pixel = {"intersection": 0, "union": 0}, {"intersection": 0, "union": 1}
+    for counts, overall_iou in ((no_pixel, 1), (one_pixel, 0)):
+        results = metric.compute(predictions=[counts], image_ids=[5], num_bootstrap=2)
+        assert results["confidence_intervals"]["overall_iou"] == [overall_iou] * 2
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():

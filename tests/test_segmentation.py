@@ -211,5 +211,9 @@ def test_masks_larger_than_any_image_are_not_decoded(monkeypatch):
         decode_mask({"size": [10**6, 10**6], "counts": [10**12]})
     with pytest.raises(ValueError, match="cover 767 pixels"):
         decode_mask({"size": SIZE, "counts": [700, 67]})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow refuses more than twice as many
+    assert decode_mask({"size": [5, 8], "counts": [0, 40]}).all()
+    with pytest.raises(ValueError, match=r"at most 40 pixels, got one of size \(41, 1\)"):
+        decode_mask({"size": [41, 1], "counts": [41]})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert not decode_mask({"size": SIZE, "counts": [768]}).any()

@@ -176,6 +176,7 @@ def test_pads_on_the_left_and_keeps_the_first_words():
     assert short["attention_mask"] == [0] * 17 + [1] * 3
     assert tokenizer(" ".join(words), **PADDED)["input_ids"] == list(range(4, 24))
     assert build_tokenizer(vocabulary, max_length=5)("w0", **PADDED)["input_ids"] == [0, 0, 0, 0, 4]
+    assert build_tokenizer(vocabulary, max_length=1)("w1 w2", **PADDED)["input_ids"] == [5]
 
 
 def test_ids_survive_saving_and_reloading_with_gaps(tmp_path):

@@ -123,7 +123,7 @@ def _list_parts(segmentation: Any) -> list[list[Any] | dict[str, Any]]:
         return [segmentation]
     if not isinstance(segmentation, list | tuple):
         raise ValueError(f"A segmentation must be polygons, an RLE or a mask, got {reprlib.repr(segmentation)}.")
-    is_polygon = are_numbers(segmentation) or (len(segmentation) > 2 and _are_points(segmentation))
+    is_polygon = are_numbers(segmentation) or _are_points(segmentation)
     parts = [segmentation] if segmentation and is_polygon else segmentation
     return [part if isinstance(part, dict) else _flatten_polygon(part) for part in parts]
 
