@@ -21,6 +21,7 @@ from modeling_restr.data.canonical import (
     build_dataset,
     build_row,
     build_row_or_error,
+    check_distinct_files,
 )
 from modeling_restr.data.records import Problems
 from modeling_restr.data.segmentation import SeveralObjects, decode_mask, encode_mask
@@ -238,6 +239,14 @@ def test_images_outside_of_their_folder_are_bad(tmp_path):
             build_row(replace(annotated, image=path, image_dir=inside))
 
 
+def test_images_that_share_a_file_are_refused_wherever_they_are(tmp_path):
+    first = annotate(write_image(tmp_path / "a.png"))
+    held = replace(first, image=ImageInDataset(datasets.Dataset.from_dict({"image": [None]}), 0))
+    check_distinct_files([held, first, first, held])
+    with pytest.raises(ValueError, match=r"one file per image, found .*a\.png for image 7 .* and for image 8"):
+        check_distinct_files([held, first, replace(first, image_id=8)])
+
+
 def test_images_in_a_dataset(tmp_path):
     paths = [write_image(tmp_path / f"{index}.png", random_pixels(index)) for index in range(2)]
     features = datasets.Features({"photo": datasets.Image(decode=False)})
@@ -312,6 +321,7 @@ def test_doubtful_parts_of_good_images_are_reported(tmp_path, warnings):
         "images with an EXIF rotation that the annotations ignore (look at some): 1 (b.jpg)",
     ):
         assert line in warnings.text
+    assert "Left out" not in warnings.text
 
 
 def test_dataset_reads_images_from_their_files(tmp_path, monkeypatch):

@@ -549,6 +549,14 @@ def test_logits_of_a_size_passed_in_the_call(processor):
     assert result["mask"][:, :10].all() and not result["mask"][:, 10:].any()
 
 
+@pytest.mark.parametrize("size", [(32, 64), (64, 64), (40, 40)])
+def test_logits_that_do_not_divide_the_canvas_are_a_canvas_of_their_own(processor, size):
+    own = ReSTRImageProcessor(size={"height": size[0], "width": size[1]})
+    outputs = outputs_of(torch.randn(1, *size, generator=torch.Generator().manual_seed(0)))
+    result, expected = (each.post_process_referring_segmentation(outputs, [(50, 33)])[0] for each in (processor, own))
+    assert torch.equal(result["probabilities"], expected["probabilities"])
+
+
 @pytest.mark.parametrize("size", [48, 32])
 @pytest.mark.parametrize("image_size", [(50, 33), (7, 90), (61, 60)])
 def test_images_prepared_at_another_size_are_post_processed_with_it(processor, size, image_size):

@@ -224,8 +224,4 @@ def _decompress(counts: str | bytes) -> list[int]:
 
 
 def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode() if isinstance(counts, bytes) else counts,
-    }
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
