@@ -22,6 +22,7 @@ from modeling_restr.data.canonical import (
     build_row,
     build_row_or_error,
     check_distinct_files,
+    check_images,
 )
 from modeling_restr.data.records import Problems
 from modeling_restr.data.segmentation import SeveralObjects, decode_mask, encode_mask
@@ -290,6 +291,20 @@ def warnings(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+def test_repeated_ids_are_named_up_to_ten(tmp_path, warnings):
+    first = annotate(tmp_path / "0.png")
+    check_images([first, replace(first, references=())], "toys.json")  # one image in two entries
+    assert not warnings.records
+    check_images([first, annotate(tmp_path / "1.png")], "toys.json")
+    images, references = (record.message for record in warnings.records)
+    assert images == "toys.json: 1 ids of images occur more than once, and each occurrence is counted (7)."
+    assert references == "toys.json: 1 ids of references occur more than once, and each occurrence is counted (11)."
+    many = [annotate(tmp_path / f"{number}.png", image_id=number // 2) for number in range(22)]
+    check_images([replace(image, references=()) for image in many], "toys.json")
+    assert "11 ids of images" in warnings.messages[-1]
+    assert "(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)" in warnings.messages[-1]
 
 
 def test_bad_images_stop_the_build_or_are_left_out_with_a_warning(tmp_path, warnings):

@@ -55,6 +55,8 @@ def test_letterbox_of_known_sizes():
     assert get_letterbox((480, 640), (480, 480)) == (60, 0, 360, 480)
     assert get_letterbox((640, 427), (480, 480)) == (0, 80, 480, 320)
     assert get_letterbox((2, 1000), (480, 480)) == (239, 0, 1, 480)
+    with pytest.raises(ValueError, match="longer"):
+        get_letterbox((480, 640, 3), (480, 480))
 
 
 def test_pixels_are_those_of_pillow_on_a_black_canvas(processor):
@@ -538,8 +540,12 @@ def test_bfloat16_logits_are_resized_in_float32(processor):
 def test_coarse_logits_cover_the_same_canvas(processor):
     coarse = torch.randn(1, 12, 12, generator=torch.Generator().manual_seed(0))
     fine = torch.nn.functional.interpolate(coarse[None], (96, 96), mode="bilinear")[0]
-    results = [processor.post_process_referring_segmentation(outputs_of(x), [(33, 70)])[0] for x in (coarse, fine)]
-    assert torch.equal(results[0]["probabilities"], results[1]["probabilities"])
+    of_model = SimpleNamespace(logits=coarse, patch_logits=coarse)
+    results = [
+        processor.post_process_referring_segmentation(outputs, [(33, 70)])[0]
+        for outputs in (outputs_of(fine), outputs_of(coarse), of_model)
+    ]
+    assert all(torch.equal(results[0]["probabilities"], result["probabilities"]) for result in results[1:])
 
 
 def test_logits_of_a_size_passed_in_the_call(processor):
@@ -587,7 +593,7 @@ def test_probabilities_on_request(processor):
 )
 def test_forms_of_target_sizes(processor, sizes):
     (result,) = processor.post_process_referring_segmentation(outputs_of(torch.zeros(1, 96, 96)), sizes)
-    assert result["mask"].shape == (50, 33)
+    assert result["mask"].shape == (50, 33) and not result["mask"].any()  # 0.5 is not above 0.5
 
 
 BAD_TARGET_SIZES = [(INF, 9), (NAN, 9), (9.5, 9), (10**7, 10**7), (2**64, 1), ("9", "9"), (None, 9), "99", 9, None]

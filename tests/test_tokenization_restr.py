@@ -177,6 +177,7 @@ def test_pads_on_the_left_and_keeps_the_first_words():
     assert tokenizer(" ".join(words), **PADDED)["input_ids"] == list(range(4, 24))
     assert build_tokenizer(vocabulary, max_length=5)("w0", **PADDED)["input_ids"] == [0, 0, 0, 0, 4]
     assert build_tokenizer(vocabulary, max_length=1)("w1 w2", **PADDED)["input_ids"] == [5]
+    assert tokenizer.pad({"input_ids": [[4], [5, 6]]})["input_ids"] == [[0, 4], [5, 6]]
 
 
 def test_ids_survive_saving_and_reloading_with_gaps(tmp_path):

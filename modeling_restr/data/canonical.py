@@ -111,7 +111,7 @@ class AnnotatedImage:
 def check_images(images: Sequence[AnnotatedImage], place: Any) -> None:
     """Refuse images that share a file, and warn about ids that occur more than once in `place`, a file or folder."""
     check_distinct_files(images)
-    files = {(image.image_id, image.file_name) for image in images}
+    files = dict.fromkeys((image.image_id, image.file_name) for image in images)  # in order, without repetitions
     _warn_about_repeated_ids(place, "images", (image_id for image_id, _ in files))
     _warn_about_repeated_ids(place, "references", (ref.ref_id for image in images for ref in image.references))
 
