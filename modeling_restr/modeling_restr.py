@@ -39,7 +39,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -592,19 +592,21 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
 
 class ReSTRChannelMap(nn.Module):
     """
-    Linear map of the channels of `(N, channels, height, width)`, without bias. It is not an `nn.Linear`, because
-    adapters and quantisers replace those by modules that take channels last. Initial weights have the standard
-    deviation of PyTorch's linear layers.
+    Linear map of the channels of `(N, channels, height, width)`, or with `channels_last` of `(..., channels)`, without
+    bias. It is not an `nn.Linear`, because adapters and quantisers replace those by modules that take channels last
+    only. Initial weights have the standard deviation of PyTorch's linear layers.
     """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.in_features = in_features
+        self.in_features, self.out_features = in_features, out_features
         self.initial_std = (3 * in_features) ** -0.5
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=self.initial_std)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
+        if channels_last:
+            return F.linear(hidden_states, self.weight)
         return F.conv2d(hidden_states, self.weight[..., None, None])
 
 
@@ -624,26 +626,15 @@ class ReSTRDecoderInputMap(ReSTRChannelMap):
         visual_weight, masked_weight = self.weight.chunk(2, dim=1)  # (hidden, hidden) each
         visual_part = F.linear(projected_vision_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
         # There is one logit per patch, so it can scale the patch after the linear map.
-        return F.linear(patch_embeds, masked_weight) * patch_logits.flatten(1)[..., None] + visual_part
+        return torch.addcmul(visual_part, F.linear(patch_embeds, masked_weight), patch_logits.flatten(1)[..., None])
 
 
-def upsample_in_strips(hidden_states: torch.Tensor, size: Sequence[int], num_values: int) -> Iterator[torch.Tensor]:
-    """
-    Upsample features (N, C, h, w) to `size` bilinearly with align_corners=True, and yield strips (N, C, rows, W) of
-    about `num_values` values from top to bottom. Fast for features whose channels are last in memory.
-    """
-    height, width = hidden_states.shape[2:]
-    intervals = (height - 1, max(1, size[0] - 1))  # between the rows before and after
-    num_rows = max(1, num_values // (hidden_states.shape[0] * hidden_states.shape[1] * size[1]))
-    for start in range(0, size[0], num_rows):
-        stop = min(start + num_rows, size[0])
-        first, last = (row * intervals[0] // intervals[1] for row in (start, stop - 1))
-        source = torch.arange(first, min(last + 2, height), dtype=torch.float64)
-        positions = torch.arange(start, stop, dtype=torch.float64) * (intervals[0] / intervals[1])
-        weights = (1 - (positions[:, None] - source).abs()).clamp(min=0).to(hidden_states.dtype)  # (rows, source rows)
-        rows = hidden_states[:, :, first : last + 2].permute(0, 2, 3, 1).flatten(2)  # (N, source rows, w * C)
-        rows = (weights @ rows).unflatten(2, (width, -1)).permute(0, 3, 1, 2)  # (N, C, rows, w)
-        yield F.interpolate(rows, size=(stop - start, size[1]), mode="bilinear", align_corners=True)
+def compute_interpolation_weights(num_sources: int, num_targets: int, dtype: torch.dtype) -> torch.Tensor:
+    """Compute the weights (targets, sources) of linear interpolation with align_corners=True."""
+    step = (num_sources - 1) / max(1, num_targets - 1)
+    positions = torch.arange(num_targets, dtype=torch.float64) * step
+    sources = torch.arange(num_sources, dtype=torch.float64)
+    return (1 - (positions[:, None] - sources).abs()).clamp(min=0).to(dtype)
 
 
 class ReSTRPixelDecoder(nn.Module):
@@ -656,11 +647,10 @@ class ReSTRPixelDecoder(nn.Module):
     size works (DINOv2's is 14).
 
     The upsampled features are much larger than all others. For answers on a CPU, each expression's are computed in
-    strips that stay in the cache until the next map has reduced them. Gradients, other devices and compiled programs
-    take them as a whole.
+    strips of rows that stay in the cache until the next map has reduced them.
     """
 
-    strip_values = 2**20  # per thread
+    strip_pixels = 2048  # per thread
 
     def __init__(self, config: ReSTRConfig):
         super().__init__()
@@ -685,22 +675,53 @@ class ReSTRPixelDecoder(nn.Module):
         # (N, P, hidden) -> (N, hidden, h, w)
         hidden_states = self.layers[0](projected_vision_embeds, patch_embeds, patch_logits, image_indices)
         hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)
-        if hidden_states.device.type != "cpu" or hidden_states.requires_grad or torch.compiler.is_compiling():
-            return self._decode(hidden_states, in_strips=False)
-        return torch.cat([self._decode(expression, in_strips=True) for expression in hidden_states.split(1)])
+        if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._decode(hidden_states)
+        return self._decode_in_strips(hidden_states.permute(0, 2, 3, 1))
 
-    def _decode(self, hidden_states: torch.Tensor, in_strips: bool) -> torch.Tensor:
+    def _decode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Decode the output of the first map (N, hidden, h, w) to (N, H, W)."""
-        last_size = [side * patch for side, patch in zip(hidden_states.shape[2:], self.patch_size)]
-        for layer in [*self.layers[1:], self.head]:
-            size = last_size if layer is self.head else [2 * side for side in hidden_states.shape[2:]]
-            if in_strips:
-                strips = upsample_in_strips(hidden_states, size, self.strip_values * torch.get_num_threads())
-                hidden_states = torch.cat([layer(self.activation_fn(strip)) for strip in strips], dim=2)
-            else:
-                hidden_states = F.interpolate(hidden_states, size=size, mode="bilinear", align_corners=True)
-                hidden_states = layer(self.activation_fn(hidden_states))
+        for layer, size in self._list_blocks(hidden_states.shape[2:]):
+            hidden_states = F.interpolate(hidden_states, size=size, mode="bilinear", align_corners=True)
+            hidden_states = layer(self.activation_fn(hidden_states))
         return hidden_states.squeeze(1)
+
+    def _decode_in_strips(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Decode the output of the first map (N, h, w, hidden) to (N, H, W)."""
+        blocks = self._list_blocks(hidden_states.shape[1:3])
+        last_size = blocks[-1][1]
+        logits = hidden_states.new_empty(len(hidden_states), math.prod(last_size), 1)
+        # All expressions use the same memory, since new memory from the operating system is slow.
+        buffers = [hidden_states.new_empty(math.prod(size), layer.out_features) for layer, size in blocks[:-1]]
+        for features, expression_logits in zip(hidden_states, logits):
+            for (layer, size), mapped in zip(blocks, [*buffers, expression_logits]):
+                self._map_strips(features, layer, size, mapped)
+                features = mapped.unflatten(0, size)
+        return logits.view(-1, *last_size)
+
+    def _map_strips(
+        self, features: torch.Tensor, layer: ReSTRChannelMap, size: Sequence[int], mapped: torch.Tensor
+    ) -> None:
+        """Upsample features (h, w, C) to `size`, and write what a map makes of them to `mapped` (H * W, channels)."""
+        (num_sources, *shape), (height, width) = features.shape, size
+        num_rows = max(1, self.strip_pixels * torch.get_num_threads() // width)
+        weights = compute_interpolation_weights(num_sources, height, features.dtype)  # (H, h)
+        for start in range(0, height, num_rows):
+            stop = min(start + num_rows, height)
+            # The rows before the strip's first row and after its last one.
+            first, last = (row * (num_sources - 1) // max(1, height - 1) for row in (start, stop - 1))
+            rows = weights[start:stop, first : last + 2] @ features[first : last + 2].flatten(1)  # (rows, w * C)
+            rows = rows.unflatten(1, shape).transpose(1, 2).unsqueeze(2)  # (rows, C, 1, w)
+            # Rows are a batch here, since PyTorch divides nothing else among its threads.
+            strip = F.interpolate(rows, size=(1, width), mode="bilinear", align_corners=True)
+            strip = self.activation_fn(strip).squeeze(2).transpose(1, 2).flatten(0, 1)  # (rows * W, C)
+            mapped[start * width : stop * width] = layer(strip, channels_last=True)
+
+    def _list_blocks(self, grid: Sequence[int]) -> list[tuple[ReSTRChannelMap, list[int]]]:
+        """List the map of each block, and the size to which the features are upsampled before it."""
+        maps = [*self.layers[1:], self.head]
+        sizes = [[side * 2**index for side in grid] for index in range(1, len(maps))]
+        return list(zip(maps, [*sizes, [side * patch for side, patch in zip(grid, self.patch_size)]]))
 
 
 @auto_docstring(custom_intro="ReSTR up to its patch logits: two encoders and their fusion, without a pixel decoder.")

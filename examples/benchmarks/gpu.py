@@ -2,7 +2,7 @@
 ReSTR on a GPU: whether it computes the same numbers as a CPU, whether forward waits for the device, how fast it answers
 and trains, and how much memory that takes.
 
-No data and no metrics are imported. Each section has a time limit, and so has the whole run. A row is printed and
+No data and no metrics are imported but for the training scripts, which run where they can. Each section has a time limit, and so has the whole run. A row is printed and
 written as soon as it is measured. A section that fails is reported, and the next one starts.
 """
 
@@ -335,11 +335,36 @@ def train(setup: Setup, num_images: int, sentences_per_image: int, compiled: boo
         tflops=rate / 1e12,
         share_of_matmul_rate=rate / setup.matmul_rate,
         pairs_per_s=pairs_per_second,
-        hours_for_the_papers_pairs=PAPER_STEPS * PAPER_PAIRS / pairs_per_second / 3600,
+        hours_for_the_papers_pairs=count_paper_hours(pairs_per_second),
         peak_gib=peak,
         first_step_s=first,
     )
     profile_step(setup, step, f"step_of_{num_images}x{sentences_per_image}{'_compiled' if compiled else ''}")
+
+
+def run_training_scripts(setup: Setup) -> None:
+    """Time both training scripts with the batches of `train`. What they import may be missing on a machine with a GPU."""
+    section = "training scripts, bfloat16, from photos to steps"
+    try:
+        from .training_scripts import time_training_scripts
+    except ModuleNotFoundError as error:
+        setup.report.add(section, "both", note=f'needs {error.name}: pip install -e ".[train]"')
+        return
+    num_images, sentences_per_image = setup.batch_per_step
+    for script, seconds in time_training_scripts(setup.config, num_images, sentences_per_image).items():
+        pairs_per_second = num_images * sentences_per_image / seconds
+        setup.report.add(
+            section,
+            f"{script}, {describe(num_images, sentences_per_image)}",
+            ms=seconds * 1e3,
+            pairs_per_s=pairs_per_second,
+            hours_for_the_papers_pairs=count_paper_hours(pairs_per_second),
+        )
+
+
+def count_paper_hours(pairs_per_second: float) -> float:
+    """Compute the hours that the paper's training takes at this rate."""
+    return PAPER_STEPS * PAPER_PAIRS / pairs_per_second / 3600
 
 
 def profile_step(setup: Setup, step: Callable[[], None], name: str) -> None:
@@ -365,6 +390,7 @@ SECTIONS: tuple[tuple[str, Callable[[Setup], None], float], ...] = (
     ("training as in the paper", lambda setup: train(setup, PAPER_PAIRS, 1), 20),
     ("memory", measure_memory, 20),
     ("training, compiled", lambda setup: train(setup, *setup.batch_per_step, compiled=True), 100),
+    ("training scripts", run_training_scripts, 80),
     ("answers, compiled", lambda setup: time_answers(setup, compiled=True), 80),
     ("flex attention", check_flex_attention, 40),
     ("flex attention", lambda setup: time_attention(setup, "flex_attention"), 40),
