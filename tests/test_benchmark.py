@@ -37,7 +37,7 @@ def gpu(monkeypatch):
     return gpu
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_every_section_of_the_gpu_benchmark_runs(tmp_path, gpu):
     with torch.compiler.set_stance("force_eager"):  # compilation would take a minute
@@ -62,6 +62,8 @@ def test_every_section_of_the_gpu_benchmark_runs(tmp_path, gpu):
     whats = {row["what"] for rows in sections.values() for row in rows}
     for implementation in ("eager", "sdpa"):
         assert f"{implementation}, gradients, the worst parameter" in whats
+    for script in ("run_referring_segmentation.py", "run_referring_segmentation_no_trainer.py"):
+        assert f"{script}, images: 2, sentences per image: 4" in whats
     for kind in ("eager", "torch.compile"):
         assert f"images: 2, sentences per image: 4, {kind}" in whats
         assert [row["what"] for row in sections[f"answers, bfloat16, {kind}"]] == [
