@@ -50,9 +50,11 @@ def test_masks_come_back(seed):
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2), (70, 41), (0, 5), (5, 0)])
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
 def test_masks_are_encoded_as_pycocotools_does(size, share):
-    mask = np.random.default_rng(0).random(size) < share
+    generator = np.random.default_rng(0)
+    mask = generator.random(size) < share
     expected = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
-    for form in (mask, mask * np.uint8(255), np.asfortranarray(mask), np.repeat(mask, 2, axis=1)[:, ::2]):
+    numbers = mask * generator.integers(1, 5, size=size)  # non-zero is inside
+    for form in (mask, mask * np.uint8(255), numbers, np.asfortranarray(mask), np.repeat(mask, 2, axis=1)[:, ::2]):
         assert encode_mask(form) == {"size": list(size), "counts": expected}
 
 

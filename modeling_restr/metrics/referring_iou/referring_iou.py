@@ -218,7 +218,7 @@ def _to_arrays(predictions: list[dict[str, int]]) -> dict[str, np.ndarray]:
 
 def _get_ratios(counts: dict[str, np.ndarray]) -> dict[str, _Ratio]:
     intersection, union = counts["intersection"], counts["union"]
-    one = np.ones(len(union), dtype=np.int64)
+    one = np.ones(len(union))
     iou = np.array([pair[0] / pair[1] if pair[1] else 1.0 for pair in zip(intersection, union)])
     ratios = {"overall_iou": _Ratio(intersection, union, otherwise=1.0), "mean_iou": _Ratio(iou, one)}
     # Both sides are correctly rounded quotients of small integers: IoU >= X is exact.
