@@ -39,7 +39,7 @@ PHOTO_SIZE = (640, 480)
 MIB = 2**20
 
 
-def benchmark_throughput(image_size: int, runs: int, num_images: int = 40, num_sentences: int = 4) -> None:
+def benchmark_throughput(image_size: int, runs: int, num_images: int = 24, num_sentences: int = 4) -> None:
     """Measure images per second at the paper's size with random weights: one and two loops, one and two actors."""
     names = ("one loop", "one actor", "two loops", "two actors")
     rates: dict[str, list[float]] = {name: [] for name in names}
