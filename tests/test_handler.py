@@ -212,6 +212,7 @@ def test_thirty_two_simultaneous_requests(url, handler, pipe, monkeypatch):
     images = [make_image(seed, (40 + seed, 30)) for seed in range(32)]
     texts = [TEXTS[: 1 + seed % 3][::-1] for seed in range(32)]
     start, busy, model = threading.Barrier(32), threading.Lock(), handler.pipe
+    threads = set()
 
     def ask(number):
         request = make_request(images[number], text=texts[number])
@@ -220,6 +221,7 @@ def test_thirty_two_simultaneous_requests(url, handler, pipe, monkeypatch):
 
     def ask_model(*args, **kwargs):
         assert busy.acquire(blocking=False), "two requests in the model at once"
+        threads.add(threading.get_ident())
         try:
             return model(*args, **kwargs)
         finally:
@@ -230,6 +232,7 @@ def test_thirty_two_simultaneous_requests(url, handler, pipe, monkeypatch):
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(32)))
     assert [status for status, _ in answers] == [200] * 32
+    assert len(threads) == 1  # each would keep memory
     for (_, results), image, text in zip(answers, images, texts, strict=True):
         assert_same(results, pipe(image, text=text))
 

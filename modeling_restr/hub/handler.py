@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
 
@@ -83,6 +84,8 @@ class EndpointHandler:
         self.pipe, self._tokenizer = pipe, pipe.processor.tokenizer
         # Pipelines are not thread-safe: each call sets the tokenizer's padding. One request at a time also bounds memory.
         self._lock = threading.Lock()
+        # PyTorch and malloc keep memory for each thread that runs the model.
+        self._model_thread = ThreadPoolExecutor(max_workers=1)
         # By the hash of their files, the latest last.
         self._encoded_images: OrderedDict[str | None, Any] = OrderedDict()
 
@@ -110,9 +113,7 @@ class EndpointHandler:
         try:
             image, file_hash, sentences, options = self._read_request(data)
             with self._lock:
-                self._check_words(sentences)
-                results = self.pipe(self._encode(image, file_hash), text=sentences, **options)
-                return [{**result, "mask": _to_base64_png(result["mask"])} for result in results]
+                return self._model_thread.submit(self._ask, image, file_hash, sentences, options).result()
         except RequestError:
             raise
         except Exception as error:
@@ -121,6 +122,13 @@ class EndpointHandler:
                 raise RequestError(str(error)) from error
             logger.exception("The model failed on a request.")
             raise RuntimeError("The model failed on this request; the server's log says why.") from error
+
+    def _ask(
+        self, image: Image.Image, file_hash: str | None, sentences: list[str], options: dict[str, float]
+    ) -> list[dict[str, Any]]:
+        self._check_words(sentences)
+        results = self.pipe(self._encode(image, file_hash), text=sentences, **options)
+        return [{**result, "mask": _to_base64_png(result["mask"])} for result in results]
 
     def _encode(self, image: Image.Image, file_hash: str | None) -> Any:
         """Encode an image unless it is among the latest ones. The caller holds the lock."""
