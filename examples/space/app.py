@@ -19,7 +19,10 @@ import re
 import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -447,7 +450,22 @@ def make_view(segmenter: Segmenter, answer: Answer, threshold: float) -> View:
     )
 
 
-def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **model_run: Any) -> None:
+def run_in(thread: ThreadPoolExecutor, function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Let a function of an event run in `thread`. PyTorch and malloc keep memory for each thread that computes, and Gradio
+    runs events in 40.
+    """
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        return thread.submit(copy_context().run, function, *args).result()
+
+    return run
+
+
+def add_endpoint(
+    segmenter: Segmenter, inputs: list[gr.components.Component], thread: ThreadPoolExecutor, **model_run: Any
+) -> None:
     """Add `/segment` to the API. It takes the page's inputs, so that files are checked in the same way."""
 
     def segment(photo: dict | None, sentences: str, threshold: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -460,7 +478,8 @@ def add_endpoint(segmenter: Segmenter, inputs: list[gr.components.Component], **
 
     with gr.Column(visible=False):
         outputs = [gr.JSON(label="results"), gr.File(label="masks", file_count="multiple")]
-        gr.Button().click(segment, inputs, outputs, api_name="segment", api_description=API_DESCRIPTION, **model_run)
+        call = run_in(thread, segment)
+        gr.Button().click(call, inputs, outputs, api_name="segment", api_description=API_DESCRIPTION, **model_run)
 
 
 def list_examples() -> list[list[str]]:
@@ -542,19 +561,21 @@ def add_events(segmenter: Segmenter, page: Page, button: gr.Button, examples: An
         return make_view(segmenter, answer, threshold).update()
 
     # All events that run the model share one queue. Two runs at a time would each take twice as long.
+    model_thread, slider_thread = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
     model_run: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
     inputs = [page.photo, page.sentences, page.threshold]
     outputs = [page.overlay, page.cards, page.download]
     asking: dict[str, Any] = {"inputs": inputs, "outputs": [page.answer, *outputs], "show_progress_on": page.overlay}
     asking |= {"validator": check, "api_visibility": "private", **model_run}
-    answers = [gr.on([button.click, page.sentences.submit], ask_and_show, **asking)]
+    run_model = run_in(model_thread, ask_and_show)
+    answers = [gr.on([button.click, page.sentences.submit], run_model, **asking)]
     if examples is not None:
-        answers.append(examples.load_input_event.success(ask_and_show, **asking))
+        answers.append(examples.load_input_event.success(run_model, **asking))
     for answered in answers:
         answered.success(None, js=SCROLL_TO_OVERLAY)
-    moving: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4, "api_visibility": "private"}
-    page.threshold.change(show, [page.answer, page.threshold], outputs, **moving)
-    add_endpoint(segmenter, inputs, **model_run)
+    moving: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    page.threshold.change(run_in(slider_thread, show), [page.answer, page.threshold], outputs, **moving)
+    add_endpoint(segmenter, inputs, model_thread, **model_run)
 
 
 def get_default_model() -> str:
