@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import sys
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -371,8 +372,10 @@ def test_api_reads_no_files_of_the_server(url):
     assert answer.startswith("event: error") and "score" not in answer
 
 
-def test_simultaneous_users_get_their_own_masks(url, segmenter, image_processor, tmp_path):
+def test_simultaneous_users_get_their_own_masks(url, segmenter, image_processor, tmp_path, monkeypatch):
     Client = importlib.import_module("gradio_client").Client
+    threads, ask = [], segmenter.ask
+    monkeypatch.setattr(segmenter, "ask", lambda *args: threads.append(threading.current_thread().name) or ask(*args))
     photos = []
     for number in range(4):
         pixels = np.full((60, 80, 3), 90, dtype=np.uint8)
@@ -382,6 +385,8 @@ def test_simultaneous_users_get_their_own_masks(url, segmenter, image_processor,
     clients = [Client(url, verbose=False) for _ in range(2)]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda number: call(clients[number % 2], photos[number], "the red square"), range(4)))
+    assert len(threads) == 4 and len(set(threads)) == 1  # each thread would keep memory
+    assert threads[0].startswith("ThreadPoolExecutor")  # not one of Gradio's 40
     for path, (_, (mask,)) in zip(photos, answers):
         answer = segmenter.ask(app.read_photo(path, image_processor), ["the red square"])
         assert (segmenter.segment(answer, 0.5)[0].mask == mask).all()
