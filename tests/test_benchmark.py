@@ -114,6 +114,15 @@ def test_a_section_that_fails_or_overruns_does_not_stop_the_others(tmp_path, gpu
     assert sections["b"] == [{"what": "c", "error": 2e-05, "bound": 1e-05, "ok": False}]
 
 
+def test_parts_leave_the_attention_of_later_parts_alone(gpu):
+    from benchmarks.stages import measure_stages
+
+    config = gpu.tiny_config(attn_implementation="sdpa")
+    measure_stages(config, torch.device("cpu"), torch.float32, 1)
+    gpu.count_flops(config, 1, 1)
+    assert config._attn_implementation == "sdpa"
+
+
 def test_flops_at_the_papers_size(gpu):
     """An image, and what each sentence adds in fusion, decoder and language: billions of multiply-accumulates."""
     image, fusion, decoder, language = 92, 17, 4.3, 0.14

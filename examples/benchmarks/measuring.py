@@ -1,6 +1,7 @@
 """Shared parts of the benchmarks: models and inputs, times, memory, and the machine."""
 
 import contextlib
+import copy
 import platform
 import resource
 import statistics
@@ -57,10 +58,10 @@ def list_sizes(vision_config: Any) -> dict[str, Any]:
 
 
 def create_model(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> ReSTRForImageSegmentation:
-    """Create a model in evaluation mode with random weights, the same in every call."""
+    """Create a model in evaluation mode with random weights, the same in every call, and with a config of its own."""
     torch.manual_seed(0)
-    with device:
-        model: Any = ReSTRForImageSegmentation(config)
+    with device:  # setting a model's attention implementation changes its config
+        model: Any = ReSTRForImageSegmentation(copy.deepcopy(config))
     return model.to(dtype).eval()
 
 
