@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ def test_the_page_shows_what_the_command_serves(monkeypatch, capsys):
     assert command == ["restr", "serve", "examples/restr_mini", "--port", "8080"]
     command = [sys.executable, "-m", "modeling_restr.cli", *command[1:-1], "0"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Programs in the background of a script, as these tests may be, ignore SIGINT, and so do those that they start.
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     monkeypatch.chdir(REPOSITORY)
     with subprocess.Popen(command, **options) as process, ExitStack() as stack:
         stack.callback(process.kill)
