@@ -173,7 +173,7 @@ def test_graphs_give_the_models_logits(pipe, folder, num_images, num_sentences, 
     assert_precise(pipe.model, inputs, logits=logits, patch_logits=patch_logits)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.numerics
 @torch.no_grad()
 def test_the_shipped_checkpoint_gives_the_same_logits_on_photographs(tmp_path):

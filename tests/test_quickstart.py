@@ -59,7 +59,7 @@ def test_its_files_are_found_from_the_root_and_from_its_own_folder(folder, monke
     assert (names["CHECKPOINT"] / "config.json").exists() and names["PHOTO"].exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_shows_masks_and_its_two_ways_to_ask_agree(run):
     notebook, _ = run
     assert len(read_pictures(notebook)) == 4
@@ -67,7 +67,7 @@ def test_it_shows_masks_and_its_two_ways_to_ask_agree(run):
     assert len(shares) == 3 and all(float(share) > 99.9 for share in shares)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fine_tuning_helps_on_its_ten_photos(run):
     notebook, _ = run
     before, after = re.search(r"the ten: mean_iou ([\d.]+) -> ([\d.]+)", read_text(notebook)).groups()
@@ -76,7 +76,7 @@ def test_fine_tuning_helps_on_its_ten_photos(run):
     assert len(losses) == 3 and losses[-1] < losses[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_pushes_a_complete_model_with_its_evaluation(run):
     notebook, hub = run
     repository = hub.repositories["model", "tester/restr-ten-photos"]

@@ -60,7 +60,7 @@ def test_generated_sentences_are_answered_to_the_known_iou(generated):
     assert generated["mean_iou"] == pytest.approx(0.556, abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bfloat16_changes_the_iou_little(model, photographs, generated):
     low = AutoModelForImageSegmentation.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
     assert (model[0].dtype, low.dtype) == (torch.float32, torch.bfloat16)
