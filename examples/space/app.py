@@ -55,6 +55,7 @@ PREVIEW_SIDE, THUMBNAIL_SIDE, OUTLINE_WIDTH = 960, 400, 2  # pixels on the page
 CACHED_PHOTOS = 64  # encoded images in memory, 2.8 MB each at 480x480 pixels
 MAX_SESSIONS = 200  # with answers in memory, at most 20 MB each
 MAX_WAITING = 64  # requests in the queue
+MAX_THREADS = 8  # for everything but the model; each one keeps memory of its own
 SESSION_SECONDS = 3600  # until a session's answer and files are deleted
 MAX_LISTED_WORDS = 300
 DEFAULT_THRESHOLD = 0.5
@@ -590,6 +591,7 @@ def launch(demo: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
         theme=gr.themes.Default(primary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["monospace"]),
         css_paths=HERE / "style.css",
         max_file_size=MAX_FILE_SIZE,
+        max_threads=MAX_THREADS,
         state_session_capacity=MAX_SESSIONS,
         footer_links=["api", "gradio"],
         run_history=False,
