@@ -647,7 +647,8 @@ class ReSTRPixelDecoder(nn.Module):
     size works (DINOv2's is 14).
 
     The upsampled features are much larger than all others. For answers on a CPU, each expression's are computed in
-    strips of rows that stay in the cache until the next map has reduced them.
+    strips of rows that stay in the cache until the next map has reduced them. Gradients, other devices and compiled
+    programs take them as a whole.
     """
 
     strip_pixels = 2048  # per thread
@@ -689,29 +690,34 @@ class ReSTRPixelDecoder(nn.Module):
     def _decode_in_strips(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Decode the output of the first map (N, h, w, hidden) to (N, H, W)."""
         blocks = self._list_blocks(hidden_states.shape[1:3])
-        last_size = blocks[-1][1]
-        logits = hidden_states.new_empty(len(hidden_states), math.prod(last_size), 1)
+        sizes = [size for _, size in blocks]
+        heights = [hidden_states.shape[1], *(height for height, _ in sizes)]
+        weights = [compute_interpolation_weights(*pair, hidden_states.dtype) for pair in pairwise(heights)]
+        logits = hidden_states.new_empty(len(hidden_states), math.prod(sizes[-1]), 1)
         # All expressions use the same memory, since new memory from the operating system is slow.
         buffers = [hidden_states.new_empty(math.prod(size), layer.out_features) for layer, size in blocks[:-1]]
         for features, expression_logits in zip(hidden_states, logits):
-            for (layer, size), mapped in zip(blocks, [*buffers, expression_logits]):
-                self._map_strips(features, layer, size, mapped)
+            for (layer, size), block_weights, mapped in zip(blocks, weights, [*buffers, expression_logits]):
+                self._map_strips(features, layer, block_weights, mapped)
                 features = mapped.unflatten(0, size)
-        return logits.view(-1, *last_size)
+        return logits.view(-1, *sizes[-1])
 
     def _map_strips(
-        self, features: torch.Tensor, layer: ReSTRChannelMap, size: Sequence[int], mapped: torch.Tensor
+        self, features: torch.Tensor, layer: ReSTRChannelMap, weights: torch.Tensor, mapped: torch.Tensor
     ) -> None:
-        """Upsample features (h, w, C) to `size`, and write what a map makes of them to `mapped` (H * W, channels)."""
-        (num_sources, *shape), (height, width) = features.shape, size
+        """
+        Upsample features (h, w, C) with the weights (H, h) of their rows, and write what a map makes of them to `mapped`
+        (H * W, channels).
+        """
+        height, num_sources = weights.shape
+        width = len(mapped) // height
         num_rows = max(1, self.strip_pixels * torch.get_num_threads() // width)
-        weights = compute_interpolation_weights(num_sources, height, features.dtype)  # (H, h)
         for start in range(0, height, num_rows):
             stop = min(start + num_rows, height)
             # The rows before the strip's first row and after its last one.
             first, last = (row * (num_sources - 1) // max(1, height - 1) for row in (start, stop - 1))
             rows = weights[start:stop, first : last + 2] @ features[first : last + 2].flatten(1)  # (rows, w * C)
-            rows = rows.unflatten(1, shape).transpose(1, 2).unsqueeze(2)  # (rows, C, 1, w)
+            rows = rows.unflatten(1, features.shape[1:]).transpose(1, 2).unsqueeze(2)  # (rows, C, 1, w)
             # Rows are a batch here, since PyTorch divides nothing else among its threads.
             strip = F.interpolate(rows, size=(1, width), mode="bilinear", align_corners=True)
             strip = self.activation_fn(strip).squeeze(2).transpose(1, 2).flatten(0, 1)  # (rows * W, C)

@@ -111,7 +111,7 @@ def make_cases(model: str, folder: Path) -> list[Case]:
     known: list[Answer] = []
     for photo in write_photos(folder):
         encoded = pipe.encode_image(str(photo))
-        for number in (1, 2, 3)[:CASES_PER_PHOTO]:
+        for number in range(1, CASES_PER_PHOTO + 1):
             texts = rng.sample(SENTENCES, number)
             expected = {
                 threshold: [

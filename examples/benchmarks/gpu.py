@@ -2,8 +2,9 @@
 ReSTR on a GPU: whether it computes the same numbers as a CPU, whether forward waits for the device, how fast it answers
 and trains, and how much memory that takes.
 
-No data and no metrics are imported but for the training scripts, which run where they can. Each section has a time limit, and so has the whole run. A row is printed and
-written as soon as it is measured. A section that fails is reported, and the next one starts.
+Only the section of the training scripts imports data and metrics, and it is left out where they are not installed. Each
+section has a time limit, and so has the whole run. A row is printed and written as soon as it is measured. A section
+that fails is reported, and the next one starts.
 """
 
 import contextlib
