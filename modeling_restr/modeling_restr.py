@@ -592,9 +592,9 @@ class ReSTRFusionEncoder(ReSTRPreTrainedModel):
 
 class ReSTRChannelMap(nn.Module):
     """
-    Linear map of the channels of `(N, channels, height, width)`, or with `channels_last` of `(..., channels)`, without
-    bias. It is not an `nn.Linear`, because adapters and quantisers replace those by modules that take channels last
-    only. Initial weights have the standard deviation of PyTorch's linear layers.
+    Linear map of the channels of `(N, channels, height, width)` without bias. With `out`, it maps `(N, channels)` without
+    gradients and writes the result to `out`. It is not an `nn.Linear`, because adapters and quantisers replace those by
+    modules that take channels last only. Initial weights have the standard deviation of PyTorch's linear layers.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -604,9 +604,9 @@ class ReSTRChannelMap(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=self.initial_std)
 
-    def forward(self, hidden_states: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
-        if channels_last:
-            return F.linear(hidden_states, self.weight)
+    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is not None:
+            return torch.mm(hidden_states, self.weight.T.to(hidden_states.dtype), out=out)
         return F.conv2d(hidden_states, self.weight[..., None, None])
 
 
@@ -626,7 +626,7 @@ class ReSTRDecoderInputMap(ReSTRChannelMap):
         visual_weight, masked_weight = self.weight.chunk(2, dim=1)  # (hidden, hidden) each
         visual_part = F.linear(projected_vision_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
         # There is one logit per patch, so it can scale the patch after the linear map.
-        return torch.addcmul(visual_part, F.linear(patch_embeds, masked_weight), patch_logits.flatten(1)[..., None])
+        return visual_part.addcmul_(F.linear(patch_embeds, masked_weight), patch_logits.flatten(1)[..., None])
 
 
 def compute_interpolation_weights(num_sources: int, num_targets: int, dtype: torch.dtype) -> torch.Tensor:
@@ -651,7 +651,7 @@ class ReSTRPixelDecoder(nn.Module):
     programs take them as a whole.
     """
 
-    strip_pixels = 2048  # per thread
+    strip_values = 2**19  # upsampled values per thread
 
     def __init__(self, config: ReSTRConfig):
         super().__init__()
@@ -711,7 +711,7 @@ class ReSTRPixelDecoder(nn.Module):
         """
         height, num_sources = weights.shape
         width = len(mapped) // height
-        num_rows = max(1, self.strip_pixels * torch.get_num_threads() // width)
+        num_rows = max(1, self.strip_values * torch.get_num_threads() // (width * features.shape[-1]))
         for start in range(0, height, num_rows):
             stop = min(start + num_rows, height)
             # The rows before the strip's first row and after its last one.
@@ -721,7 +721,8 @@ class ReSTRPixelDecoder(nn.Module):
             # Rows are a batch here, since PyTorch divides nothing else among its threads.
             strip = F.interpolate(rows, size=(1, width), mode="bilinear", align_corners=True)
             strip = self.activation_fn(strip).squeeze(2).transpose(1, 2).flatten(0, 1)  # (rows * W, C)
-            mapped[start * width : stop * width] = layer(strip, channels_last=True)
+            out = mapped[start * width : stop * width]
+            out.copy_(layer(strip, out=out))  # copies nothing, unless a hook has replaced the result
 
     def _list_blocks(self, grid: Sequence[int]) -> list[tuple[ReSTRChannelMap, list[int]]]:
         """List the map of each block, and the size to which the features are upsampled before it."""
