@@ -112,7 +112,8 @@ class ReSTRBaseConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_names_of_methods(kwargs)
-        self._check_inherited_fields(kwargs.get("torch_dtype"))
+        self._check_dtypes(self.dtype, kwargs.get("torch_dtype"))
+        self._check_id2label()
         self.resolve_defaults()
         self.validate_architecture()
         super().__post_init__(**kwargs)
@@ -123,7 +124,7 @@ class ReSTRBaseConfig(PreTrainedConfig):
         """Create a config as in transformers, and also check the values of `from_pretrained(..., key=value)`."""
         cls._refuse_names_of_methods(kwargs)
         config, unused_kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        config._check_inherited_fields()
+        config._check_id2label()
         config.resolve_defaults()
         config.validate_architecture()
         config._warn_of_misspelt_keys(unused_kwargs)
@@ -137,12 +138,14 @@ class ReSTRBaseConfig(PreTrainedConfig):
                 f"{cls.__name__}: expected keys that are not methods of a config, got {names}. Rename them."
             )
 
-    def _check_inherited_fields(self, torch_dtype: Any = None) -> None:
-        """Refuse values of fields of every config that transformers would fail on without naming them."""
-        for value in (self.dtype, torch_dtype):
+    def _check_dtypes(self, *values: Any) -> None:
+        """Refuse types that transformers would fail on without naming them."""
+        for value in values:
             dtype = getattr(torch, value, None) if isinstance(value, str) else value
             if value is not None and not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{type(self).__name__}: `dtype` must be a type of PyTorch, got {value!r}.")
+
+    def _check_id2label(self) -> None:
         if not isinstance(self.id2label, dict | None):
             raise ValueError(f"{type(self).__name__}: `id2label` must be a dict, got {self.id2label!r}.")
 

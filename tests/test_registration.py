@@ -192,8 +192,9 @@ def check_pipeline(pipe, model, processor, image) -> None:
 @pytest.mark.parametrize("trust", [None, False, True])
 @pytest.mark.parametrize("saved", ["bundle", "without code", "part by part"])
 def test_its_own_task_needs_no_remote_code(folders, saved, trust, model, processor, image):
-    pipe = pipeline(TASK, model=folders[saved], trust_remote_code=trust)
-    assert type(pipe) is ReSTRPipeline
+    with CaptureLogger(logging.get_logger("transformers.configuration_utils")) as log:
+        pipe = pipeline(TASK, model=folders[saved], trust_remote_code=trust)
+    assert log.out == "" and type(pipe) is ReSTRPipeline
     check_pipeline(pipe, model, processor, image)
 
 
