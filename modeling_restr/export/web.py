@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import SpaceCardData
 
+from ..data.records import read_json
 from ..files import hash_file, replace_files, write_json, write_text
 from ..hub.bundle import check_pair
 from ..hub.model_card import Example
@@ -125,9 +126,9 @@ def read_examples(path: Path) -> list[Example]:
     Read a JSON file with a list of `{"photo": ..., "texts": [...], "credit": ...}`. Photos are relative to the file.
 
     Raises:
-        `ValueError`: The file has another form.
+        `ValueError`: The file is missing or has another form.
     """
-    entries = json.loads(path.read_text(encoding="utf-8"))
+    entries = read_json(path)
     try:
         return [Example(path.parent / entry["photo"], list(entry["texts"]), entry["credit"]) for entry in entries]
     except (KeyError, TypeError) as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import reprlib
 import tempfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -12,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, RepoCard
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
+from ..data.records import read_json
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from .bundle import WEIGHT_PATTERNS, add_code, save_bundle
@@ -195,7 +197,7 @@ def rewrite_card(
         )
     return write_model_card(
         folder,
-        training=None if recipe is None else json.loads(Path(recipe).read_text(encoding="utf-8")),
+        training=None if recipe is None else _read_json(Path(recipe)),
         example=Example(photo, sentences, credit) if photo and credit else None,
         evaluations=evaluations,
         **options,
@@ -225,7 +227,10 @@ def _collect_files(folder: Path, temporary: Path) -> dict[str, Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected a JSON object in {path}, got {reprlib.repr(content)}.")
+    return content
 
 
 def _missing_weights(files: dict[str, Path]) -> list[str]:
