@@ -12,6 +12,8 @@ import typer
 
 from . import __version__
 from .options import (
+    FILE,
+    FOLDER,
     SETTINGS,
     Data,
     DataRevision,
@@ -58,7 +60,7 @@ def restr(
 @app.command(rich_help_panel=USE)
 def segment(
     model: Model,
-    photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="Image file.")],
+    photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="Image file.", **FILE)],
     sentences: Annotated[
         list[str], typer.Argument(metavar="SENTENCE...", help="Referring expressions, each in quotes.")
     ],
@@ -81,8 +83,6 @@ def segment(
 
     Example: restr segment examples/restr_mini photo.jpg "the upper dog" "the lower dog"
     """
-    if not photo.is_file():
-        raise ValueError(f"Expected an image file as PHOTO, got {photo}, which does not exist.")
     import numpy as np
     from transformers import pipeline
 
@@ -353,7 +353,13 @@ def serve(
     from .options import choose_device
 
     handler = EndpointHandler(model, revision=revision, device=choose_device(device, num_threads))
-    with Server((host, port), handler) as server:
+    try:
+        server = Server((host, port), handler)
+    except OSError as error:
+        raise ValueError(
+            f"Expected a free address, got {host}:{port} ({error}). Choose another --port or --host."
+        ) from error
+    with server:
         print(f"Serving {model} at http://{server.server_name}:{server.server_port}", flush=True)
         server.serve_forever()
 
@@ -362,7 +368,7 @@ def serve(
 def export(
     model: Model,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder to write ONNX graphs to.", rich_help_panel="Output")
+        Path | None, typer.Option(help="Folder to write ONNX graphs to.", rich_help_panel="Output", **FOLDER)
     ] = None,
     revision: Revision = None,
     int8: Annotated[
@@ -374,11 +380,13 @@ def export(
     ] = False,
     web: Annotated[
         Path | None,
-        typer.Option(help="Folder to write a web page to that runs the model in the browser.", rich_help_panel=PAGE),
+        typer.Option(
+            help="Folder to write a web page to that runs the model in the browser.", rich_help_panel=PAGE, **FOLDER
+        ),
     ] = None,
     examples: Annotated[
         Path | None,
-        typer.Option(help="JSON file of photos with sentences and credits to offer.", rich_help_panel=PAGE),
+        typer.Option(help="JSON file of photos with sentences and credits to offer.", rich_help_panel=PAGE, **FILE),
     ] = None,
     runtime_dir: Annotated[
         Path | None,
@@ -436,11 +444,11 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     tag: Annotated[str | None, typer.Option(help="Tag of this version, such as v1.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="JSON file with the settings of the training.", rich_help_panel=CARD)
+        Path | None, typer.Option(help="JSON file with the settings of the training.", rich_help_panel=CARD, **FILE)
     ] = None,
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON file of an evaluation of these weights. Repeatable.", rich_help_panel=CARD),
+        typer.Option(help="JSON file of an evaluation of these weights. Repeatable.", rich_help_panel=CARD, **FILE),
     ] = None,
     training_data: Annotated[
         str | None,
@@ -461,7 +469,9 @@ def push(
     ] = None,
     photo: Annotated[
         Path | None,
-        typer.Option(help="Photo that shows the model's work, with --sentence and --credit.", rich_help_panel=CARD),
+        typer.Option(
+            help="Photo that shows the model's work, with --sentence and --credit.", rich_help_panel=CARD, **FILE
+        ),
     ] = None,
     sentence: Annotated[
         list[str] | None, typer.Option(help="Sentence about the photo. Repeatable.", rich_help_panel=CARD)
@@ -652,7 +662,7 @@ def hub(
 
 @_prepare_command
 def coco(
-    instances_file: Annotated[Path, DataOption(help="JSON file with images and annotations.")],
+    instances_file: Annotated[Path, DataOption(help="JSON file with images and annotations.", **FILE)],
     image_dir: ImageDir,
     name: DataName = "coco",
     val_share: ValShare = 0.1,
@@ -681,7 +691,8 @@ def coco(
 @_prepare_command
 def sentences(
     sentences_file: Annotated[
-        Path, DataOption(help="CSV or JSONL file: image, sentence and a mask, polygon, rle or box per line.")
+        Path,
+        DataOption(help="CSV or JSONL file: image, sentence and a mask, polygon, rle or box per line.", **FILE),
     ],
     image_dir: Annotated[
         Path | None, DataOption(help="Folder of the photos.", show_default="the file's folder")

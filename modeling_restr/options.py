@@ -30,6 +30,11 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+# What Typer checks of a path.
+FILE: dict[str, Any] = {"exists": True, "dir_okay": False}
+FOLDER: dict[str, Any] = {"file_okay": False}  # it may be absent
+
+
 def _check_folder_or_id(name: str) -> str:
     is_id = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and not Path(name).is_file()
     if not is_id and not Path(name).is_dir():
@@ -37,13 +42,18 @@ def _check_folder_or_id(name: str) -> str:
     return name
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder or Hub id of the model.", callback=_check_folder_or_id)
-]
+def _check_model(name: str) -> str:
+    folder = Path(_check_folder_or_id(name))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise typer.BadParameter(f"Expected a folder with a model's config.json, got {name}, which has none.")
+    return name
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of the model.", callback=_check_model)]
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="Folder or Hub id of prepared data.", callback=_check_folder_or_id)
 ]
-OutputDir = Annotated[Path, typer.Option(help="Folder to write to.", rich_help_panel="Output")]
+OutputDir = Annotated[Path, typer.Option(help="Folder to write to.", rich_help_panel="Output", **FOLDER)]
 Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of the model on the Hub.", show_default="main", rich_help_panel="Model"),
@@ -98,15 +108,16 @@ def run(command: Any) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _fail("Stopped.", 130)
     except Exception as error:
-        if not _is_network_error(error):
+        if _is_error_of("safetensors", "SafetensorError", error):
+            _fail(f"Expected whole weights, got a file that is damaged or cut off ({error}). Copy it again.", 1)
+        if not _is_error_of("huggingface_hub.errors", "HTTPError", error):  # its class differs between versions
             raise
         _fail(f"The connection to the Hub failed ({str(error) or type(error).__name__}). Run the command again.", 1)
 
 
-def _is_network_error(error: Exception) -> bool:
-    """Whether the error is one of huggingface_hub's HTTP client, which differs between its versions."""
-    errors = sys.modules.get("huggingface_hub.errors")
-    return errors is not None and isinstance(error, errors.HTTPError)
+def _is_error_of(module: str, name: str, error: Exception) -> bool:
+    """Whether the error is of a class in a module, which need not be imported."""
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -1,5 +1,7 @@
 """The console command `restr`: its help, its errors, and `restr segment` on the shipped checkpoint."""
 
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +101,13 @@ def test_segment_shows_the_photo_as_the_model_sees_it(restr, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["segment", MODEL, "absent.jpg", "the dog"], "Expected an image file as PHOTO, got absent.jpg"),
+        (["segment", MODEL, "absent.jpg", "the dog"], "PHOTO': file 'absent.jpg' does not exist"),
+        (["segment", MODEL, EXAMPLES, "the dog"], "examples' is a directory"),
+        (["segment", EXAMPLES, PHOTO, "the dog"], "Expected a folder with a model's config.json, got "),
+        (["segment", MODEL, PHOTO, "the dog", "--output-dir", PHOTO], ".jpg' is a file"),
+        (["push", "absent", "you/restr", "--recipe", __file__], "test_cli.py cannot be read as JSON"),
+        (["push", "absent", "you/restr", "--evaluation", __file__], "test_cli.py cannot be read as JSON"),
+        (["export", MODEL, "--web", "page", "--examples", __file__], "test_cli.py cannot be read as JSON"),
         (["segment", MODEL, __file__, "the dog"], "test_cli.py' cannot be read: "),
         (["segment", MODEL, PHOTO, "  "], "sentence"),
         (["segment", MODEL, PHOTO], "Missing argument"),
@@ -123,6 +131,21 @@ def test_errors_are_one_line(restr, tmp_path, monkeypatch, words, message):
     line = done.err.splitlines()[-1]  # after the progress of loading weights
     assert line.startswith("Error: ") and message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_one_line(restr, tmp_path):
+    for path in MODEL.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")  # not downloaded
+    done = restr("segment", tmp_path, PHOTO, "the dog")
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("Error: Expected whole weights, got ")
+
+
+def test_an_address_in_use_is_named(restr):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = restr("serve", MODEL, "--port", port)
+    assert done.code == 1 and f"Expected a free address, got 127.0.0.1:{port} (" in done.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
