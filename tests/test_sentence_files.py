@@ -93,6 +93,14 @@ def test_csv_and_jsonl_give_the_same_rows(folder):
             assert [r["mask"] for r in row["references"]] == [r["mask"] for r in other["references"]]
 
 
+def test_spaces_around_cells_do_not_count(folder):
+    path = folder / "own.csv"
+    path.write_text('image, sentence, mask\na.jpg, "the dog, on the left", masks/a.png \n')
+    ((row,),) = read(path, val_share=0).values()
+    assert row["file_name"] == "a.jpg" and row["references"][0]["expressions"][0]["text"] == "the dog, on the left"
+    assert decode_mask(row["references"][0]["mask"]).any()
+
+
 def test_lines_that_repeat_another_are_counted(folder):
     problems = Problems()
     path = write_lines(folder, *[line(polygon=OUTLINE)] * 2, line(polygon=OUTLINE, sentence="it"))

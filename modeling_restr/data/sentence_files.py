@@ -169,7 +169,8 @@ def _parse_csv(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """Rows and the line that each ends in. The cells may be separated by commas, semicolons or tabs."""
     header = text.partition("\n")[0]
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # an outline may be long
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    delimiter = max(",;\t", key=header.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         names = [name.strip() for name in next(rows, [])]
         if not {"image", "sentence"} <= set(names) or len(set(names)) < len(names):
@@ -179,7 +180,7 @@ def _parse_csv(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 advice = 'write "a sentence, with a comma"'
                 yield rows.line_num, ValueError(f"got {len(cells)} cells for {len(names)} columns: {advice}")
             elif any(cells):
-                yield rows.line_num, {name: cell for name, cell in zip(names, cells) if cell.strip()}
+                yield rows.line_num, {name: cell.strip() for name, cell in zip(names, cells) if cell.strip()}
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: not in CSV's format: {error}.") from None
 
