@@ -268,6 +268,13 @@ def test_impossible_counts_are_refused(metric, counts):
     assert metric.compute(predictions=[good])["num_expressions"] == 1  # nothing of the refused batch is left
 
 
+def test_masks_instead_of_counts_are_pointed_to_their_counts(metric):
+    mask = np.ones((480, 640), dtype=int).tolist()
+    with pytest.raises(ValueError, match=r"Pass `ReferringIoU.counts\(predicted_mask, true_mask\)`") as caught:
+        metric.compute(predictions=[mask], references=[mask])
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("keep_in_memory", [False, True])
 def test_no_predictions_are_an_error(tmp_path, keep_in_memory):
     metric = ReferringIoU(cache_dir=str(tmp_path), keep_in_memory=keep_in_memory)

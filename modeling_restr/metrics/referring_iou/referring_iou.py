@@ -5,6 +5,7 @@ This file stands alone: `evaluate.load("path/to/referring_iou")` needs nothing e
 """
 
 import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -178,7 +179,8 @@ def _to_bool(mask: Any, name: str) -> np.ndarray:
 def _check_counts(counts: Mapping[str, int]) -> dict[str, int | None]:
     if not isinstance(counts, Mapping) or set(counts) not in ({*_COUNTS}, {*_COUNTS, *_AREAS}):
         raise ValueError(
-            f"Expected the counts of an expression as a dict of {_COUNTS} or these and {_AREAS}, got {counts}."
+            f"Expected the counts of an expression as a dict of {_COUNTS} or these and {_AREAS}, got "
+            f"{reprlib.repr(counts)}. Pass `ReferringIoU.counts(predicted_mask, true_mask)` for masks."
         )
     try:
         numbers = {name: operator.index(number) for name, number in counts.items()}
