@@ -67,8 +67,8 @@ class ReSTRPipeline(Pipeline):
     >>> pipe(encoded, text="the ball"), pipe(encoded, text="the cat")  # as often as you like
     ```
 
-    A call encodes an image once, however many sentences are about it. `batch_size` counts images. A bundle or repository
-    with code works without the package: `pipeline("image-segmentation", model="path/or/id", trust_remote_code=True)`.
+    A call encodes an image once, however many sentences are about it. `batch_size` counts images. The model is set to
+    evaluation mode. A bundle or repository with code works without the package: `pipeline("image-segmentation", model="path/or/id", trust_remote_code=True)`.
 
     Raises:
         ValueError: There is no `processor`.
@@ -88,6 +88,7 @@ class ReSTRPipeline(Pipeline):
                 "`AutoProcessor.from_pretrained(folder_or_id)`. An image processor and a tokenizer make one: "
                 "`ReSTRProcessor(image_processor, tokenizer)`."
             )
+        self.model.eval()  # a model that comes from training would drop parts of its image encoder at random
 
     def __call__(  # type: ignore[override]
         self, image: Any, text: str | list[str] | None = None, **kwargs: Any

@@ -22,6 +22,7 @@ from modeling_restr import (
     build_tokenizer,
     pipeline_restr,
 )
+from modeling_restr.modeling_restr import ReSTRDropPath
 from modeling_restr.pipeline_restr import EncodedImage, ReSTRPipeline
 from modeling_restr.tokenization_restr import vocabulary_from_expressions
 
@@ -87,6 +88,15 @@ def test_one_sentence_is_what_processor_and_model_give(pipe, images):
         np.testing.assert_array_equal(np.asarray(result["mask"]), mask * np.uint8(255))
         shares.append(mask.mean())
     assert 0.02 < shares[0] < 0.98 and 0.02 < shares[2] < 0.98  # masks of this model are neither empty nor full
+
+
+def test_a_model_in_training_mode_gives_the_same_answers(pipe, images):
+    model = copy.deepcopy(pipe.model).train()
+    for module in model.modules():
+        if isinstance(module, ReSTRDropPath):
+            module.rate = 0.9
+    trained = ReSTRPipeline(model=model, processor=pipe.processor, device="cpu")
+    assert trained(images[0], text=SENTENCES) == pipe(images[0], text=SENTENCES)
 
 
 def test_many_sentences_encode_the_image_once(pipe, images, seen, caplog):
