@@ -323,6 +323,8 @@ def predict(
         f"{summary['num_pairs']:,} pairs of {summary['num_images']:,} images in {summary['num_files']:,} files,"
         f" {summary['num_bytes'] / 1e6:,.1f} MB; {summary['num_errors']:,} rows with an error"
     )
+    if error := summary.get("first_error"):  # summaries of earlier versions lack it
+        print(f"The first error: {error}")
     if summary["unknown_words"]:
         words = ", ".join(repr(word) for word in list(summary["unknown_words"])[:20])
         print(f"The model does not know {len(summary['unknown_words']):,} words, such as {words}.")

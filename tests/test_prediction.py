@@ -310,6 +310,21 @@ def test_folders_that_are_in_use_or_hold_other_files_are_refused(model_dir, data
         engine.predict(str(model_dir), str(data_dir), tmp_path)
 
 
+def test_a_summary_has_the_first_error(tmp_path):
+    for name, errors in {"b": [None, "late"], "a": [None, "a.png is missing"], "c": ["later"]}.items():
+        table = pa.table(
+            {
+                "row": range(len(errors)),
+                "error": pa.array(errors, pa.string()),
+                "truncated": [False] * len(errors),
+                "unknown_words": pa.array([[]] * len(errors), pa.list_(pa.string())),
+            }
+        )
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    summary = engine.summarize(tmp_path)
+    assert summary["num_errors"] == 3 and summary["first_error"] == "a.png is missing"
+
+
 # On Ray
 
 
@@ -357,6 +372,7 @@ def test_errors_in_tasks_and_actors_are_raised_unchanged(local_ray, model_dir, b
     with pytest.raises(ValueError, match=r"row 1: .*truncated"):
         engine.predict(str(model_dir), str(bad_data_dir), tmp_path, raise_errors=True, num_actors=1)
     summary = engine.predict(str(model_dir), str(bad_data_dir), tmp_path, num_actors=1)
+    assert "truncated" in summary["first_error"]
     assert summary["num_errors"] == 8 and summary["unknown_words"] == {"xyzzy": 1} and summary["num_truncated"] == 1
     with pytest.raises(ValueError, match="8 rows"):
         engine.predict(str(model_dir), str(bad_data_dir), tmp_path, raise_errors=True)

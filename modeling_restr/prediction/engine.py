@@ -230,19 +230,22 @@ def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """Count the results in the folder, and the sentences with each unknown word."""
+    """Count the results in the folder and the sentences with each unknown word, and find the first error."""
     names = ("num_images", "num_pairs", "num_errors", "num_truncated", "num_files", "num_bytes")
     counts, words = dict.fromkeys(names, 0), Counter[str]()
-    for path in folder.glob("*.parquet"):
+    first_error = None
+    for path in sorted(folder.glob("*.parquet")):
         table = pq.read_table(path, columns=["row", "error", "truncated", "unknown_words"])
         counts["num_images"] += pc.count_distinct(table["row"]).as_py()
         counts["num_pairs"] += len(table)
-        counts["num_errors"] += len(table) - table["error"].null_count
+        errors = table["error"].drop_null()
+        counts["num_errors"] += len(errors)
+        first_error = first_error or (errors[0].as_py() if len(errors) else None)
         counts["num_truncated"] += pc.sum(table["truncated"]).as_py() or 0
         counts["num_files"] += 1
         counts["num_bytes"] += path.stat().st_size
         words.update(pc.list_flatten(table["unknown_words"]).to_pylist())
-    return {**counts, "unknown_words": dict(words.most_common(MAX_UNKNOWN_WORDS))}
+    return {**counts, "first_error": first_error, "unknown_words": dict(words.most_common(MAX_UNKNOWN_WORDS))}
 
 
 def read_results(output_dir: Path) -> list[dict[str, Any]]:
