@@ -60,7 +60,9 @@ def naming_the_image(source: Any, place: int | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         name = _name_image(source, place)
-        reason = "it is not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is not an image of a known format, such as JPEG or PNG"
         raise UnreadableImageError(f"{name} cannot be read: {reason or type(error).__name__}") from error
 
 

@@ -199,7 +199,7 @@ def test_missing_and_unreadable_images_are_bad(tmp_path):
     with pytest.raises(BadImage, match=r"^a\.jpg: missing \(.*a\.jpg\)$"):
         build_row(annotate(tmp_path / "a.jpg"))
     (tmp_path / "b.jpg").write_text("<html>Not found</html>")
-    with pytest.raises(BadImage, match=r"^b\.jpg: cannot be decoded \(not an image\)$"):
+    with pytest.raises(BadImage, match=r"^b\.jpg: cannot be decoded \(not of a known format, such as JPEG or PNG\)$"):
         build_row(annotate(tmp_path / "b.jpg"))
     (tmp_path / "c.jpg").mkdir()
     with pytest.raises(BadImage, match=r"^c\.jpg: cannot be read \(it is not a regular file\)$"):

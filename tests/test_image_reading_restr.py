@@ -123,6 +123,12 @@ def damaged() -> dict[str, bytes]:
     }
 
 
+def test_photos_in_other_formats_are_told_which_are_known(processor, tmp_path):
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    with pytest.raises(UnreadableImageError, match=r"photo\.heic' cannot be read: .* such as JPEG or PNG$"):
+        processor(tmp_path / "photo.heic")
+
+
 @pytest.mark.parametrize("kind", damaged())
 def test_damaged_files_are_one_error_that_names_them(processor, tmp_path, kind):
     content = damaged()[kind]

@@ -174,7 +174,9 @@ def build_row(annotated: AnnotatedImage, embed: bool = True, problems: Problems 
     try:
         encoded, size, changed = _decode_upright(encoded, stated)
     except UnidentifiedImageError:
-        raise BadImage(f"{name}: cannot be decoded (not an image)", _UNDECODABLE) from None
+        raise BadImage(
+            f"{name}: cannot be decoded (not of a known format, such as JPEG or PNG)", _UNDECODABLE
+        ) from None
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise BadImage(f"{name}: cannot be decoded ({error})", _UNDECODABLE) from error
     if stated not in (None, size):

@@ -438,7 +438,9 @@ def _read_image(source: Any) -> Image.Image | np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file
-        reason = "it is not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is not an image of a known format, such as JPEG or PNG"
         raise UnreadableImageError(
             f"{_name_image(source)} cannot be read: {reason or type(error).__name__}"
         ) from error
