@@ -68,7 +68,8 @@ class ReSTRPipeline(Pipeline):
     ```
 
     A call encodes an image once, however many sentences are about it. `batch_size` counts images. The model is set to
-    evaluation mode. A bundle or repository with code works without the package: `pipeline("image-segmentation", model="path/or/id", trust_remote_code=True)`.
+    evaluation mode. A bundle or repository with code works without the package:
+    `pipeline("image-segmentation", model="path/or/id", trust_remote_code=True)`.
 
     Raises:
         ValueError: There is no `processor`.
