@@ -68,7 +68,8 @@ class Recipe:
         if self.max_steps < 1 or not 0 <= self.num_warmup_steps < self.max_steps:
             raise ValueError(
                 f"Expected max_steps >= 1 and fewer steps of warm-up, got max_steps={self.max_steps} and"
-                f" {self.num_warmup_steps} steps of warm-up (warmup_steps={self.warmup_steps})."
+                f" {self.num_warmup_steps} steps of warm-up (warmup_steps={self.warmup_steps}). Choose more steps, or"
+                " warmup_steps=0."
             )
 
     @property
