@@ -46,6 +46,13 @@ def trainer(tmp_path):
     )
 
 
+def test_label_smoothing_is_refused(tmp_path):
+    processor = make_processor()
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"Expected label_smoothing_factor=0.* got 0.1\. Leave it out\."):
+        ReferringTrainer(make_model(processor), args, processor=processor, recipe=Recipe(max_steps=100))
+
+
 def test_both_groups_follow_the_papers_schedule(trainer):
     trainer.create_optimizer_and_scheduler(100)
     for step in range(101):

@@ -56,6 +56,9 @@ class ReferringTrainer(Trainer):
         recipe ([`Recipe`]): The run's recipe. It is saved with each checkpoint.
         overlay_rows: Rows of the validation data to draw after each evaluation.
         (all others): See `transformers.Trainer`. The training data is a [`ReferringDataset`] or [`ReferringStream`].
+
+    Raises:
+        ValueError: The arguments have a `label_smoothing_factor`, which would have no effect.
     """
 
     model: Any
@@ -65,6 +68,11 @@ class ReferringTrainer(Trainer):
     ):
         kwargs.setdefault("compute_metrics", lambda prediction: compute_metrics(prediction.predictions))
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                "Expected label_smoothing_factor=0, because labels are masks and not classes, got"
+                f" {self.args.label_smoothing_factor}. Leave it out."
+            )
         self.model_accepts_loss_kwargs = False  # `compute_loss` weights the batches of a step
         self.args.remove_unused_columns = False  # the collator takes images and sentences
         self.args.train_sampling_strategy = "sequential"  # the dataset has its own order
