@@ -427,7 +427,9 @@ def _check_mask(mask: Any, number: int, image_size: tuple[int, int]) -> np.ndarr
     if isinstance(mask, Image.Image):
         with naming_the_image(mask, number):
             mask = np.asarray(ImageOps.exif_transpose(mask))
-    array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    if isinstance(mask, torch.Tensor):
+        mask = (mask.float() if mask.is_floating_point() else mask).numpy(force=True)  # NumPy has no bfloat16
+    array = np.asarray(mask)
     if array.shape != tuple(image_size):
         raise ValueError(
             f"Expected segmentation map {number} at its image's own size, (height, width) {tuple(image_size)}, got"

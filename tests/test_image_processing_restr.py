@@ -404,6 +404,7 @@ def test_forms_of_segmentation_maps(processor):
         grey,
         [[mask] for mask in masks],
         [torch.from_numpy(mask) for mask in masks],
+        [torch.from_numpy(mask).bfloat16() for mask in masks],
         [mask.astype(np.float32) for mask in masks],
         [mask[..., None] for mask in masks],
         [torch.from_numpy(mask)[..., None] for mask in masks],
