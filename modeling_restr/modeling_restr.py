@@ -232,14 +232,34 @@ class ReSTRAttention(nn.Module):
         return self.out_proj(attn_output), attn_weights
 
 
+def is_answer_on_cpu(hidden_states: torch.Tensor) -> bool:
+    """Whether memory is the slow part: on a CPU, without gradients, and not in a compiled or exported program."""
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class ReSTRMLP(nn.Module):
+    """
+    MLP of an encoder block. Its hidden layer is much larger than its input. For answers on a CPU, a part of the batch is
+    mapped at a time, since new memory from the operating system is slow.
+    """
+
+    intermediate_values = 2**22  # of the hidden layer at a time
+
     def __init__(self, config: ReSTRVisionConfig | ReSTRTextConfig | ReSTRConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
+        self.intermediate_size = config.intermediate_size
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (batch, length, hidden)."""
+        if not is_answer_on_cpu(hidden_states):
+            return self._map(hidden_states)
+        num_samples = max(1, self.intermediate_values // (hidden_states.shape[1] * self.intermediate_size))
+        return torch.cat([self._map(part) for part in hidden_states.split(num_samples)])
+
+    def _map(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -676,7 +696,7 @@ class ReSTRPixelDecoder(nn.Module):
         # (N, P, hidden) -> (N, hidden, h, w)
         hidden_states = self.layers[0](projected_vision_embeds, patch_embeds, patch_logits, image_indices)
         hidden_states = hidden_states.transpose(1, 2).unflatten(2, grid)
-        if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not is_answer_on_cpu(hidden_states):
             return self._decode(hidden_states)
         return self._decode_in_strips(hidden_states.permute(0, 2, 3, 1))
 

@@ -34,7 +34,13 @@ from modeling_restr import (
     ReSTRVisionModel,
     build_tokenizer,
 )
-from modeling_restr.modeling_restr import ReSTRAttention, ReSTRDropPath, ReSTREncoderLayer, ReSTRPixelDecoder
+from modeling_restr.modeling_restr import (
+    ReSTRAttention,
+    ReSTRDropPath,
+    ReSTREncoderLayer,
+    ReSTRMLP,
+    ReSTRPixelDecoder,
+)
 
 
 @contextlib.contextmanager
@@ -151,6 +157,19 @@ def test_decoder_maps_then_upsamples_with_the_same_numbers(patch_size, num_block
     assert results[0][0].shape == (3, 3 * patch_size, 4 * patch_size)
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, bound=1e-12)
+
+
+@algebra
+@pytest.mark.parametrize("num_samples_at_a_time", [0, 2, 5, 9])
+@torch.no_grad()
+def test_mlp_in_parts_gives_the_same_numbers(num_samples_at_a_time):
+    config = tiny_config()
+    mlp = ReSTRMLP(config).double()
+    mlp.intermediate_values = num_samples_at_a_time * 12 * config.intermediate_size
+    hidden_states = torch.randn(5, 12, config.hidden_size, dtype=torch.float64)
+    with torch.enable_grad():
+        whole = mlp(hidden_states).detach()
+    assert_close(mlp(hidden_states), whole, bound=1e-12)
 
 
 @algebra
