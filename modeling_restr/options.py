@@ -44,7 +44,8 @@ def _check_folder_or_id(name: str) -> str:
 
 def _check_model(name: str) -> str:
     folder = Path(_check_folder_or_id(name))
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    configs = [folder / "config.json", folder / "adapter_config.json"]  # of a model, or of PEFT's adapters for one
+    if folder.is_dir() and not any(config.is_file() for config in configs):
         raise typer.BadParameter(f"Expected a folder with a model's config.json, got {name}, which has none.")
     return name
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from fresh_process import run_python
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers.utils import logging
 
+from modeling_restr import ReSTRForImageSegmentation, ReSTRProcessor
 from modeling_restr.cli import app
 
 
@@ -83,6 +85,14 @@ def test_segment_names_the_words_that_are_lost(restr, tmp_path, monkeypatch, cap
     assert done.code == 0, done.err
     (warning,) = (message for message in caplog.messages if "xyzzy" in message)
     assert "'xyzzy'" in warning and "'quux'" in warning and "'clock'" not in warning
+
+
+def test_segment_takes_adapters(restr, tmp_path):
+    model = ReSTRForImageSegmentation.from_pretrained(MODEL)
+    get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapters")
+    ReSTRProcessor.from_pretrained(MODEL).save_pretrained(tmp_path / "adapters")
+    done = restr("segment", tmp_path / "adapters", PHOTO, "the upper dog", "--output-dir", tmp_path)
+    assert done.code == 0 and len(list(tmp_path.glob("*mask1*"))) == 1
 
 
 def test_segment_shows_the_photo_as_the_model_sees_it(restr, tmp_path):
