@@ -124,7 +124,7 @@ class ReSTRBaseConfig(PreTrainedConfig):
         """Create a config as in transformers, and also check the values of `from_pretrained(..., key=value)`."""
         cls._refuse_names_of_methods(kwargs)
         config, unused_kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        config._check_id2label()
+        config._check_id2label()  # the types were checked before; now `dtype` may also be "auto"
         config.resolve_defaults()
         config.validate_architecture()
         config._warn_of_misspelt_keys(unused_kwargs)

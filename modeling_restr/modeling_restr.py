@@ -233,7 +233,7 @@ class ReSTRAttention(nn.Module):
 
 
 def is_answer_on_cpu(hidden_states: torch.Tensor) -> bool:
-    """Whether memory is the slow part: on a CPU, without gradients, and not in a compiled or exported program."""
+    """Whether an answer is computed on a CPU, where memory is slow: no gradients, no compiled or exported program."""
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -645,7 +645,7 @@ class ReSTRDecoderInputMap(ReSTRChannelMap):
     ) -> torch.Tensor:
         visual_weight, masked_weight = self.weight.chunk(2, dim=1)  # (hidden, hidden) each
         visual_part = F.linear(projected_vision_embeds, visual_weight).index_select(0, image_indices)  # (N, P, hidden)
-        # There is one logit per patch, so it can scale the patch after the linear map.
+        # There is one logit per patch, so it can scale the patch after the linear map. `visual_part` is a copy already.
         return visual_part.addcmul_(F.linear(patch_embeds, masked_weight), patch_logits.flatten(1)[..., None])
 
 

@@ -117,6 +117,7 @@ def test_segment_shows_the_photo_as_the_model_sees_it(restr, tmp_path):
         (["segment", MODEL, PHOTO, "the dog", "--output-dir", PHOTO], ".jpg' is a file"),
         (["push", "absent", "you/restr", "--recipe", __file__], "test_cli.py cannot be read as JSON"),
         (["push", "absent", "you/restr", "--evaluation", __file__], "test_cli.py cannot be read as JSON"),
+        (["push", "absent", "you/restr", "--evaluation", MODEL / "wordings.json"], "Expected a JSON object in "),
         (["export", MODEL, "--web", "page", "--examples", __file__], "test_cli.py cannot be read as JSON"),
         (["segment", MODEL, __file__, "the dog"], "test_cli.py' cannot be read: "),
         (["segment", MODEL, PHOTO, "  "], "sentence"),

@@ -50,6 +50,14 @@ def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
         raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; `ValueError` as in [`read_json`], or if it holds something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected a JSON object in {path}, got {reprlib.repr(content)}.")
+    return content
+
+
 def check_fields(record: Any, kinds: Mapping[str, Kind], place: str) -> None:
     """
     Check that a record has certain fields of certain kinds. Otherwise the message of the `ValueError` begins with

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import reprlib
 import tempfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -13,7 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, RepoCard
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from ..data.records import read_json
+from ..data.records import read_json_object
 from ..modeling_restr import ReSTRForImageSegmentation
 from ..processing_restr import ReSTRProcessor
 from .bundle import WEIGHT_PATTERNS, add_code, save_bundle
@@ -149,7 +148,7 @@ def push_page_to_hub(
 
 def _link_model(folder: Path, model_id: str) -> dict[str, bytes]:
     """The files of a page that name its model, with a link to the model's repository."""
-    settings = _read_json(folder / "settings.json") | {"name": model_id}
+    settings = read_json_object(folder / "settings.json") | {"name": model_id}
     settings["links"]["model"] = f"https://huggingface.co/{model_id}"
     card = RepoCard.load(folder / "README.md")
     card.data.models = [model_id]
@@ -197,7 +196,7 @@ def rewrite_card(
         )
     return write_model_card(
         folder,
-        training=None if recipe is None else _read_json(Path(recipe)),
+        training=None if recipe is None else read_json_object(Path(recipe)),
         example=Example(photo, sentences, credit) if photo and credit else None,
         evaluations=evaluations,
         **options,
@@ -215,7 +214,7 @@ def _collect_files(folder: Path, temporary: Path) -> dict[str, Path]:
     files = {path.name: path for path in folder.iterdir() if path.is_file() and _matches(path.name, _PATTERNS)}
     missing = [name for name in _REQUIRED_FILES if name not in files] or _missing_weights(files)
     if not missing:
-        if "auto_map" not in _read_json(files["config.json"]):
+        if "auto_map" not in read_json_object(files["config.json"]):
             add_code(folder, temporary / "code")
             files |= {path.name: path for path in (temporary / "code").iterdir()}
         missing = _missing_code(files)
@@ -226,24 +225,17 @@ def _collect_files(folder: Path, temporary: Path) -> dict[str, Path]:
     return files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected a JSON object in {path}, got {reprlib.repr(content)}.")
-    return content
-
-
 def _missing_weights(files: dict[str, Path]) -> list[str]:
     if "model.safetensors" in files:
         return []
     if "model.safetensors.index.json" not in files:
         return ["model.safetensors"]
-    return sorted(set(_read_json(files["model.safetensors.index.json"])["weight_map"].values()) - files.keys())
+    return sorted(set(read_json_object(files["model.safetensors.index.json"])["weight_map"].values()) - files.keys())
 
 
 def _missing_code(files: dict[str, Path]) -> list[str]:
     """The Python files that the configs refer to and the folder lacks."""
-    config, processor_config = _read_json(files["config.json"]), _read_json(files["processor_config.json"])
+    config, processor_config = read_json_object(files["config.json"]), read_json_object(files["processor_config.json"])
     references = [*config["auto_map"].values(), *processor_config.get("auto_map", {}).values()]
     references += [task["impl"] for task in config.get("custom_pipelines", {}).values()]
     return sorted({f"{reference.partition('.')[0]}.py" for reference in references} - files.keys())
