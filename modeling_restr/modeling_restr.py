@@ -254,10 +254,11 @@ class ReSTRMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (batch, length, hidden)."""
-        if not is_answer_on_cpu(hidden_states):
-            return self._map(hidden_states)
-        num_samples = max(1, self.intermediate_values // (hidden_states.shape[1] * self.intermediate_size))
-        return torch.cat([self._map(part) for part in hidden_states.split(num_samples)])
+        if is_answer_on_cpu(hidden_states):
+            num_samples = max(1, self.intermediate_values // (hidden_states.shape[1] * self.intermediate_size))
+            if len(hidden_states) > num_samples:  # otherwise, `cat` would only copy
+                return torch.cat([self._map(part) for part in hidden_states.split(num_samples)])
+        return self._map(hidden_states)
 
     def _map(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
