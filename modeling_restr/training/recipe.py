@@ -4,6 +4,7 @@ rates, warm-up and polynomial decay. Its source is section 4.1 of arXiv 2203.167
 is silent.
 """
 
+import json
 import logging
 import math
 import re
@@ -16,7 +17,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_polynomial_decay_schedule_with_warmup
 
-from ..data.records import read_json_object
 from ..files import write_json
 
 
@@ -137,12 +137,15 @@ PAPER = Recipe()
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        return read_json_object(path)
-    except (OSError, ValueError) as error:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        recipe = error
+    if not isinstance(recipe, dict):
         raise ValueError(
-            f"Expected a training script's recipe in {path}, got none: {error} Choose another output_dir, or another"
-            " checkpoint to resume from."
-        ) from error
+            f"Expected a training script's recipe in {path}, got {str(recipe)[:80]!r}. Choose another output_dir, or"
+            " another checkpoint to resume from."
+        )
+    return recipe
 
 
 def create_parameter_groups(
